@@ -1,0 +1,1 @@
+"""The controller: registry, planner and deployments of a cluster."""

@@ -1,0 +1,1 @@
+"""The data worker: the model store."""

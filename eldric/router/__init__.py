@@ -1,0 +1,1 @@
+"""The router: the OpenAI-compatible face of a cluster."""

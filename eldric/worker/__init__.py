@@ -1,0 +1,1 @@
+"""The worker: holds stages of pipelines and computes their steps."""

@@ -1,0 +1,1 @@
+"""ggml as a backend: binding, weights, graphs and KV cache."""
