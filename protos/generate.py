@@ -4,27 +4,36 @@ Usage: python protos/generate.py [OUTPUT_ROOT]
 """
 
 import sys
-from importlib.resources import files
 from pathlib import Path
 
+import grpc_tools
+from google.api import annotations_pb2
 from grpc_tools import protoc
 
 PROTOS = Path(__file__).resolve().parent
+
+
+def _beside_python(program: str) -> Path:
+    """A program of this interpreter's environment, which need not be activated."""
+    return Path(sys.executable).parent / program
 
 
 def generate(output: Path) -> None:
     """Write eldric/v1/*_pb2.py, *_pb2_grpc.py and *.pyi below `output`. Raises SystemExit when protoc fails."""
     output.mkdir(parents=True, exist_ok=True)
     sources = sorted(str(path.relative_to(PROTOS)) for path in PROTOS.glob("eldric/v1/*.proto"))
-    google = Path(str(files("google.api"))).parent.parent
+    well_known = Path(grpc_tools.__file__).parent / "_proto"
+    google_api = Path(annotations_pb2.__file__).parents[2]
     status = protoc.main(
         [
             "protoc",
             f"--proto_path={PROTOS}",
-            f"--proto_path={files('grpc_tools') / '_proto'}",
-            f"--proto_path={google}",
+            f"--proto_path={well_known}",
+            f"--proto_path={google_api}",
             f"--python_out={output}",
             f"--grpc_python_out={output}",
+            f"--plugin=protoc-gen-mypy={_beside_python('protoc-gen-mypy')}",
+            f"--plugin=protoc-gen-mypy_grpc={_beside_python('protoc-gen-mypy_grpc')}",
             f"--mypy_out={output}",
             f"--mypy_grpc_out={output}",
             *sources,
