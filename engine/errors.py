@@ -3,6 +3,7 @@
 EngineError                 .status names a gRPC code, so that services map it without knowing the class
 ├── InvalidModel            a model file that is damaged, hostile or truncated
 ├── UnsupportedModel        a sound file of a kind that this engine does not run
+├── InvalidLayers           a layer range that is empty or not in the model
 ├── InvalidStep             a step that the stage cannot take: bad slot, position, shape or token id
 ├── OutOfMemory             weights, KV cache or compute buffers do not fit
 └── LibraryError            ggml is missing, of the wrong version or lays out its structs differently
@@ -31,6 +32,12 @@ class InvalidModel(EngineError):
 
 class UnsupportedModel(EngineError):
     """The file is sound, but no family, tensor type or tokenizer of this engine fits it. Names the known ones."""
+
+    status = "INVALID_ARGUMENT"
+
+
+class InvalidLayers(EngineError):
+    """A layer range is empty, negative or reaches outside the model. Says which."""
 
     status = "INVALID_ARGUMENT"
 
