@@ -4,6 +4,8 @@ EngineError                 .status names a gRPC code, so that services map it w
 ├── InvalidModel            a model file that is damaged, hostile or truncated
 ├── UnsupportedModel        a sound file of a kind that this engine does not run
 ├── InvalidLayers           a layer range that is empty or not in the model
+├── InvalidPrompt           a chat that its template refuses, or a token id that the vocabulary does not have
+├── InvalidSampling         a sampling parameter out of its range
 ├── InvalidStep             a step that the stage cannot take: bad slot, position, shape or token id
 ├── OutOfMemory             weights, KV cache or compute buffers do not fit
 └── LibraryError            ggml is missing, of the wrong version or lays out its structs differently
@@ -40,6 +42,22 @@ class InvalidLayers(EngineError):
     """A layer range is empty, negative or reaches outside the model. Says which."""
 
     status = "INVALID_ARGUMENT"
+
+
+class InvalidPrompt(EngineError):
+    """A prompt that cannot be made: the chat template refuses the messages, or a token id is not in the vocabulary."""
+
+    status = "INVALID_ARGUMENT"
+
+
+class InvalidSampling(EngineError):
+    """A sampling parameter out of its range. Names the field, what it may be and what it was."""
+
+    status = "INVALID_ARGUMENT"
+
+    def __init__(self, field: str, allowed: str, value: object) -> None:
+        self.field, self.allowed, self.value = field, allowed, value
+        super().__init__(f"{field} must be {allowed}, not {value!r}")
 
 
 class InvalidStep(EngineError):
