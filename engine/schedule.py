@@ -1,0 +1,303 @@
+"""Continuous batching at the head of a pipeline: which micro-batch enters the ring next.
+
+Pure: it knows no socket, clock or thread. The head asks `next_action` whenever stage 0 is free, and reports every step
+that came back from the tail with `step_done`.
+
+Sequences in decode are grouped into at most `lanes` steps in flight, so that every stage of a ring of that many stages
+has one to compute. Prompts go in as chunks that end at multiples of `chunk`, back to back: a chunk that makes no token is
+not waited for. A step holds either one chunk of one sequence or one token of each of several sequences, so the shapes in
+which a prompt is computed depend on that prompt alone.
+"""
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import Enum
+
+import numpy as np
+
+from eldric.engine.errors import EngineError
+from eldric.engine.step import Run, Tokens
+
+
+class InvalidSequence(EngineError):
+    """A request that this pipeline can never run. Says which bound it breaks."""
+
+    status = "INVALID_ARGUMENT"
+
+
+class QueueFull(EngineError):
+    """Every slot is taken and the queue is full. Retryable."""
+
+    status = "RESOURCE_EXHAUSTED"
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduleConfig:
+    """Bounds of a head's schedule."""
+
+    slots: int  # sequences that hold KV rows at once
+    context: int  # tokens that a slot holds, prompt and answer together
+    chunk: int  # most prompt tokens in one step
+    lanes: int  # decode steps in flight
+    decode_rows: int  # most sequences in one decode step
+    queue: int  # sequences that may wait for a slot
+
+    @property
+    def chunks_in_flight(self) -> int:
+        """One chunk in each stage and one waiting, so that no stage runs dry between two."""
+        return self.lanes + 1
+
+
+class SequenceState(Enum):
+    WAITING = "waiting"  # no slot yet
+    PREFILL = "prefill"  # part of its prompt has still to be sent
+    IN_FLIGHT = "in flight"  # a step that will give its next token is in the ring
+    READY = "ready"  # its next token is known and can be sent
+    DONE = "done"
+
+
+class Finish(Enum):
+    STOP = "stop"  # one of its stop tokens
+    LENGTH = "length"  # its token limit, or the slot is full
+    CANCELLED = "cancelled"
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One generation in progress."""
+
+    id: str
+    prompt: Tokens  # [tokens] int32, at least one
+    max_tokens: int
+    stop_tokens: frozenset[int] = frozenset()
+    state: SequenceState = SequenceState.WAITING
+    slot: int = -1
+    position: int = 0  # tokens that were sent into the ring
+    generated: int = 0
+    last_token: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Open:
+    """The sequence takes its slot in every stage."""
+
+    sequence: Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Close:
+    """The slot is free in every stage once this has passed."""
+
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A micro-batch for the ring. tokens: [rows] int32, in the order of the runs."""
+
+    number: int
+    lane: int
+    runs: tuple[Run, ...]
+    tokens: Tokens
+    sequences: tuple[Sequence, ...]  # of the runs, in order
+
+
+Action = Open | Close | Step
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a token did to its sequence. `delivered` is false for a stop token, which is not part of the answer."""
+
+    sequence: Sequence
+    delivered: bool
+    finish: Finish | None
+
+
+@dataclass(slots=True)
+class Scheduler:
+    """State of a head's schedule. Not thread-safe: the head's compute thread owns it."""
+
+    config: ScheduleConfig
+    _free: list[int] = field(init=False)
+    _waiting: deque[Sequence] = field(default_factory=deque)
+    _prefill: deque[Sequence] = field(default_factory=deque)
+    _ready: deque[Sequence] = field(default_factory=deque)
+    _slots: dict[int, Sequence] = field(default_factory=dict)
+    _in_flight: dict[int, Step] = field(default_factory=dict)
+    _control: deque[Action] = field(default_factory=deque)
+    _chunks_in_flight: int = 0
+    _decodes_since_chunk: int = 0
+    _step: int = 0
+
+    def __post_init__(self) -> None:
+        self._free = list(range(self.config.slots - 1, -1, -1))
+
+    @property
+    def running(self) -> int:
+        return len(self._slots)
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._in_flight)
+
+    def submit(self, sequence: Sequence) -> None:
+        """Queue a sequence, or give it a slot at once.
+
+        Raises InvalidSequence when it cannot fit the context, QueueFull when no slot and no place in the queue is free.
+        """
+        length = len(sequence.prompt)
+        if length == 0:
+            raise InvalidSequence("the prompt is empty")
+        if length >= self.config.context:
+            raise InvalidSequence(
+                f"the prompt has {length} tokens, and the context of {self.config.context} must hold the answer too"
+            )
+        if not self._free and len(self._waiting) >= self.config.queue:
+            raise QueueFull(f"all {self.config.slots} slots are taken and {len(self._waiting)} requests wait")
+        room = self.config.context - length
+        sequence.max_tokens = min(sequence.max_tokens, room) if sequence.max_tokens > 0 else room
+        self._waiting.append(sequence)
+        self._admit()
+
+    def cancel(self, sequence: Sequence) -> None:
+        """End a sequence now. Steps of it that are in the ring come back and are ignored."""
+        if sequence.state is SequenceState.WAITING:
+            self._waiting.remove(sequence)
+            sequence.state = SequenceState.DONE
+        elif sequence.state is not SequenceState.DONE:
+            self._end(sequence)
+
+    def cancel_all(self) -> list[Sequence]:
+        """End every sequence and forget every step in flight: the ring is broken. Returns those that had not ended."""
+        ended = [*self._slots.values(), *self._waiting]
+        for sequence in ended:
+            self.cancel(sequence)
+        self._in_flight.clear()
+        self._control.clear()
+        self._chunks_in_flight = 0
+        return ended
+
+    def next_action(self) -> Action | None:
+        """What stage 0 should do now, or None when it has to wait for a step or a request."""
+        if self._control:
+            return self._control.popleft()
+        decode = bool(self._ready) and self._decodes_in_flight < self.config.lanes
+        prefill = bool(self._prefill) and self._chunks_in_flight < self.config.chunks_in_flight
+        if prefill and not (decode and self._decodes_since_chunk < self.config.lanes):
+            self._decodes_since_chunk = 0
+            return self._chunk_step(self._prefill[0])
+        if decode:
+            self._decodes_since_chunk += 1
+            return self._decode_step()
+        return None
+
+    def step_done(self, number: int, tokens: Iterable[tuple[int, int]]) -> list[Outcome]:
+        """A step came back from the tail with (slot, token) for each run with logits. Unknown steps are ignored."""
+        step = self._in_flight.pop(number, None)
+        if step is None:
+            return []
+        if _is_chunk(step):
+            self._chunks_in_flight -= 1
+        by_slot = dict(tokens)
+        outcomes = []
+        for sequence, run in zip(step.sequences, step.runs, strict=True):
+            if run.logits and sequence.state is SequenceState.IN_FLIGHT and run.slot in by_slot:
+                outcomes.append(self._token(sequence, by_slot[run.slot]))
+        return outcomes
+
+    def step_failed(self, number: int) -> list[Sequence]:
+        """A stage could not compute a step: its sequences end. Returns them."""
+        step = self._in_flight.pop(number, None)
+        if step is None:
+            return []
+        if _is_chunk(step):
+            self._chunks_in_flight -= 1
+        failed = [sequence for sequence in step.sequences if sequence.state is not SequenceState.DONE]
+        for sequence in failed:
+            self._end(sequence)
+        return failed
+
+    @property
+    def _decodes_in_flight(self) -> int:
+        return len(self._in_flight) - self._chunks_in_flight
+
+    def _admit(self) -> None:
+        while self._waiting and self._free:
+            sequence = self._waiting.popleft()
+            sequence.slot = self._free.pop()
+            sequence.state = SequenceState.PREFILL
+            self._slots[sequence.slot] = sequence
+            self._control.append(Open(sequence))
+            self._prefill.append(sequence)
+
+    def _end(self, sequence: Sequence) -> None:
+        if sequence.state is SequenceState.PREFILL:
+            self._prefill.remove(sequence)
+        elif sequence.state is SequenceState.READY:
+            self._ready.remove(sequence)
+        sequence.state = SequenceState.DONE
+        del self._slots[sequence.slot]
+        self._free.append(sequence.slot)
+        self._free.sort(reverse=True)
+        self._control.append(Close(sequence.slot))
+        self._admit()
+
+    def _token(self, sequence: Sequence, token: int) -> Outcome:
+        sequence.generated += 1
+        sequence.last_token = token
+        finish = None
+        if token in sequence.stop_tokens:
+            finish = Finish.STOP
+        elif sequence.generated >= sequence.max_tokens:
+            finish = Finish.LENGTH
+        if finish is None:
+            sequence.state = SequenceState.READY
+            self._ready.append(sequence)
+        else:
+            self._end(sequence)
+        return Outcome(sequence, delivered=finish is not Finish.STOP, finish=finish)
+
+    def _chunk_step(self, sequence: Sequence) -> Step:
+        begin = sequence.position
+        end = min(len(sequence.prompt), (begin // self.config.chunk + 1) * self.config.chunk)
+        last = end == len(sequence.prompt)
+        if last:
+            self._prefill.popleft()
+            sequence.state = SequenceState.IN_FLIGHT
+        sequence.position = end
+        self._chunks_in_flight += 1
+        run = Run(sequence.slot, begin, end - begin, last)
+        return self._send((run,), sequence.prompt[begin:end], (sequence,))
+
+    def _decode_step(self) -> Step:
+        decoding = len(self._ready) + sum(
+            len(step.sequences) for step in self._in_flight.values() if not _is_chunk(step)
+        )
+        share = -(-decoding // self.config.lanes)
+        count = min(len(self._ready), share, self.config.decode_rows)
+        group = sorted((self._ready.popleft() for _ in range(count)), key=lambda sequence: sequence.slot)
+        runs = tuple(Run(sequence.slot, sequence.position, 1, True) for sequence in group)
+        tokens = np.fromiter((sequence.last_token for sequence in group), np.int32, count)
+        for sequence in group:
+            sequence.position += 1
+            sequence.state = SequenceState.IN_FLIGHT
+        return self._send(runs, tokens, tuple(group))
+
+    def _send(self, runs: tuple[Run, ...], tokens: Tokens, sequences: tuple[Sequence, ...]) -> Step:
+        self._step += 1
+        taken = {step.lane for step in self._in_flight.values()}
+        lane = next(lane for lane in range(len(taken) + 1) if lane not in taken)
+        step = Step(self._step, lane, runs, tokens, sequences)
+        self._in_flight[step.number] = step
+        return step
+
+
+def _is_chunk(step: Step) -> bool:
+    """Whether a step holds prompt tokens: it went in when its sequence had generated nothing."""
+    return step.runs[0].position < len(step.sequences[0].prompt)
