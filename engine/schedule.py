@@ -3,10 +3,10 @@
 Pure: it knows no socket, clock or thread. The head asks `next_action` whenever stage 0 is free, and reports every step
 that came back from the tail with `step_done`.
 
-Sequences in decode are grouped into at most `lanes` steps in flight, so that every stage of a ring of that many stages
-has one to compute. Prompts go in as chunks that end at multiples of `chunk`, back to back: a chunk that makes no token is
-not waited for. A step holds either one chunk of one sequence or one token of each of several sequences, so the shapes in
-which a prompt is computed depend on that prompt alone.
+Sequences in decode are grouped into at most `lanes` steps in flight, so that every stage of a ring of that many
+stages has one to compute. Prompts go in as chunks that end at multiples of `chunk`, back to back: a chunk that makes
+no token is not waited for. A step holds either one chunk of one sequence or one token of each of several sequences,
+so the shapes in which a prompt is computed depend on that prompt alone.
 """
 
 from collections import deque

@@ -1,0 +1,222 @@
+"""The schedule of a head: admission, chunks, lanes, cancelling."""
+
+from collections import deque
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from eldric.engine.schedule import (
+    Close,
+    Finish,
+    InvalidSequence,
+    Open,
+    Outcome,
+    QueueFull,
+    ScheduleConfig,
+    Scheduler,
+    Sequence,
+    SequenceState,
+    Step,
+)
+
+CONFIG = ScheduleConfig(slots=4, context=64, chunk=8, lanes=2, decode_rows=4, queue=2)
+
+
+def sequence(name: str, prompt: int, tokens: int = 4, stop: frozenset[int] = frozenset()) -> Sequence:
+    return Sequence(name, np.arange(prompt, dtype=np.int32), tokens, stop)
+
+
+def steps_until_idle(scheduler: Scheduler) -> list[Step]:
+    """Everything that may enter the ring before a step comes back."""
+    steps = []
+    while (action := scheduler.next_action()) is not None:
+        if isinstance(action, Step):
+            steps.append(action)
+    return steps
+
+
+def answer(scheduler: Scheduler, step: Step, token: int = 7) -> list[Outcome]:
+    return scheduler.step_done(step.number, [(run.slot, token) for run in step.runs if run.logits])
+
+
+def finish(scheduler: Scheduler) -> list[Step]:
+    """Run until nothing is left, answering steps in the order in which they entered."""
+    ring: deque[Step] = deque()
+    history = []
+    while True:
+        entered = steps_until_idle(scheduler)
+        ring.extend(entered)
+        history.extend(entered)
+        if not ring:
+            return history
+        answer(scheduler, ring.popleft())
+
+
+def test_chunks_end_at_multiples_of_the_chunk_and_only_the_last_wants_logits() -> None:
+    scheduler = Scheduler(CONFIG)
+    scheduler.submit(sequence("a", 20, tokens=1))
+    steps = finish(scheduler)
+    assert [(run.position, run.count, run.logits) for step in steps for run in step.runs] == [
+        (0, 8, False),
+        (8, 8, False),
+        (16, 4, True),
+    ]
+
+
+def test_chunks_of_one_prompt_enter_without_waiting_for_each_other() -> None:
+    scheduler = Scheduler(CONFIG)
+    scheduler.submit(sequence("a", 60))
+    assert len(steps_until_idle(scheduler)) == CONFIG.chunks_in_flight
+
+
+def test_two_sequences_use_two_lanes() -> None:
+    scheduler = Scheduler(CONFIG)
+    for name in "ab":
+        scheduler.submit(sequence(name, 3))
+    for step in steps_until_idle(scheduler):
+        answer(scheduler, step)
+    decodes = steps_until_idle(scheduler)
+    assert [len(step.runs) for step in decodes] == [1, 1]
+    assert [step.lane for step in decodes] == [0, 1]
+
+
+def test_four_sequences_share_two_lanes_evenly() -> None:
+    scheduler = Scheduler(CONFIG)
+    for name in "abcd":
+        scheduler.submit(sequence(name, 3, tokens=20))
+    ring = deque(steps_until_idle(scheduler))
+    sizes = []
+    for _ in range(30):
+        answer(scheduler, ring.popleft())
+        entered = steps_until_idle(scheduler)
+        sizes += [len(step.runs) for step in entered]
+        ring.extend(entered)
+    assert sizes[-6:] == [2] * 6
+
+
+def test_decode_goes_on_between_the_chunks_of_a_long_prompt() -> None:
+    scheduler = Scheduler(CONFIG)
+    scheduler.submit(sequence("stream", 3, tokens=40))
+    answer(scheduler, steps_until_idle(scheduler)[0])
+    scheduler.submit(sequence("long", 60, tokens=1))
+    ring = deque(steps_until_idle(scheduler))
+    order = list(ring)
+    while scheduler._prefill:
+        answer(scheduler, ring.popleft())
+        entered = steps_until_idle(scheduler)
+        ring.extend(entered)
+        order += entered
+    kinds = "".join("c" if step.sequences[0].id == "long" else "d" for step in order)
+    assert "cccccc" not in kinds and kinds.count("d") >= 3
+
+
+def test_a_stop_token_ends_the_sequence_and_is_not_delivered() -> None:
+    scheduler = Scheduler(CONFIG)
+    scheduler.submit(sequence("a", 3, stop=frozenset({7})))
+    [step] = steps_until_idle(scheduler)
+    [outcome] = answer(scheduler, step, 7)
+    assert outcome.finish is Finish.STOP and not outcome.delivered
+    assert isinstance(scheduler.next_action(), Close)
+
+
+def test_the_token_limit_is_bounded_by_the_context() -> None:
+    scheduler = Scheduler(CONFIG)
+    scheduler.submit(sequence("a", 60, tokens=1000))
+    finish(scheduler)
+    assert scheduler.running == 0
+    late = sequence("b", 60, tokens=0)
+    scheduler.submit(late)
+    finish(scheduler)
+    assert late.generated == 4
+
+
+def test_prompts_that_cannot_fit_are_refused() -> None:
+    scheduler = Scheduler(CONFIG)
+    with pytest.raises(InvalidSequence, match="64 tokens"):
+        scheduler.submit(sequence("a", 64))
+    with pytest.raises(InvalidSequence, match="empty"):
+        scheduler.submit(sequence("b", 0))
+
+
+def test_a_full_queue_refuses_and_a_freed_slot_admits_the_oldest() -> None:
+    scheduler = Scheduler(CONFIG)
+    running = [sequence(name, 3) for name in "abcd"]
+    waiting = [sequence(name, 3) for name in "ef"]
+    for each in [*running, *waiting]:
+        scheduler.submit(each)
+    with pytest.raises(QueueFull):
+        scheduler.submit(sequence("g", 3))
+    steps_until_idle(scheduler)
+    scheduler.cancel(running[2])
+    assert waiting[0].slot == 2 and waiting[0].state is SequenceState.PREFILL
+    actions = [scheduler.next_action(), scheduler.next_action()]
+    assert isinstance(actions[0], Close) and isinstance(actions[1], Open)
+
+
+def test_a_step_of_a_cancelled_sequence_comes_back_without_effect() -> None:
+    scheduler = Scheduler(CONFIG)
+    cancelled = sequence("a", 3)
+    scheduler.submit(cancelled)
+    [step] = steps_until_idle(scheduler)
+    scheduler.cancel(cancelled)
+    scheduler.submit(successor := sequence("b", 3))
+    assert answer(scheduler, step) == []
+    assert cancelled.generated == 0 and successor.generated == 0
+
+
+def test_a_broken_ring_ends_everything_and_leaves_all_slots_free() -> None:
+    scheduler = Scheduler(CONFIG)
+    for name in "abcdef":
+        scheduler.submit(sequence(name, 30))
+    steps_until_idle(scheduler)
+    assert len(scheduler.cancel_all()) == 6
+    assert (scheduler.running, scheduler.waiting, scheduler.in_flight) == (0, 0, 0)
+    scheduler.submit(sequence("z", 30))
+    assert finish(scheduler)
+
+
+@given(
+    requests=st.lists(st.tuples(st.integers(1, 63), st.integers(1, 30)), min_size=1, max_size=12),
+    lanes=st.integers(1, 4),
+    slots=st.integers(1, 6),
+    chunk=st.integers(1, 20),
+    cancels=st.sets(st.integers(0, 11)),
+)
+def test_every_sequence_ends_with_its_tokens_in_order(
+    requests: list[tuple[int, int]], lanes: int, slots: int, chunk: int, cancels: set[int]
+) -> None:
+    config = ScheduleConfig(slots, context=64, chunk=chunk, lanes=lanes, decode_rows=3, queue=12)
+    scheduler = Scheduler(config)
+    sequences = [sequence(str(index), *request) for index, request in enumerate(requests)]
+    for each in sequences:
+        scheduler.submit(each)
+    held: dict[str, int] = {}
+    for number, step in enumerate(_trips(scheduler, sequences, cancels)):
+        assert number < 10_000
+        for run, owner in zip(step.runs, step.sequences, strict=True):
+            assert held.get(owner.id, 0) == run.position
+            held[owner.id] = run.position + run.count
+    for index, each in enumerate(sequences):
+        assert each.state is SequenceState.DONE
+        if index not in cancels:
+            assert each.generated == min(requests[index][1], 64 - requests[index][0])
+    assert scheduler.running == scheduler.waiting == scheduler.in_flight == 0
+
+
+def _trips(scheduler: Scheduler, sequences: list[Sequence], cancels: set[int]) -> list[Step]:
+    ring: deque[Step] = deque()
+    history: list[Step] = []
+    pending = sorted(index for index in cancels if index < len(sequences))
+    while True:
+        entered = steps_until_idle(scheduler)
+        assert sum(step.runs[0].count == 1 and step.runs[0].logits for step in ring) <= 10
+        ring.extend(entered)
+        history.extend(entered)
+        if pending:
+            scheduler.cancel(sequences[pending.pop()])
+        elif not ring:
+            return history
+        if ring:
+            answer(scheduler, ring.popleft())
