@@ -7,7 +7,7 @@ from eldric.engine.tensor_types import TensorType
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """One tensor of a model file. shape is in ggml order: shape[0] (ne[0]) is the length of a contiguous row."""
+    """One tensor of a model file. shape is in ggml order: shape[0] (ne[0]) values make a contiguous row."""
 
     name: str
     type: TensorType
