@@ -5,6 +5,7 @@ One worker's part of a pipeline."""
 
 from collections import abc as _abc
 from eldric.v1 import common_pb2 as _common_pb2
+from eldric.v1 import frame_pb2 as _frame_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
@@ -48,6 +49,66 @@ BROKEN: StageState.ValueType  # 4
 """A neighbour went away; see StageStatus.message."""
 UNLOADING: StageState.ValueType  # 5
 Global___StageState: _TypeAlias = StageState  # noqa: Y015
+
+@_typing.final
+class TraceRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PIPELINE_ID_FIELD_NUMBER: _builtins.int
+    pipeline_id: _builtins.str
+    def __init__(
+        self,
+        *,
+        pipeline_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["pipeline_id", b"pipeline_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TraceRequest: _TypeAlias = TraceRequest  # noqa: Y015
+
+@_typing.final
+class StepTrace(_message.Message):
+    """One step's trip around the ring."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEP_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
+    PREFILL_FIELD_NUMBER: _builtins.int
+    STAGES_FIELD_NUMBER: _builtins.int
+    RETURNED_NS_FIELD_NUMBER: _builtins.int
+    DELIVERED_NS_FIELD_NUMBER: _builtins.int
+    step: _builtins.int
+    rows: _builtins.int
+    """Rows of the step, and whether they are prompt tokens."""
+    prefill: _builtins.bool
+    returned_ns: _builtins.int
+    """When the head had the tail's answer, by the head's clock; and when it had given the tokens on."""
+    delivered_ns: _builtins.int
+    @_builtins.property
+    def stages(self) -> _containers.RepeatedCompositeFieldContainer[_frame_pb2.StageTrace]:
+        """In the order of the stages, the head first."""
+
+    def __init__(
+        self,
+        *,
+        step: _builtins.int = ...,
+        rows: _builtins.int = ...,
+        prefill: _builtins.bool = ...,
+        stages: _abc.Iterable[_frame_pb2.StageTrace] | None = ...,
+        returned_ns: _builtins.int = ...,
+        delivered_ns: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["delivered_ns", b"delivered_ns", "prefill", b"prefill", "returned_ns", b"returned_ns", "rows", b"rows", "stages", b"stages", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StepTrace: _TypeAlias = StepTrace  # noqa: Y015
 
 @_typing.final
 class ModelSource(_message.Message):

@@ -55,6 +55,11 @@ class StageStub:
                 request_serializer=eldric_dot_v1_dot_stage__pb2.StageStatusRequest.SerializeToString,
                 response_deserializer=eldric_dot_v1_dot_stage__pb2.StageStatusResponse.FromString,
                 _registered_method=True)
+        self.Trace = channel.unary_stream(
+                '/eldric.v1.Stage/Trace',
+                request_serializer=eldric_dot_v1_dot_stage__pb2.TraceRequest.SerializeToString,
+                response_deserializer=eldric_dot_v1_dot_stage__pb2.StepTrace.FromString,
+                _registered_method=True)
 
 
 class StageServicer:
@@ -93,6 +98,15 @@ class StageServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Trace(self, request, context):
+        """Follows the steps of a pipeline, one message for each that came back from the tail, until the caller leaves. Served
+        by the head's worker; steps are timed only while somebody follows. A slow reader misses steps.
+        NOT_FOUND: this worker holds no head of that pipeline.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_StageServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -115,6 +129,11 @@ def add_StageServicer_to_server(servicer, server):
                     servicer.Status,
                     request_deserializer=eldric_dot_v1_dot_stage__pb2.StageStatusRequest.FromString,
                     response_serializer=eldric_dot_v1_dot_stage__pb2.StageStatusResponse.SerializeToString,
+            ),
+            'Trace': grpc.unary_stream_rpc_method_handler(
+                    servicer.Trace,
+                    request_deserializer=eldric_dot_v1_dot_stage__pb2.TraceRequest.FromString,
+                    response_serializer=eldric_dot_v1_dot_stage__pb2.StepTrace.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -226,6 +245,33 @@ class Stage:
             '/eldric.v1.Stage/Status',
             eldric_dot_v1_dot_stage__pb2.StageStatusRequest.SerializeToString,
             eldric_dot_v1_dot_stage__pb2.StageStatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Trace(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/eldric.v1.Stage/Trace',
+            eldric_dot_v1_dot_stage__pb2.TraceRequest.SerializeToString,
+            eldric_dot_v1_dot_stage__pb2.StepTrace.FromString,
             options,
             channel_credentials,
             insecure,

@@ -47,6 +47,11 @@ class StageStub:
     """
     Status: _grpc.UnaryUnaryMultiCallable[_stage_pb2.StageStatusRequest, _stage_pb2.StageStatusResponse]
     """The stages that this worker holds."""
+    Trace: _grpc.UnaryStreamMultiCallable[_stage_pb2.TraceRequest, _stage_pb2.StepTrace]
+    """Follows the steps of a pipeline, one message for each that came back from the tail, until the caller leaves. Served
+    by the head's worker; steps are timed only while somebody follows. A slow reader misses steps.
+    NOT_FOUND: this worker holds no head of that pipeline.
+    """
 
 @_typing.type_check_only
 class StageAsyncStub(StageStub):
@@ -67,6 +72,11 @@ class StageAsyncStub(StageStub):
     """
     Status: _aio.UnaryUnaryMultiCallable[_stage_pb2.StageStatusRequest, _stage_pb2.StageStatusResponse]  # type: ignore[assignment]
     """The stages that this worker holds."""
+    Trace: _aio.UnaryStreamMultiCallable[_stage_pb2.TraceRequest, _stage_pb2.StepTrace]  # type: ignore[assignment]
+    """Follows the steps of a pipeline, one message for each that came back from the tail, until the caller leaves. Served
+    by the head's worker; steps are timed only while somebody follows. A slow reader misses steps.
+    NOT_FOUND: this worker holds no head of that pipeline.
+    """
 
 class StageServicer(metaclass=_abc_1.ABCMeta):
     """Served by workers; called by the controller."""
@@ -108,5 +118,16 @@ class StageServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_stage_pb2.StageStatusResponse, _abc.Awaitable[_stage_pb2.StageStatusResponse]]:
         """The stages that this worker holds."""
+
+    @_abc_1.abstractmethod
+    def Trace(
+        self,
+        request: _stage_pb2.TraceRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_stage_pb2.StepTrace], _abc.AsyncIterator[_stage_pb2.StepTrace]]:
+        """Follows the steps of a pipeline, one message for each that came back from the tail, until the caller leaves. Served
+        by the head's worker; steps are timed only while somebody follows. A slow reader misses steps.
+        NOT_FOUND: this worker holds no head of that pipeline.
+        """
 
 def add_StageServicer_to_server(servicer: StageServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
