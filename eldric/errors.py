@@ -5,6 +5,7 @@ EldricError
 ├── NotFound                NOT_FOUND             no model, pipeline, node or stage of that name
 ├── AlreadyExists           ALREADY_EXISTS        the name is taken
 ├── NotEnoughMemory         RESOURCE_EXHAUSTED    a plan or a load does not fit; says what is missing where
+├── NotEnoughSpace          RESOURCE_EXHAUSTED    files do not fit on a disk; needed and free bytes are named
 ├── QueueIsFull             RESOURCE_EXHAUSTED    try again later; `retry_after_s` says when
 ├── NotReady                FAILED_PRECONDITION   the thing exists, but not in a state for this
 │   ├── StaleEpoch                                the caller speaks of an older epoch
@@ -41,6 +42,10 @@ class AlreadyExists(EldricError):
 
 
 class NotEnoughMemory(EldricError):
+    status = "RESOURCE_EXHAUSTED"
+
+
+class NotEnoughSpace(EldricError):
     status = "RESOURCE_EXHAUSTED"
 
 

@@ -66,6 +66,7 @@ class ModelInfo(_message.Message):
     QUANTIZATION_FIELD_NUMBER: _builtins.int
     PARAMETERS_FIELD_NUMBER: _builtins.int
     CONTEXT_FIELD_NUMBER: _builtins.int
+    PROBLEM_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     layers: _builtins.int
     size_bytes: _builtins.int
@@ -76,6 +77,10 @@ class ModelInfo(_message.Message):
     """Most common type of the large tensors, e.g. "Q4_K"."""
     parameters: _builtins.int
     context: _builtins.int
+    problem: _builtins.str
+    """Why it cannot be deployed: an architecture that the engine does not run, or damage. Empty when it can.
+    Of a damaged file only id, size_bytes and format are known.
+    """
     def __init__(
         self,
         *,
@@ -87,10 +92,11 @@ class ModelInfo(_message.Message):
         quantization: _builtins.str = ...,
         parameters: _builtins.int = ...,
         context: _builtins.int = ...,
+        problem: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "context", b"context", "format", b"format", "id", b"id", "layers", b"layers", "parameters", b"parameters", "quantization", b"quantization", "size_bytes", b"size_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "context", b"context", "format", b"format", "id", b"id", "layers", b"layers", "parameters", b"parameters", "problem", b"problem", "quantization", b"quantization", "size_bytes", b"size_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -165,7 +171,7 @@ class ModelMetadata(_message.Message):
 
     @_builtins.property
     def sha256(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """SHA-256 of each file, in order, lower-case hex."""
+        """SHA-256 of each file, in order, lower-case hex. Empty for files dropped into the folder by hand until Verify."""
 
     @_builtins.property
     def costs(self) -> Global___ModelCosts:
@@ -301,7 +307,7 @@ class PullRequest(_message.Message):
     """Only the header (all bytes before tensor data) of the first file."""
     @_builtins.property
     def layers(self) -> _common_pb2.LayerRange:
-        """Only these layers. Absent, with header false: all."""
+        """Only these layers' tensors. Absent, with header false: all bytes of all files."""
 
     def __init__(
         self,
@@ -355,11 +361,13 @@ class ImportRequest(_message.Message):
     ID_FIELD_NUMBER: _builtins.int
     MODE_FIELD_NUMBER: _builtins.int
     path: _builtins.str
-    """Path on the data worker's machine."""
+    """Absolute path on the data worker's machine."""
     id: _builtins.str
     """Name in the store. Empty: from the file's name."""
     mode: _builtins.str
-    """"copy" (default: hard link where the file system allows, else a copy), or "move"."""
+    """"copy" (default: hard link where the file system allows, else a copy), or "move": the same, then the given files
+    are removed.
+    """
     def __init__(
         self,
         *,
@@ -384,7 +392,7 @@ class ImportEvent(_message.Message):
     TOTAL_BYTES_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
     phase: _builtins.str
-    """"copying", "hashing"."""
+    """"waiting" (for other imports), "copying" (and hashing), or "hashing" (a hard link)."""
     done_bytes: _builtins.int
     total_bytes: _builtins.int
     @_builtins.property

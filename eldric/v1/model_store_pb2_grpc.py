@@ -99,23 +99,28 @@ class ModelStoreServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Pull(self, request, context):
-        """The bytes of chosen layers (with what head and tail need besides), or of the header alone.
-        INVALID_ARGUMENT: layers outside the model.
+        """The bytes of chosen layers (with what head and tail need besides), or of the header alone. Chunks come in the
+        order of the files and offsets, of at most 1 MiB. INVALID_ARGUMENT: layers outside the model, or an architecture
+        whose layers are not known here. DATA_LOSS: a file is shorter than it was.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Import(self, request, context):
-        """Takes a model file (or the first of a split set) from a path on the data worker's machine.
-        ALREADY_EXISTS: the name is taken. INVALID_ARGUMENT: not a GGUF file, or a damaged one.
+        """Takes a model file (or one of a split set, and with it the whole set) from a path on the data worker's machine.
+        Nothing is listed before all of it is there and hashed; cancelling the call, or an error, leaves nothing behind.
+        NOT_FOUND: no such file. ALREADY_EXISTS: the name is taken, or is being imported. INVALID_ARGUMENT: not a GGUF
+        file, or a damaged one. RESOURCE_EXHAUSTED: not enough space for a copy, or too many imports at once.
+        FAILED_PRECONDITION: the store cannot be written.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Remove(self, request, context):
-        """Removes a model and the store's own files of it.
+        """Removes a model and the store's own files of it. Transfers in progress go on to their end, and so do stages that
+        map the files on this machine. A stage that maps them over NFS loses them: undeploy first.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -123,6 +128,7 @@ class ModelStoreServicer:
 
     def Verify(self, request, context):
         """Compares every file's SHA-256 with the one that was kept at import. DATA_LOSS: it differs (the file is named).
+        Of a file that was dropped into the folder by hand, the first call keeps the sum and later ones compare.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

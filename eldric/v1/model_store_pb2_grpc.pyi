@@ -41,17 +41,25 @@ class ModelStoreStub:
     Tensors: _grpc.UnaryUnaryMultiCallable[_model_store_pb2.ModelRequest, _model_store_pb2.ModelTensors]
     """Names, types, shapes, offsets and sizes of all tensors."""
     Pull: _grpc.UnaryStreamMultiCallable[_model_store_pb2.PullRequest, _model_store_pb2.PullChunk]
-    """The bytes of chosen layers (with what head and tail need besides), or of the header alone.
-    INVALID_ARGUMENT: layers outside the model.
+    """The bytes of chosen layers (with what head and tail need besides), or of the header alone. Chunks come in the
+    order of the files and offsets, of at most 1 MiB. INVALID_ARGUMENT: layers outside the model, or an architecture
+    whose layers are not known here. DATA_LOSS: a file is shorter than it was.
     """
     Import: _grpc.UnaryStreamMultiCallable[_model_store_pb2.ImportRequest, _model_store_pb2.ImportEvent]
-    """Takes a model file (or the first of a split set) from a path on the data worker's machine.
-    ALREADY_EXISTS: the name is taken. INVALID_ARGUMENT: not a GGUF file, or a damaged one.
+    """Takes a model file (or one of a split set, and with it the whole set) from a path on the data worker's machine.
+    Nothing is listed before all of it is there and hashed; cancelling the call, or an error, leaves nothing behind.
+    NOT_FOUND: no such file. ALREADY_EXISTS: the name is taken, or is being imported. INVALID_ARGUMENT: not a GGUF
+    file, or a damaged one. RESOURCE_EXHAUSTED: not enough space for a copy, or too many imports at once.
+    FAILED_PRECONDITION: the store cannot be written.
     """
     Remove: _grpc.UnaryUnaryMultiCallable[_model_store_pb2.RemoveModelRequest, _model_store_pb2.RemoveModelResponse]
-    """Removes a model and the store's own files of it."""
+    """Removes a model and the store's own files of it. Transfers in progress go on to their end, and so do stages that
+    map the files on this machine. A stage that maps them over NFS loses them: undeploy first.
+    """
     Verify: _grpc.UnaryStreamMultiCallable[_model_store_pb2.ModelRequest, _model_store_pb2.VerifyEvent]
-    """Compares every file's SHA-256 with the one that was kept at import. DATA_LOSS: it differs (the file is named)."""
+    """Compares every file's SHA-256 with the one that was kept at import. DATA_LOSS: it differs (the file is named).
+    Of a file that was dropped into the folder by hand, the first call keeps the sum and later ones compare.
+    """
 
 @_typing.type_check_only
 class ModelStoreAsyncStub(ModelStoreStub):
@@ -66,17 +74,25 @@ class ModelStoreAsyncStub(ModelStoreStub):
     Tensors: _aio.UnaryUnaryMultiCallable[_model_store_pb2.ModelRequest, _model_store_pb2.ModelTensors]  # type: ignore[assignment]
     """Names, types, shapes, offsets and sizes of all tensors."""
     Pull: _aio.UnaryStreamMultiCallable[_model_store_pb2.PullRequest, _model_store_pb2.PullChunk]  # type: ignore[assignment]
-    """The bytes of chosen layers (with what head and tail need besides), or of the header alone.
-    INVALID_ARGUMENT: layers outside the model.
+    """The bytes of chosen layers (with what head and tail need besides), or of the header alone. Chunks come in the
+    order of the files and offsets, of at most 1 MiB. INVALID_ARGUMENT: layers outside the model, or an architecture
+    whose layers are not known here. DATA_LOSS: a file is shorter than it was.
     """
     Import: _aio.UnaryStreamMultiCallable[_model_store_pb2.ImportRequest, _model_store_pb2.ImportEvent]  # type: ignore[assignment]
-    """Takes a model file (or the first of a split set) from a path on the data worker's machine.
-    ALREADY_EXISTS: the name is taken. INVALID_ARGUMENT: not a GGUF file, or a damaged one.
+    """Takes a model file (or one of a split set, and with it the whole set) from a path on the data worker's machine.
+    Nothing is listed before all of it is there and hashed; cancelling the call, or an error, leaves nothing behind.
+    NOT_FOUND: no such file. ALREADY_EXISTS: the name is taken, or is being imported. INVALID_ARGUMENT: not a GGUF
+    file, or a damaged one. RESOURCE_EXHAUSTED: not enough space for a copy, or too many imports at once.
+    FAILED_PRECONDITION: the store cannot be written.
     """
     Remove: _aio.UnaryUnaryMultiCallable[_model_store_pb2.RemoveModelRequest, _model_store_pb2.RemoveModelResponse]  # type: ignore[assignment]
-    """Removes a model and the store's own files of it."""
+    """Removes a model and the store's own files of it. Transfers in progress go on to their end, and so do stages that
+    map the files on this machine. A stage that maps them over NFS loses them: undeploy first.
+    """
     Verify: _aio.UnaryStreamMultiCallable[_model_store_pb2.ModelRequest, _model_store_pb2.VerifyEvent]  # type: ignore[assignment]
-    """Compares every file's SHA-256 with the one that was kept at import. DATA_LOSS: it differs (the file is named)."""
+    """Compares every file's SHA-256 with the one that was kept at import. DATA_LOSS: it differs (the file is named).
+    Of a file that was dropped into the folder by hand, the first call keeps the sum and later ones compare.
+    """
 
 class ModelStoreServicer(metaclass=_abc_1.ABCMeta):
     """Served by data workers. `id` is a model's name in the store: letters, digits, '-', '_', '.' and ':'; at most 128.
@@ -112,8 +128,9 @@ class ModelStoreServicer(metaclass=_abc_1.ABCMeta):
         request: _model_store_pb2.PullRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_model_store_pb2.PullChunk], _abc.AsyncIterator[_model_store_pb2.PullChunk]]:
-        """The bytes of chosen layers (with what head and tail need besides), or of the header alone.
-        INVALID_ARGUMENT: layers outside the model.
+        """The bytes of chosen layers (with what head and tail need besides), or of the header alone. Chunks come in the
+        order of the files and offsets, of at most 1 MiB. INVALID_ARGUMENT: layers outside the model, or an architecture
+        whose layers are not known here. DATA_LOSS: a file is shorter than it was.
         """
 
     @_abc_1.abstractmethod
@@ -122,8 +139,11 @@ class ModelStoreServicer(metaclass=_abc_1.ABCMeta):
         request: _model_store_pb2.ImportRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_model_store_pb2.ImportEvent], _abc.AsyncIterator[_model_store_pb2.ImportEvent]]:
-        """Takes a model file (or the first of a split set) from a path on the data worker's machine.
-        ALREADY_EXISTS: the name is taken. INVALID_ARGUMENT: not a GGUF file, or a damaged one.
+        """Takes a model file (or one of a split set, and with it the whole set) from a path on the data worker's machine.
+        Nothing is listed before all of it is there and hashed; cancelling the call, or an error, leaves nothing behind.
+        NOT_FOUND: no such file. ALREADY_EXISTS: the name is taken, or is being imported. INVALID_ARGUMENT: not a GGUF
+        file, or a damaged one. RESOURCE_EXHAUSTED: not enough space for a copy, or too many imports at once.
+        FAILED_PRECONDITION: the store cannot be written.
         """
 
     @_abc_1.abstractmethod
@@ -132,7 +152,9 @@ class ModelStoreServicer(metaclass=_abc_1.ABCMeta):
         request: _model_store_pb2.RemoveModelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_model_store_pb2.RemoveModelResponse, _abc.Awaitable[_model_store_pb2.RemoveModelResponse]]:
-        """Removes a model and the store's own files of it."""
+        """Removes a model and the store's own files of it. Transfers in progress go on to their end, and so do stages that
+        map the files on this machine. A stage that maps them over NFS loses them: undeploy first.
+        """
 
     @_abc_1.abstractmethod
     def Verify(
@@ -140,6 +162,8 @@ class ModelStoreServicer(metaclass=_abc_1.ABCMeta):
         request: _model_store_pb2.ModelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_model_store_pb2.VerifyEvent], _abc.AsyncIterator[_model_store_pb2.VerifyEvent]]:
-        """Compares every file's SHA-256 with the one that was kept at import. DATA_LOSS: it differs (the file is named)."""
+        """Compares every file's SHA-256 with the one that was kept at import. DATA_LOSS: it differs (the file is named).
+        Of a file that was dropped into the folder by hand, the first call keeps the sum and later ones compare.
+        """
 
 def add_ModelStoreServicer_to_server(servicer: ModelStoreServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
