@@ -24,6 +24,8 @@ _INTEGERS = frozenset(ValueType) - _FLOATS - _BOOLS - _STRINGS - {ValueType.ARRA
 class Metadata(Mapping[str, Value]):
     """Mapping of key to value. Scalars are int, float, bool or str; arrays are numpy arrays or lists of str.
 
+    The header's parser has checked that every value lies inside the header.
+
     Every access decodes anew from the model file's mapping: the file must be open, and what is used often kept.
     The get_ methods raise InvalidModel, naming the key, when the value is of another type, and when it is
     missing and no default is given.
@@ -51,7 +53,7 @@ class Metadata(Mapping[str, Value]):
 
     def is_array(self, key: str) -> bool:
         """Whether the key is there and its value is an array."""
-        return key in self._entries and self._entries[key].count is not None
+        return key in self._entries and self._entries[key].length is not None
 
     def array_length(self, key: str) -> int:
         """The number of elements of an array, without decoding it."""
@@ -127,7 +129,7 @@ class Metadata(Mapping[str, Value]):
 
     def _scalar(self, key: str, entry: Entry) -> bool | int | float | str:
         if entry.type is ValueType.STRING:
-            return self._text(key, entry.offset)[0]
+            return self._text(key, entry.offset)
         value: int | float = struct.unpack_from(entry.type.layout, self._buffer, entry.offset)[0]
         if entry.type is not ValueType.BOOL:
             return value
@@ -145,18 +147,22 @@ class Metadata(Mapping[str, Value]):
         return array.view(np.bool_)
 
     def _strings(self, key: str, entry: Entry) -> list[str]:
+        buffer, length_at = self._buffer, LENGTH.unpack_from
         texts = []
-        offset = entry.offset
-        for _ in range(entry.length or 0):
-            text, offset = self._text(key, offset)
-            texts.append(text)
+        start = entry.offset + 8
+        try:
+            for _ in range(entry.length or 0):
+                stop = start + length_at(buffer, start - 8)[0]
+                texts.append(buffer[start:stop].decode())
+                start = stop + 8
+        except UnicodeDecodeError as error:
+            raise InvalidModel(f"{key}[{len(texts)}] is not UTF-8", self._name, start + error.start) from None
         return texts
 
-    def _text(self, key: str, offset: int) -> tuple[str, int]:
-        """The string at `offset`, whose bounds were checked with the header, and the offset after it."""
+    def _text(self, key: str, offset: int) -> str:
         start = offset + 8
         stop = start + LENGTH.unpack_from(self._buffer, offset)[0]
         try:
-            return self._buffer[start:stop].decode(), stop
+            return self._buffer[start:stop].decode()
         except UnicodeDecodeError as error:
             raise InvalidModel(f"{key} is not UTF-8", self._name, start + error.start) from None

@@ -1,6 +1,6 @@
 """What a model family is: data. Its options, and a table of its tensors."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Literal
@@ -22,8 +22,9 @@ class Place(Enum):
 class TensorRole:
     """One row of a family's tensor table.
 
-    shape names sizes of ModelSpec.sizes, in ggml order; one name is a vector (always F32), two are a matrix.
-    group: None for a required tensor; optional tensors of one group are all in the file or none is.
+    name: in the file, with {layer} for the layer.
+    shape: names of sizes in ModelSpec.sizes, in ggml order. One is a vector, always F32; two are a matrix.
+    group: None for a required tensor. Of optional tensors of one group, all are in the file or none is.
     """
 
     role: str
@@ -32,9 +33,13 @@ class TensorRole:
     place: Place
     group: str | None = None
 
-    def name_in(self, layer: int | None = None) -> str:
-        """The tensor's name in the file; a block's tensor needs its layer."""
+    def name_in(self, layer: int) -> str:
+        """The tensor's name in the file; the layer matters for a block's tensor only."""
         return self.name.format(layer=layer)
+
+    def names(self, layers: Iterable[int]) -> list[str]:
+        """The names in the file: one for each layer if the tensor is a block's, else one."""
+        return [self.name_in(layer) for layer in layers] if self.place is Place.BLOCK else [self.name]
 
 
 @dataclass(frozen=True, slots=True)

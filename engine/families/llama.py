@@ -16,9 +16,7 @@ _ROLES = (
     TensorRole("attn_k_bias", "blk.{layer}.attn_k.bias", ("kv",), Place.BLOCK, group="qkv_bias"),
     TensorRole("attn_v_bias", "blk.{layer}.attn_v.bias", ("kv",), Place.BLOCK, group="qkv_bias"),
     TensorRole("attn_output", "blk.{layer}.attn_output.weight", ("q", "hidden"), Place.BLOCK),
-    TensorRole(
-        "attn_output_bias", "blk.{layer}.attn_output.bias", ("hidden",), Place.BLOCK, group="attn_output_bias"
-    ),
+    TensorRole("attn_output_bias", "blk.{layer}.attn_output.bias", ("hidden",), Place.BLOCK, group="attn_output_bias"),
     TensorRole("ffn_norm", "blk.{layer}.ffn_norm.weight", ("hidden",), Place.BLOCK),
     TensorRole("ffn_gate", "blk.{layer}.ffn_gate.weight", ("hidden", "ffn"), Place.BLOCK),
     TensorRole("ffn_up", "blk.{layer}.ffn_up.weight", ("hidden", "ffn"), Place.BLOCK),
