@@ -217,7 +217,7 @@ def _alignment(reader: _Reader, entries: dict[str, Entry]) -> int:
     entry = entries.get("general.alignment")
     if entry is None:
         return DEFAULT_ALIGNMENT
-    if entry.type is not ValueType.UINT32 or entry.count is not None:
+    if entry.type is not ValueType.UINT32 or entry.length is not None:
         raise reader.error("general.alignment is not a 32-bit unsigned integer", entry.offset)
     value: int = struct.unpack_from("<I", reader.buffer, entry.offset)[0]
     if value < 8 or value & (value - 1):
