@@ -3,6 +3,8 @@
 EngineError                 .status names a gRPC code, so that services map it without knowing the class
 ├── InvalidModel            a model file that is damaged, hostile or truncated
 ├── UnsupportedModel        a sound file of a kind that this engine does not run
+├── ModelUnreadable         the file's storage failed, or the file shrank, while it was read
+├── LoadCancelled           loading was cancelled by its caller
 ├── InvalidLayers           a layer range that is empty or not in the model
 ├── InvalidPrompt           a chat that its template refuses, or a token id that the vocabulary does not have
 ├── InvalidSampling         a sampling parameter out of its range
@@ -58,6 +60,18 @@ class InvalidSampling(EngineError):
     def __init__(self, field: str, allowed: str, value: object) -> None:
         self.field, self.allowed, self.value = field, allowed, value
         super().__init__(f"{field} must be {allowed}, not {value!r}")
+
+
+class ModelUnreadable(EngineError):
+    """The storage under a model file failed, or the file shrank since its header was read. Worth another try."""
+
+    status = "UNAVAILABLE"
+
+
+class LoadCancelled(EngineError):
+    """The caller asked to stop loading; everything that was loaded is given back."""
+
+    status = "CANCELLED"
 
 
 class InvalidStep(EngineError):
