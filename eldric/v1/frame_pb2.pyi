@@ -34,20 +34,14 @@ class _FrameKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FrameKind.V
     FRAME_KIND_HIDDEN: _FrameKind.ValueType  # 1
     """Stage to next stage: hidden states [tokens, hidden_size] of the step's runs."""
     FRAME_KIND_TOKENS: _FrameKind.ValueType  # 2
-    """Tail to head: a StepTokens."""
+    """Tail to head: a StepTokens. A stage that fails sends one with `error` set, and the stages after it pass it on."""
     FRAME_KIND_OPEN: _FrameKind.ValueType  # 3
-    """From the head around the ring, in order with the steps: a SequenceOpen. Each stage passes it on when it is done;
-    it comes back to the head from the tail.
-    """
+    """From the head along the ring to the tail, in order with the steps: a SequenceOpen."""
     FRAME_KIND_CLOSE: _FrameKind.ValueType  # 4
-    """From the head around the ring, in order with the steps: a SequenceClose. Passed on like an open."""
+    """From the head along the ring to the tail, in order with the steps: a SequenceClose."""
     FRAME_KIND_PROBE: _FrameKind.ValueType  # 5
     """Around the ring and back to its sender: finds out that the ring is whole, and how long a trip takes. Payload:
     anything, passed on unchanged.
-    """
-    FRAME_KIND_ERROR: _FrameKind.ValueType  # 6
-    """From a stage that could not do what a frame asked, around the ring to the head: a StepTokens with `error` set,
-    passed on unchanged.
     """
 
 class FrameKind(_FrameKind, metaclass=_FrameKindEnumTypeWrapper): ...
@@ -56,20 +50,14 @@ FRAME_KIND_UNSPECIFIED: FrameKind.ValueType  # 0
 FRAME_KIND_HIDDEN: FrameKind.ValueType  # 1
 """Stage to next stage: hidden states [tokens, hidden_size] of the step's runs."""
 FRAME_KIND_TOKENS: FrameKind.ValueType  # 2
-"""Tail to head: a StepTokens."""
+"""Tail to head: a StepTokens. A stage that fails sends one with `error` set, and the stages after it pass it on."""
 FRAME_KIND_OPEN: FrameKind.ValueType  # 3
-"""From the head around the ring, in order with the steps: a SequenceOpen. Each stage passes it on when it is done;
-it comes back to the head from the tail.
-"""
+"""From the head along the ring to the tail, in order with the steps: a SequenceOpen."""
 FRAME_KIND_CLOSE: FrameKind.ValueType  # 4
-"""From the head around the ring, in order with the steps: a SequenceClose. Passed on like an open."""
+"""From the head along the ring to the tail, in order with the steps: a SequenceClose."""
 FRAME_KIND_PROBE: FrameKind.ValueType  # 5
 """Around the ring and back to its sender: finds out that the ring is whole, and how long a trip takes. Payload:
 anything, passed on unchanged.
-"""
-FRAME_KIND_ERROR: FrameKind.ValueType  # 6
-"""From a stage that could not do what a frame asked, around the ring to the head: a StepTokens with `error` set,
-passed on unchanged.
 """
 Global___FrameKind: _TypeAlias = FrameKind  # noqa: Y015
 
@@ -131,7 +119,9 @@ class FrameHeader(_message.Message):
     pipeline_id: _builtins.str
     """Pipeline that the frame belongs to, 1 to 64 bytes of UTF-8. A receiver drops frames of other pipelines."""
     epoch: _builtins.int
-    """The pipeline's epoch when the frame was sent, from 1. A receiver drops older and newer ones."""
+    """The pipeline's epoch when the frame was sent, from 1. A receiver drops frames of older epochs, and holds a few of
+    newer ones back until it is told of that epoch.
+    """
     step: _builtins.int
     """Number of the step, from 1, given by the head; all frames of one trip around the ring carry the same.
     0: the frame belongs to no step.
@@ -139,8 +129,8 @@ class FrameHeader(_message.Message):
     from_stage: _builtins.int
     """Index of the sending stage in its pipeline, from 0. At most 4095."""
     serial: _builtins.int
-    """Counts the frames of one link, from 1, across epochs. A receiver drops a frame whose serial is not above the last
-    one from that stage in that epoch: it is a replay.
+    """Grows with each frame that the stage sends, from 1, across links and epochs. A receiver drops a frame whose serial
+    is not above the last one from that stage in that epoch: it is a replay.
     """
     kind: Global___FrameKind.ValueType
     lane: _builtins.int
@@ -162,8 +152,8 @@ class FrameHeader(_message.Message):
         """
 
     @_builtins.property
-    def runs(self) -> _containers.RepeatedCompositeFieldContainer[Global___FrameRun]:
-        """The runs of the step, in the order of the payload's rows. At most 1024."""
+    def runs(self) -> Global___FrameRuns:
+        """The runs of the step, in the order of the payload's rows. Absent when there are none."""
 
     @_builtins.property
     def discard(self) -> Global___PositionRange:
@@ -186,14 +176,14 @@ class FrameHeader(_message.Message):
         lane: _builtins.int = ...,
         dtype: Global___FrameDtype.ValueType = ...,
         shape: _abc.Iterable[_builtins.int] | None = ...,
-        runs: _abc.Iterable[Global___FrameRun] | None = ...,
+        runs: Global___FrameRuns | None = ...,
         replay: _builtins.bool = ...,
         speculation_window: _builtins.int = ...,
         discard: Global___PositionRange | None = ...,
         kv_cut: _builtins.int | None = ...,
         trace: _abc.Iterable[Global___StageTrace] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_kv_cut", b"_kv_cut", "discard", b"discard", "kv_cut", b"kv_cut"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_kv_cut", b"_kv_cut", "discard", b"discard", "kv_cut", b"kv_cut", "runs", b"runs"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
     _ClearFieldArgType: _TypeAlias = _typing.Literal["_kv_cut", b"_kv_cut", "discard", b"discard", "dtype", b"dtype", "epoch", b"epoch", "from_stage", b"from_stage", "kind", b"kind", "kv_cut", b"kv_cut", "lane", b"lane", "pipeline_id", b"pipeline_id", "protocol_version", b"protocol_version", "replay", b"replay", "runs", b"runs", "serial", b"serial", "shape", b"shape", "speculation_window", b"speculation_window", "step", b"step", "trace", b"trace"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
@@ -204,8 +194,10 @@ class FrameHeader(_message.Message):
 Global___FrameHeader: _TypeAlias = FrameHeader  # noqa: Y015
 
 @_typing.final
-class FrameRun(_message.Message):
-    """Consecutive tokens of one sequence inside a step."""
+class FrameRuns(_message.Message):
+    """The runs of a step: consecutive tokens of one sequence each. Four columns of equal length, at most 1024, because a
+    header is read and written for every token, and columns cost half of what a message per run does.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -213,21 +205,29 @@ class FrameRun(_message.Message):
     POSITION_FIELD_NUMBER: _builtins.int
     COUNT_FIELD_NUMBER: _builtins.int
     LOGITS_FIELD_NUMBER: _builtins.int
-    slot: _builtins.int
-    """Slot of the sequence's KV cache, the same in every stage, from 0."""
-    position: _builtins.int
-    """Absolute position of the run's first token in its sequence, from 0."""
-    count: _builtins.int
-    """Number of tokens, from 1. The counts of a HIDDEN frame's runs sum to its rows."""
-    logits: _builtins.bool
-    """Whether the tail computes logits and samples for the run's last token."""
+    @_builtins.property
+    def slot(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Slot of the sequence's KV cache, the same in every stage, from 0."""
+
+    @_builtins.property
+    def position(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Absolute position of the run's first token in its sequence, from 0."""
+
+    @_builtins.property
+    def count(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Number of tokens, from 1. The counts of a HIDDEN frame's runs sum to its rows."""
+
+    @_builtins.property
+    def logits(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bool]:
+        """Whether the tail computes logits and samples for the run's last token."""
+
     def __init__(
         self,
         *,
-        slot: _builtins.int = ...,
-        position: _builtins.int = ...,
-        count: _builtins.int = ...,
-        logits: _builtins.bool = ...,
+        slot: _abc.Iterable[_builtins.int] | None = ...,
+        position: _abc.Iterable[_builtins.int] | None = ...,
+        count: _abc.Iterable[_builtins.int] | None = ...,
+        logits: _abc.Iterable[_builtins.bool] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
@@ -235,7 +235,7 @@ class FrameRun(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___FrameRun: _TypeAlias = FrameRun  # noqa: Y015
+Global___FrameRuns: _TypeAlias = FrameRuns  # noqa: Y015
 
 @_typing.final
 class PositionRange(_message.Message):
@@ -309,7 +309,7 @@ Global___StageTrace: _TypeAlias = StageTrace  # noqa: Y015
 
 @_typing.final
 class StepTokens(_message.Message):
-    """Payload of a TOKENS or ERROR frame: what the tail sampled in a step."""
+    """Payload of a TOKENS frame: what the tail sampled in a step."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -473,3 +473,63 @@ class SequenceClose(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SequenceClose: _TypeAlias = SequenceClose  # noqa: Y015
+
+@_typing.final
+class LinkHello(_message.Message):
+    """The first message on a link, for transports whose connections do not say who is at the other end."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROTOCOL_VERSION_FIELD_NUMBER: _builtins.int
+    PIPELINE_ID_FIELD_NUMBER: _builtins.int
+    FROM_STAGE_FIELD_NUMBER: _builtins.int
+    protocol_version: _builtins.int
+    pipeline_id: _builtins.str
+    from_stage: _builtins.int
+    """Index of the stage that will send on this link."""
+    def __init__(
+        self,
+        *,
+        protocol_version: _builtins.int = ...,
+        pipeline_id: _builtins.str = ...,
+        from_stage: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["from_stage", b"from_stage", "pipeline_id", b"pipeline_id", "protocol_version", b"protocol_version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LinkHello: _TypeAlias = LinkHello  # noqa: Y015
+
+@_typing.final
+class LinkGrant(_message.Message):
+    """Answers a hello, and comes again as the receiver takes frames: how much the sender may have sent since the link's
+    beginning, in all. Until the first one a sender may send 8 frames. It may send while both sums are below their bound,
+    so that one frame larger than the bound still gets through.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FRAMES_FIELD_NUMBER: _builtins.int
+    BYTES_FIELD_NUMBER: _builtins.int
+    REFUSED_FIELD_NUMBER: _builtins.int
+    frames: _builtins.int
+    bytes: _builtins.int
+    """Bytes of payload."""
+    refused: _builtins.str
+    """The hello was not accepted: why, in one line. The link is of no use."""
+    def __init__(
+        self,
+        *,
+        frames: _builtins.int = ...,
+        bytes: _builtins.int = ...,
+        refused: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "frames", b"frames", "refused", b"refused"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LinkGrant: _TypeAlias = LinkGrant  # noqa: Y015
