@@ -102,6 +102,11 @@ class Step:
     tokens: Tokens
     sequences: tuple[Sequence, ...]  # of the runs, in order
 
+    @property
+    def is_chunk(self) -> bool:
+        """Whether it holds prompt tokens."""
+        return self.runs[0].position < len(self.sequences[0].prompt)
+
 
 Action = Open | Close | Step
 
@@ -111,6 +116,7 @@ class Outcome:
     """What a token did to its sequence. `delivered` is false for a stop token, which is not part of the answer."""
 
     sequence: Sequence
+    slot: int  # that it had: a sequence that finishes gives it back
     delivered: bool
     finish: Finish | None
 
@@ -202,7 +208,7 @@ class Scheduler:
         step = self._in_flight.pop(number, None)
         if step is None:
             return []
-        if _is_chunk(step):
+        if step.is_chunk:
             self._chunks_in_flight -= 1
         by_slot = dict(tokens)
         outcomes = []
@@ -216,7 +222,7 @@ class Scheduler:
         step = self._in_flight.pop(number, None)
         if step is None:
             return []
-        if _is_chunk(step):
+        if step.is_chunk:
             self._chunks_in_flight -= 1
         failed = [sequence for sequence in step.sequences if sequence.state is not SequenceState.DONE]
         for sequence in failed:
@@ -261,7 +267,7 @@ class Scheduler:
             self._ready.append(sequence)
         else:
             self._end(sequence)
-        return Outcome(sequence, delivered=finish is not Finish.STOP, finish=finish)
+        return Outcome(sequence, sequence.slot, delivered=finish is not Finish.STOP, finish=finish)
 
     def _chunk_step(self, sequence: Sequence) -> Step:
         begin = sequence.position
@@ -276,9 +282,7 @@ class Scheduler:
         return self._send((run,), sequence.prompt[begin:end], (sequence,))
 
     def _decode_step(self) -> Step:
-        decoding = len(self._ready) + sum(
-            len(step.sequences) for step in self._in_flight.values() if not _is_chunk(step)
-        )
+        decoding = len(self._ready) + sum(len(step.sequences) for step in self._in_flight.values() if not step.is_chunk)
         share = -(-decoding // self.config.lanes)
         count = min(len(self._ready), share, self.config.decode_rows)
         group = sorted((self._ready.popleft() for _ in range(count)), key=lambda sequence: sequence.slot)
@@ -296,8 +300,3 @@ class Scheduler:
         step = Step(self._step, lane, runs, tokens, sequences)
         self._in_flight[step.number] = step
         return step
-
-
-def _is_chunk(step: Step) -> bool:
-    """Whether a step holds prompt tokens: it went in when its sequence had generated nothing."""
-    return step.runs[0].position < len(step.sequences[0].prompt)

@@ -1,0 +1,72 @@
+"""The compute thread of every stage but the head: hidden states in, hidden states or sampled tokens out."""
+
+import time
+from collections.abc import Callable
+
+from eldric.engine.errors import EngineError
+from eldric.engine.stage import Stage
+from eldric.engine.step import Run, StepInput
+from eldric.transport.base import Transport
+from eldric.transport.frame import Frame
+from eldric.v1 import frame_pb2
+from eldric.worker.compute_thread import ComputeThread, Place, step_error
+from eldric.worker.tail import Tail
+
+
+class BodyThread(ComputeThread):
+    """A middle stage, or the tail of a pipeline of several stages."""
+
+    def __init__(self, stage: Stage, transport: Transport, place: Place, on_change: Callable[[], None]) -> None:
+        super().__init__(stage, transport, place, on_change)
+        self._tail = Tail(stage.spec.vocab_size) if place.is_tail else None
+
+    def _turn(self) -> None:
+        self._take_commands()
+        frame = self._receive()
+        if frame is None:
+            return
+        match frame.header.kind:
+            case frame_pb2.FRAME_KIND_HIDDEN:
+                self._step(frame)
+            case frame_pb2.FRAME_KIND_OPEN:
+                self._open(frame)
+            case frame_pb2.FRAME_KIND_CLOSE:
+                self._close(frame)
+            case frame_pb2.FRAME_KIND_ERROR | frame_pb2.FRAME_KIND_PROBE:
+                self._ring.pass_on(frame)
+
+    def _step(self, frame: Frame) -> None:
+        received_ns = time.perf_counter_ns()
+        header = frame.header
+        runs = tuple([Run(run.slot, run.position, run.count, run.logits) for run in header.runs])
+        began_ns = time.perf_counter_ns()
+        try:
+            output = self._stage.compute(StepInput(runs, hidden=frame.hidden()))
+        except EngineError as error:
+            self._ring.send_error(header, step_error(self.place.index, error))
+            return
+        computed_ns = self._count(runs, began_ns)
+        times = (received_ns, began_ns, computed_ns)
+        if self._tail is None or output.logits is None:
+            self._ring.send_hidden(header, output.hidden, times)
+        else:
+            self._ring.send_tokens(header, self._tail.sample(runs, output.logits), times)
+
+    def _open(self, frame: Frame) -> None:
+        message = frame_pb2.SequenceOpen.FromString(bytes(frame.payload))
+        self._stage.truncate(message.slot, message.first_position)
+        if self._tail is None:
+            self._ring.pass_on(frame)
+            return
+        try:
+            self._tail.open(message)
+        except EngineError as error:
+            self._ring.send_error(frame.header, step_error(self.place.index, error))
+
+    def _close(self, frame: Frame) -> None:
+        slot = frame_pb2.SequenceClose.FromString(bytes(frame.payload)).slot
+        self._stage.truncate(slot, 0)
+        if self._tail is None:
+            self._ring.pass_on(frame)
+        else:
+            self._tail.close(slot)

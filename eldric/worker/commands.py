@@ -1,0 +1,47 @@
+"""What the control loop asks of a stage's compute thread."""
+
+from dataclasses import dataclass
+
+from eldric.transport.base import Peer
+from eldric.worker.generation import Generation
+
+
+@dataclass(frozen=True, slots=True)
+class Connect:
+    """Send to `next` (None in a pipeline of one stage) and take frames from the holders of `allowed` keys."""
+
+    epoch: int
+    next: Peer | None
+    allowed: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    generation: Generation
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    generation: Generation
+
+
+@dataclass(frozen=True, slots=True)
+class Degrade:
+    """Another stage of the pipeline is lost: end what runs, refuse what comes."""
+
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Follow:
+    """Time the steps, or stop timing them."""
+
+    enabled: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    pass
+
+
+Command = Connect | Submit | Cancel | Degrade | Follow | Stop

@@ -1,0 +1,166 @@
+"""The one thread of a stage: it owns the engine, the KV cache and the sockets, and blocks in `recv`."""
+
+import logging
+import queue
+import statistics
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from eldric.engine.errors import EngineError
+from eldric.engine.stage import Stage
+from eldric.engine.step import Run
+from eldric.transport.base import PeerLost, Transport
+from eldric.transport.errors import TransportError
+from eldric.transport.frame import Frame
+from eldric.v1 import frame_pb2, stage_pb2
+from eldric.worker.commands import Command, Connect, Degrade, Stop
+from eldric.worker.ring import Ring
+
+log = logging.getLogger(__name__)
+
+#: Longest wait in `recv`: a command wakes it, so this only bounds the time until a missed wake is noticed.
+_IDLE_S = 1.0
+
+#: Decode steps that the median of `step_ms` looks back on.
+_REMEMBERED_STEPS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a stage stands in its pipeline."""
+
+    pipeline_id: str
+    epoch: int
+    index: int
+    stage_count: int
+
+    @property
+    def is_tail(self) -> bool:
+        return self.index == self.stage_count - 1
+
+    @property
+    def key(self) -> str:
+        return f"pipeline={self.pipeline_id} stage={self.index} epoch={self.epoch}"
+
+
+class ComputeThread(ABC):
+    """A stage at work. `post`, `join` and the read-only attributes may be used by any thread, the rest by its own."""
+
+    def __init__(self, stage: Stage, transport: Transport, place: Place, on_change: Callable[[], None]) -> None:
+        self.place = place
+        self.state: stage_pb2.StageState = stage_pb2.LOADED
+        self.message = ""
+        self.steps = 0
+        self._stage = stage
+        self._ring = Ring(transport, place)
+        self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self._step_ns: deque[int] = deque(maxlen=_REMEMBERED_STEPS)
+        self._on_change = on_change
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name=f"stage-{place.index}", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def post(self, command: Command) -> None:
+        """Give the thread something to do, and wake it."""
+        self._commands.put(command)
+        self._ring.wake()
+
+    def join(self, timeout_s: float) -> bool:
+        """Wait for the end after a Stop. False when it did not come in time."""
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    @property
+    def step_ms(self) -> float:
+        """Median compute time of the last decode steps, in milliseconds; 0 before the first."""
+        recent = tuple(self._step_ns)
+        return statistics.median(recent) / 1e6 if recent else 0.0
+
+    @property
+    def dropped_frames(self) -> dict[str, int]:
+        return self._ring.dropped
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping:
+                self._turn()
+        except Exception:
+            log.exception("stage thread failed %s", self.place.key)
+            self._break("the stage failed, see the worker's log")
+            self._wait_for_stop()
+        finally:
+            self._ring.close()
+            self._stage.close()
+
+    def _wait_for_stop(self) -> None:
+        """A broken stage holds its memory until it is unloaded, and answers what is asked of it with its message."""
+        while not self._stopping:
+            try:
+                self._take(self._commands.get())
+            except Exception:
+                log.exception("a broken stage could not take a command %s", self.place.key)
+
+    @abstractmethod
+    def _turn(self) -> None:
+        """One round: commands, then a frame or a step."""
+
+    def _take_commands(self) -> None:
+        while not self._commands.empty():
+            self._take(self._commands.get())
+
+    def _take(self, command: Command) -> None:
+        match command:
+            case Connect():
+                self._connect(command)
+            case Degrade():
+                self._break(command.message)
+            case Stop():
+                self._stopping = True
+            case _:
+                raise TypeError(f"stage {self.place.index} cannot take {command}")
+
+    def _connect(self, command: Connect) -> None:
+        try:
+            self._ring.connect(command.next, command.allowed)
+        except TransportError as error:
+            self._break(f"cannot reach the next stage: {error}")
+        else:
+            self._change(stage_pb2.SERVING)
+
+    def _receive(self, timeout_s: float = _IDLE_S) -> Frame | None:
+        """The next frame of this pipeline and epoch, or None. A lost neighbour breaks the stage."""
+        event = self._ring.receive(timeout_s)
+        if isinstance(event, PeerLost):
+            self._break(f"lost {event}")
+            return None
+        return event
+
+    def _break(self, message: str) -> None:
+        """The ring is broken here."""
+        if self.state != stage_pb2.BROKEN:
+            log.warning("stage broken %s reason=%s", self.place.key, message)
+            self._change(stage_pb2.BROKEN, message)
+
+    def _change(self, state: stage_pb2.StageState, message: str = "") -> None:
+        self.state, self.message = state, message
+        self._on_change()
+
+    def _count(self, runs: tuple[Run, ...], began_ns: int) -> int:
+        """Remember a step's compute time. Returns when it ended."""
+        ended_ns = time.perf_counter_ns()
+        self.steps += 1
+        if runs[0].count == 1:
+            self._step_ns.append(ended_ns - began_ns)
+        return ended_ns
+
+
+def step_error(stage: int, error: EngineError) -> bytes:
+    """Payload of an ERROR frame."""
+    reason = frame_pb2.StepError(stage=stage, status=error.status, message=str(error)[:1024])
+    return frame_pb2.StepTokens(error=reason).SerializeToString()

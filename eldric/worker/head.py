@@ -1,0 +1,112 @@
+"""The control side of a pipeline's head: admits generations, hands over what came out, lets steps be followed."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+
+from eldric.errors import InvalidRequest, QueueIsFull
+from eldric.v1 import stage_pb2
+from eldric.worker.commands import Cancel, Command, Follow, Submit
+from eldric.worker.generation import Admitted, Ended, Failed, Generation, Token
+from eldric.worker.head_thread import News
+from eldric.worker.metrics import WorkerMetrics
+
+#: Step traces that wait for a follower who reads slowly; older ones are dropped.
+_FOLLOWED_STEPS = 4096
+
+
+class Head:
+    """Belongs to the control loop, but for `deliver` and `trace`, which the compute thread calls."""
+
+    def __init__(self, name: str, vocab_size: int, context: int, limit: int, metrics: WorkerMetrics) -> None:
+        """`limit`: generations that may run and wait at once."""
+        self.name = name
+        self.vocab_size = vocab_size
+        self.context = context
+        self._limit = limit
+        self._metrics = metrics.of_pipeline(name)
+        self._loop = asyncio.get_running_loop()
+        self._live: dict[str, Generation] = {}
+        self._followers: set[asyncio.Queue[stage_pb2.StepTrace]] = set()
+        self._drained = asyncio.Event()
+        self._drained.set()
+        self._post: Callable[[Command], None] = lambda command: None
+
+    def attach(self, post: Callable[[Command], None]) -> None:
+        """`post` gives a command to the compute thread."""
+        self._post = post
+
+    def submit(self, generation: Generation) -> None:
+        """Give a generation to the compute thread. Raises QueueIsFull, InvalidRequest for a request id in use."""
+        if len(self._live) >= self._limit:
+            self._metrics.refused.inc()
+            raise QueueIsFull(f"pipeline {self.name!r} has {len(self._live)} requests running and waiting, its limit")
+        if generation.sequence.id in self._live:
+            raise InvalidRequest(f"a request of the id {generation.sequence.id!r} is running")
+        self._live[generation.sequence.id] = generation
+        self._drained.clear()
+        self._metrics.live.set(len(self._live))
+        self._post(Submit(generation))
+
+    def cancel(self, request_id: str) -> bool:
+        """End a generation. False when there is none of that id."""
+        generation = self._live.get(request_id)
+        if generation is not None:
+            self._post(Cancel(generation))
+        return generation is not None
+
+    async def drained(self) -> None:
+        """Wait until nothing runs or waits."""
+        await self._drained.wait()
+
+    def deliver(self, news: News) -> None:
+        """Called by the compute thread."""
+        self._loop.call_soon_threadsafe(self._push, news)
+
+    def trace(self, step: stage_pb2.StepTrace) -> None:
+        """Called by the compute thread."""
+        self._loop.call_soon_threadsafe(self._show, step)
+
+    def _push(self, news: News) -> None:
+        for generation, happening in news:
+            generation.push(happening)
+            if isinstance(happening, Ended | Failed):
+                self._live.pop(generation.sequence.id, None)
+                self._metrics.live.set(len(self._live))
+                if not self._live:
+                    self._drained.set()
+            self._measure(generation, happening)
+
+    def _measure(self, generation: Generation, happening: Admitted | Token | Ended | Failed) -> None:
+        match happening:
+            case Admitted(at_ns):
+                self._metrics.queue.observe((at_ns - generation.submitted_ns) / 1e9)
+            case Token(_, at_ns):
+                self._metrics.tokens.inc()
+                if generation.last_token_ns:
+                    self._metrics.inter_token.observe((at_ns - generation.last_token_ns) / 1e9)
+                else:
+                    self._metrics.first_token.observe((at_ns - generation.submitted_ns) / 1e9)
+                generation.last_token_ns = at_ns
+            case Ended(reason, _):
+                self._metrics.ended(reason.value)
+            case Failed():
+                self._metrics.ended("failed")
+
+    async def follow(self) -> AsyncIterator[stage_pb2.StepTrace]:
+        """Every step from now on, until the caller closes the iterator."""
+        queue: asyncio.Queue[stage_pb2.StepTrace] = asyncio.Queue(_FOLLOWED_STEPS)
+        self._followers.add(queue)
+        self._post(Follow(True))
+        try:
+            while True:
+                yield await queue.get()
+        finally:
+            self._followers.discard(queue)
+            if not self._followers:
+                self._post(Follow(False))
+
+    def _show(self, step: stage_pb2.StepTrace) -> None:
+        for queue in self._followers:
+            if queue.full():
+                queue.get_nowait()
+            queue.put_nowait(step)

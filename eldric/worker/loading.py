@@ -1,0 +1,195 @@
+"""Loads a stage: opens the model's file, maps the shard, opens the tensor endpoint, makes the compute thread."""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from eldric.engine.errors import EngineError
+from eldric.engine.gguf import ModelFile
+from eldric.engine.schedule import ScheduleConfig, Scheduler
+from eldric.engine.shard import LayerRange, memory_estimate, model_costs
+from eldric.engine.spec import ModelSpec, spec_of
+from eldric.engine.stage import Stage, StageConfig
+from eldric.errors import InvalidRequest
+from eldric.transport.base import Transport
+from eldric.transport.registry import create
+from eldric.v1 import common_pb2, stage_pb2
+from eldric.worker.body_thread import BodyThread
+from eldric.worker.compute_thread import Place
+from eldric.worker.config import WorkerConfig
+from eldric.worker.convert import memory_use
+from eldric.worker.head import Head
+from eldric.worker.head_thread import HeadThread
+from eldric.worker.metrics import WorkerMetrics
+from eldric.worker.resources import compute_threads
+from eldric.worker.source import open_model
+
+DEFAULT_CONTEXT = 4096
+DEFAULT_SLOTS = 4
+DEFAULT_CHUNK = 128
+MAX_CHUNK = 4096
+
+
+class LoadCancelled(EngineError):
+    """The load was given up by whoever asked for it."""
+
+    status = "CANCELLED"
+
+
+@dataclass(slots=True)
+class LoadPlan:
+    """A stage that can be loaded: the file is open and checked, nothing is mapped yet."""
+
+    request: stage_pb2.LoadRequest
+    model: ModelFile
+    spec: ModelSpec
+    layers: LayerRange
+    options: common_pb2.StageOptions  # settings in force
+    needed_bytes: int
+
+    def close(self) -> None:
+        self.model.close()
+
+
+@dataclass(slots=True)
+class LoadedStage:
+    """A stage in memory. `head` is there for the first stage only."""
+
+    thread: HeadThread | BodyThread
+    head: Head | None
+    endpoint: common_pb2.TensorEndpoint
+    memory: common_pb2.MemoryUse
+
+    def discard(self) -> None:
+        """Give back a stage whose thread never started."""
+        self.thread.discard()
+
+
+class StageLoader:
+    """Makes stages for one worker."""
+
+    def __init__(self, config: WorkerConfig, metrics: WorkerMetrics, on_change: Callable[[], None]) -> None:
+        """`on_change` is called in the control loop when a stage's state changed."""
+        self._config = config
+        self._metrics = metrics
+        self._on_change = on_change
+
+    def prepare(self, request: stage_pb2.LoadRequest) -> LoadPlan:
+        """Open the file and count what the stage needs. Reads the header only; may block.
+
+        Raises NotFound, NotReady, InvalidModel, UnsupportedModel, InvalidRequest.
+        """
+        model = open_model(request.source, self._config.models)
+        try:
+            spec = spec_of(model)
+            layers = LayerRange(request.layers.start, request.layers.end)
+            if layers.stop > spec.layers:
+                raise InvalidRequest(f"layers [{layers.start}, {layers.stop}) of a model that has {spec.layers}")
+            options = self._settle(request, spec)
+            estimate = memory_estimate(
+                spec,
+                model_costs(model, spec),
+                layers,
+                context=options.context,
+                slots=options.slots,
+                chunk=options.chunk,
+            )
+        except BaseException:
+            model.close()
+            raise
+        return LoadPlan(request, model, spec, layers, options, estimate.total)
+
+    def _settle(self, request: stage_pb2.LoadRequest, spec: ModelSpec) -> common_pb2.StageOptions:
+        """The request's options with this worker's defaults filled in. Raises InvalidRequest."""
+        options = common_pb2.StageOptions()
+        options.CopyFrom(request.options)
+        options.context = options.context or min(spec.context_length, DEFAULT_CONTEXT)
+        options.slots = options.slots or DEFAULT_SLOTS
+        options.chunk = min(options.chunk or DEFAULT_CHUNK, options.context)
+        options.lanes = options.lanes or request.stage_count
+        options.threads = options.threads or compute_threads(self._config)
+        options.weights = options.weights or "auto"
+        if not options.HasField("exact"):
+            options.exact = True
+        if options.chunk > MAX_CHUNK:
+            raise InvalidRequest(f"a chunk of {options.chunk} tokens; at most {MAX_CHUNK}")
+        return options
+
+    async def load(
+        self,
+        plan: LoadPlan,
+        progress: Callable[[stage_pb2.LoadProgress], None],
+        cancelled: Callable[[], bool],
+    ) -> LoadedStage:
+        """Map the weights and open the endpoint. Whatever happens, the plan is closed and nothing is left half made."""
+        loop = asyncio.get_running_loop()
+
+        def advance(done: int, total: int) -> None:
+            event = stage_pb2.LoadProgress(phase="mapping", done_bytes=done, total_bytes=total)
+            loop.call_soon_threadsafe(progress, event)
+
+        try:
+            stage = await asyncio.to_thread(Stage.load, plan.model, self._stage_config(plan), advance, cancelled)
+        finally:
+            plan.close()
+        try:
+            if cancelled():
+                raise LoadCancelled("the load was cancelled")
+            return self._assemble(plan, stage)
+        except BaseException:
+            stage.close()
+            raise
+
+    def _stage_config(self, plan: LoadPlan) -> StageConfig:
+        options = plan.options
+        return StageConfig(
+            layers=plan.layers,
+            context=options.context,
+            slots=options.slots,
+            chunk=options.chunk,
+            lane_slots=-(-options.slots // options.lanes),
+            threads=options.threads,
+            cpus=self._config.cpus,
+            exact=options.exact,
+            weights=options.weights,
+            memory_bytes=plan.request.memory_limit_bytes,
+        )
+
+    def _assemble(self, plan: LoadPlan, stage: Stage) -> LoadedStage:
+        request, options = plan.request, plan.options
+        transport: Transport = create(
+            request.transport or "zmq", silence_s=self._config.silence_s, encrypted=not request.insecure_tensors
+        )
+        try:
+            address = transport.listen(self._config.node.host)
+            place = Place(request.pipeline_id, request.epoch, request.index, request.stage_count)
+            loop = asyncio.get_running_loop()
+
+            def changed() -> None:
+                loop.call_soon_threadsafe(self._on_change)
+
+            thread: HeadThread | BodyThread
+            head = None
+            if request.index == 0:
+                limit = options.slots + self._config.queue
+                head = Head(request.name, plan.spec.vocab_size, options.context, limit, self._metrics)
+                scheduler = Scheduler(self._schedule_config(options, stage))
+                thread = HeadThread(stage, transport, place, changed, scheduler, head.deliver, head.trace)
+                head.attach(thread.post)
+            else:
+                thread = BodyThread(stage, transport, place, changed)
+        except BaseException:
+            transport.close()
+            raise
+        endpoint = common_pb2.TensorEndpoint(scheme=transport.scheme, address=address, public_key=transport.public_key)
+        return LoadedStage(thread, head, endpoint, memory_use(stage.memory))
+
+    def _schedule_config(self, options: common_pb2.StageOptions, stage: Stage) -> ScheduleConfig:
+        return ScheduleConfig(
+            slots=options.slots,
+            context=options.context,
+            chunk=options.chunk,
+            lanes=options.lanes,
+            decode_rows=options.slots,
+            queue=self._config.queue,
+        )

@@ -1,0 +1,66 @@
+"""A worker process: its node, its stages and its membership."""
+
+import asyncio
+
+from eldric.member import Member
+from eldric.node import Node
+from eldric.security import Identity
+from eldric.v1 import (
+    heartbeat_pb2,
+    inference_pb2,
+    inference_pb2_grpc,
+    stage_pb2,
+    stage_pb2_grpc,
+)
+from eldric.worker.config import WorkerConfig
+from eldric.worker.inference_service import InferenceService
+from eldric.worker.loading import StageLoader
+from eldric.worker.metrics import StageCollector, WorkerMetrics
+from eldric.worker.resources import resources
+from eldric.worker.stage_service import StageService
+from eldric.worker.stages import StageTable, status_of
+
+
+class Worker:
+    """Wires a worker's parts together."""
+
+    def __init__(self, config: WorkerConfig) -> None:
+        self.node = Node(config.node, Identity.load(config.node.folder))
+        loader = StageLoader(config, WorkerMetrics(self.node.metrics), self._changed)
+        self.stages = StageTable(config, loader)
+        self.node.metrics.register(StageCollector(self))
+        self._resources = resources(config)
+        self.node.service(
+            StageService(self.stages),
+            stage_pb2_grpc.add_StageServicer_to_server,
+            stage_pb2.DESCRIPTOR.services_by_name["Stage"],
+        )
+        self.node.service(
+            InferenceService(self.stages),
+            inference_pb2_grpc.add_InferenceServicer_to_server,
+            inference_pb2.DESCRIPTOR.services_by_name["Inference"],
+        )
+        self._member = Member(self.node, lambda: self._resources, self._beat, self._answered)
+        self.node.on_drain(self._drain)
+        self.node.on_stop(self.stages.close)
+
+    def statuses(self) -> list[stage_pb2.StageStatus]:
+        return [status_of(held) for held in self.stages]
+
+    def _beat(self) -> heartbeat_pb2.BeatRequest:
+        return heartbeat_pb2.BeatRequest(stages=self.statuses(), memory_used_bytes=self.stages.memory_used_bytes)
+
+    async def _answered(self, answer: heartbeat_pb2.BeatResponse) -> None:
+        await self.stages.follow(list(answer.wanted))
+
+    def _changed(self) -> None:
+        self._member.beat_now()
+
+    async def _drain(self) -> None:
+        """Generations that run may end; the node's drain time bounds the wait."""
+        await asyncio.gather(*(held.head.drained() for held in self.stages if held.head is not None))
+
+
+async def run(config: WorkerConfig) -> None:
+    """Serve until a signal ends the process."""
+    await Worker(config).node.run()

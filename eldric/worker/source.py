@@ -1,0 +1,42 @@
+"""Finds the model file that a stage was planned for, and makes sure that it is that file."""
+
+from pathlib import Path, PurePosixPath
+
+from eldric.engine.gguf import ModelFile
+from eldric.errors import InvalidRequest, NotFound, NotReady
+from eldric.v1 import stage_pb2
+
+
+def open_model(source: stage_pb2.ModelSource, mount: Path | None) -> ModelFile:
+    """Open a model's file (all of a split set) below the mount, or below the store's own folder.
+
+    Raises NotFound when it is not visible here, NotReady when it is another file than the one that was planned,
+    InvalidModel when it is damaged.
+    """
+    paths = [_inside(mount or Path(source.folder), file.path) for file in source.files]
+    if not paths:
+        raise InvalidRequest("the load request names no model file")
+    for path, file in zip(paths, source.files, strict=True):
+        _check_size(path, file.size_bytes, mount)
+    model = ModelFile.open(paths[0])
+    if source.header_sha256 and bytes.fromhex(model.header_sha256()) != source.header_sha256:
+        model.close()
+        raise NotReady(f"{paths[0]} is not the file that the model store has: its header differs")
+    return model
+
+
+def _inside(folder: Path, relative: str) -> Path:
+    pure = PurePosixPath(relative)
+    if pure.is_absolute() or ".." in pure.parts or not pure.parts:
+        raise InvalidRequest(f"{relative!r} does not lie in the model store")
+    return folder.joinpath(*pure.parts)
+
+
+def _check_size(path: Path, size_bytes: int, mount: Path | None) -> None:
+    try:
+        seen = path.stat().st_size
+    except FileNotFoundError as error:
+        hint = "" if mount else "; mount the model store here and start the worker with --models FOLDER"
+        raise NotFound(f"no file {path} on this worker{hint}") from error
+    if seen != size_bytes:
+        raise NotReady(f"{path} has {seen} bytes here and {size_bytes} in the model store")

@@ -1,0 +1,59 @@
+"""The Stage service: load, unload, connect and look at the stages of this worker."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+from eldric.errors import NotFound
+from eldric.v1 import stage_pb2, stage_pb2_grpc
+from eldric.worker.stages import StageTable, status_of
+
+#: Progress events that wait for a caller who reads slowly; only the newest matter.
+_PROGRESS = 16
+
+
+class StageService(stage_pb2_grpc.StageServicer):
+    def __init__(self, stages: StageTable) -> None:
+        self._stages = stages
+
+    async def Load(self, request: stage_pb2.LoadRequest, context: object) -> AsyncIterator[stage_pb2.LoadEvent]:
+        events: asyncio.Queue[stage_pb2.LoadProgress | None] = asyncio.Queue(_PROGRESS)
+
+        def advance(event: stage_pb2.LoadProgress | None) -> None:
+            if events.full():
+                events.get_nowait()
+            events.put_nowait(event)
+
+        loading = asyncio.ensure_future(self._stages.load(request, advance))
+        loading.add_done_callback(lambda _: advance(None))
+        try:
+            while (event := await events.get()) is not None:
+                yield stage_pb2.LoadEvent(progress=event)
+            yield stage_pb2.LoadEvent(loaded=await loading)
+        finally:
+            await _settle(loading)
+
+    async def Unload(self, request: stage_pb2.UnloadRequest, context: object) -> stage_pb2.UnloadResponse:
+        index = request.index if request.HasField("index") else None
+        return stage_pb2.UnloadResponse(unloaded=await self._stages.unload(request.pipeline_id, index, request.epoch))
+
+    async def Connect(self, request: stage_pb2.ConnectRequest, context: object) -> stage_pb2.ConnectResponse:
+        self._stages.connect(request)
+        return stage_pb2.ConnectResponse()
+
+    async def Status(self, request: stage_pb2.StageStatusRequest, context: object) -> stage_pb2.StageStatusResponse:
+        statuses = [status_of(held) for held in self._stages]
+        wanted = [each for each in statuses if request.pipeline_id in ("", each.pipeline_id)]
+        return stage_pb2.StageStatusResponse(stages=wanted)
+
+    async def Trace(self, request: stage_pb2.TraceRequest, context: object) -> AsyncIterator[stage_pb2.StepTrace]:
+        if not request.pipeline_id:
+            raise NotFound("name a pipeline to follow")
+        async for step in self._stages.find_head(request.pipeline_id).follow():
+            yield step
+
+
+async def _settle(loading: "asyncio.Future[stage_pb2.Loaded]") -> None:
+    """A caller who left before the end undoes the load: wait until nothing of it is left."""
+    if not loading.done():
+        loading.cancel()
+        await asyncio.wait([loading])
