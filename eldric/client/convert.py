@@ -1,0 +1,184 @@
+"""Messages to the client's types."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from eldric.client import types
+from eldric.v1 import common_pb2, inference_pb2, model_store_pb2, pipeline_pb2, registry_pb2, sampling_pb2, stage_pb2
+
+_FINISH: dict[int, types.Finish] = {
+    inference_pb2.STOP: "stop",
+    inference_pb2.LENGTH: "length",
+    inference_pb2.CANCELLED: "cancelled",
+}
+
+
+def worker(node: registry_pb2.Node) -> types.Worker:
+    resources = node.resources
+    return types.Worker(
+        name=node.name,
+        pid=node.pid,
+        state=registry_pb2.NodeState.Name(node.state).lower(),
+        devices=tuple(device.description or device.name for device in resources.devices),
+        memory_bytes=resources.memory_bytes,
+        memory_used_bytes=node.memory_used_bytes,
+        cores=resources.cores,
+        engine=f"{resources.engine} {resources.cpu_variant}".strip(),
+        address=node.grpc_address,
+    )
+
+
+def node_info(node: registry_pb2.Node) -> types.NodeInfo:
+    return types.NodeInfo(
+        name=node.name,
+        kind=registry_pb2.NodeKind.Name(node.kind).lower(),
+        state=registry_pb2.NodeState.Name(node.state).lower(),
+        pid=node.pid,
+        grpc_address=node.grpc_address,
+        http_url=node.http_url,
+        version=node.version,
+    )
+
+
+def _memory(memory: common_pb2.MemoryUse) -> dict[str, int]:
+    return {
+        "mapped": memory.mapped_bytes,
+        "repacked": memory.repacked_bytes,
+        "kv": memory.kv_bytes,
+        "compute": memory.compute_bytes,
+    }
+
+
+def _stage(stage: pipeline_pb2.PipelineStage) -> types.StageInfo:
+    memory = _memory(stage.memory)
+    return types.StageInfo(
+        index=stage.index,
+        worker=stage.worker,
+        pid=stage.pid,
+        layers=(stage.layers.start, stage.layers.end),
+        state=stage_pb2.StageState.Name(stage.state).removeprefix("STAGE_STATE_").lower(),
+        memory_bytes=sum(memory.values()),
+        memory=memory,
+        step_ms=round(stage.step_ms, 3),
+        steps=stage.steps,
+        transport=stage.transport,
+        encrypted=stage.encrypted,
+        message=stage.message,
+    )
+
+
+def _options(options: common_pb2.StageOptions) -> dict[str, int | str | bool]:
+    return {field.name: value for field, value in options.ListFields()}
+
+
+def pipeline(info: pipeline_pb2.PipelineInfo) -> types.PipelineInfo:
+    return types.PipelineInfo(
+        name=info.name,
+        id=info.id,
+        model=info.model,
+        state=pipeline_pb2.PipelineState.Name(info.state).removeprefix("PIPELINE_STATE_").lower(),
+        epoch=info.epoch,
+        stages=tuple(_stage(stage) for stage in info.stages),
+        context=info.options.context,
+        slots=info.options.slots,
+        slots_used=info.slots_used,
+        queued=info.queued,
+        progress=info.progress,
+        message=info.message,
+        options=_options(info.options),
+    )
+
+
+def plan(message: pipeline_pb2.DeploymentPlan) -> types.Plan:
+    stages = tuple(
+        types.PlannedStage(
+            index=stage.index,
+            worker=stage.worker,
+            layers=(stage.layers.start, stage.layers.end),
+            weights_bytes=stage.weights_bytes,
+            kv_bytes=stage.kv_bytes,
+            compute_bytes=stage.compute_bytes,
+            available_bytes=stage.available_bytes,
+        )
+        for stage in message.stages
+    )
+    return types.Plan(message.model, stages, {each.worker: each.reason for each in message.excluded})
+
+
+def deploy_event(event: pipeline_pb2.DeployEvent) -> types.DeployEvent | None:
+    """None for an event of a newer controller that this client does not know."""
+    match event.WhichOneof("event"):
+        case "plan":
+            return plan(event.plan)
+        case "stage":
+            stage = event.stage
+            return types.StageProgress(stage.index, stage.worker, stage.phase, stage.done_bytes, stage.total_bytes)
+        case "ready":
+            return pipeline(event.ready)
+    return None
+
+
+def model(info: model_store_pb2.ModelInfo) -> types.ModelInfo:
+    return types.ModelInfo(
+        name=info.id,
+        layers=info.layers,
+        size_bytes=info.size_bytes,
+        format=info.format,
+        architecture=info.architecture,
+        quantization=info.quantization,
+        parameters=info.parameters,
+        context=info.context,
+    )
+
+
+def model_details(metadata: model_store_pb2.ModelMetadata) -> types.ModelDetails:
+    return types.ModelDetails(
+        info=model(metadata.info),
+        hidden_size=metadata.hidden_size,
+        heads=metadata.heads,
+        kv_heads=metadata.kv_heads,
+        vocab_size=metadata.vocab_size,
+        tensor_count=metadata.tensor_count,
+        files=tuple(file.path for file in metadata.source.files),
+        sha256=tuple(metadata.sha256),
+        header=dict(metadata.header),
+    )
+
+
+def event(message: inference_pb2.GenerateEvent) -> types.Event | None:
+    """None for an event of a newer router that this client does not know."""
+    match message.WhichOneof("event"):
+        case "started":
+            return types.Started(message.started.request_id, message.started.prompt_tokens)
+        case "delta":
+            return types.Delta(message.delta.text, tuple(_token(token) for token in message.delta.tokens))
+        case "finished":
+            finished = message.finished
+            return types.Finished(
+                reason=_FINISH.get(finished.reason, "stop"),
+                prompt_tokens=finished.usage.prompt_tokens,
+                completion_tokens=finished.usage.completion_tokens,
+                queue_ms=finished.timings.queue_ms,
+                prompt_ms=finished.timings.prompt_ms,
+                generation_ms=finished.timings.generation_ms,
+                stop=finished.stop,
+            )
+    return None
+
+
+def _token(token: inference_pb2.GeneratedToken) -> types.Token:
+    if not token.HasField("logprob"):
+        return types.Token(token.id, token.text)
+    return types.Token(token.id, token.text, token.logprob, tuple((top.token, top.logprob) for top in token.top))
+
+
+def sampling(options: Mapping[str, Any]) -> sampling_pb2.SamplingParams:
+    """SamplingParams from keyword arguments; None means not given. Raises TypeError, ValueError for a wrong one."""
+    given = {name: value for name, value in options.items() if value is not None}
+    return sampling_pb2.SamplingParams(**given)
+
+
+def chat_messages(messages: Sequence[Mapping[str, str]]) -> inference_pb2.ChatMessages:
+    return inference_pb2.ChatMessages(
+        messages=[inference_pb2.ChatMessage(role=each["role"], content=each["content"]) for each in messages]
+    )

@@ -1,0 +1,175 @@
+"""What the client gives back: typed and frozen, with sizes in bytes and times in milliseconds."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+Finish = Literal["stop", "length", "cancelled"]
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    name: str
+    pid: int
+    state: str
+    devices: tuple[str, ...]
+    memory_bytes: int
+    memory_used_bytes: int
+    cores: int
+    engine: str
+    address: str
+
+
+@dataclass(frozen=True, slots=True)
+class NodeInfo:
+    """Any node: kind is "controller", "worker", "data", "router" or "edge"."""
+
+    name: str
+    kind: str
+    state: str
+    pid: int
+    grpc_address: str
+    http_url: str
+    version: str
+
+
+@dataclass(frozen=True, slots=True)
+class StageInfo:
+    index: int
+    worker: str
+    pid: int
+    layers: tuple[int, int]  # half-open
+    state: str
+    memory_bytes: int
+    memory: Mapping[str, int]  # mapped, repacked, kv, compute
+    step_ms: float
+    steps: int
+    transport: str
+    encrypted: bool
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineInfo:
+    name: str
+    id: str
+    model: str
+    state: str  # "deploying", "ready", "degraded", "undeploying"
+    epoch: int
+    stages: tuple[StageInfo, ...]
+    context: int
+    slots: int
+    slots_used: int
+    queued: int
+    progress: float
+    message: str
+    options: Mapping[str, int | str | bool]
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedStage:
+    index: int
+    worker: str
+    layers: tuple[int, int]
+    weights_bytes: int
+    kv_bytes: int
+    compute_bytes: int
+    available_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    model: str
+    stages: tuple[PlannedStage, ...]
+    excluded: Mapping[str, str]  # worker -> why it was left out
+
+
+@dataclass(frozen=True, slots=True)
+class StageProgress:
+    index: int
+    worker: str
+    phase: str
+    done_bytes: int
+    total_bytes: int
+
+
+DeployEvent = Plan | StageProgress | PipelineInfo
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    name: str
+    layers: int
+    size_bytes: int
+    format: str
+    architecture: str
+    quantization: str
+    parameters: int
+    context: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelDetails:
+    info: ModelInfo
+    hidden_size: int
+    heads: int
+    kv_heads: int
+    vocab_size: int
+    tensor_count: int
+    files: tuple[str, ...]
+    sha256: tuple[str, ...]
+    header: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class ImportProgress:
+    phase: str
+    done_bytes: int
+    total_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A generated token; `logprob` and `top` (id, logprob) are there when logprobs were asked for."""
+
+    id: int
+    text: bytes
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    request_id: str
+    prompt_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """Text that may be shown, and the tokens behind it."""
+
+    text: str
+    tokens: tuple[Token, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    reason: Finish
+    prompt_tokens: int
+    completion_tokens: int
+    queue_ms: float
+    prompt_ms: float
+    generation_ms: float
+    stop: str = ""
+
+
+Event = Started | Delta | Finished
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A whole generation."""
+
+    text: str
+    tokens: tuple[Token, ...]
+    finished: Finished
