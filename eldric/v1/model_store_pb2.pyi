@@ -208,6 +208,9 @@ class ModelCosts(_message.Message):
     TAIL_BYTES_FIELD_NUMBER: _builtins.int
     SHARED_BYTES_FIELD_NUMBER: _builtins.int
     EVERY_BYTES_FIELD_NUMBER: _builtins.int
+    KV_BYTES_PER_CELL_PER_LAYER_FIELD_NUMBER: _builtins.int
+    ROW_BYTES_FIELD_NUMBER: _builtins.int
+    LOGITS_ROW_BYTES_FIELD_NUMBER: _builtins.int
     head_bytes: _builtins.int
     """Weights that the head needs besides its layers."""
     tail_bytes: _builtins.int
@@ -216,6 +219,12 @@ class ModelCosts(_message.Message):
     """Of head_bytes and tail_bytes, what is the same tensor: a stage that is both holds it once."""
     every_bytes: _builtins.int
     """Small tensors that every stage holds."""
+    kv_bytes_per_cell_per_layer: _builtins.int
+    """Keys and values of one position in one layer, in f16."""
+    row_bytes: _builtins.int
+    """Activations of one row of a step, at the most in any layer."""
+    logits_row_bytes: _builtins.int
+    """Logits of one row, on the tail."""
     @_builtins.property
     def layer_bytes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Weights of each layer."""
@@ -228,10 +237,13 @@ class ModelCosts(_message.Message):
         tail_bytes: _builtins.int = ...,
         shared_bytes: _builtins.int = ...,
         every_bytes: _builtins.int = ...,
+        kv_bytes_per_cell_per_layer: _builtins.int = ...,
+        row_bytes: _builtins.int = ...,
+        logits_row_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["every_bytes", b"every_bytes", "head_bytes", b"head_bytes", "layer_bytes", b"layer_bytes", "shared_bytes", b"shared_bytes", "tail_bytes", b"tail_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["every_bytes", b"every_bytes", "head_bytes", b"head_bytes", "kv_bytes_per_cell_per_layer", b"kv_bytes_per_cell_per_layer", "layer_bytes", b"layer_bytes", "logits_row_bytes", b"logits_row_bytes", "row_bytes", b"row_bytes", "shared_bytes", b"shared_bytes", "tail_bytes", b"tail_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
