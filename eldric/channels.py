@@ -105,7 +105,8 @@ def call_errors(peer: str = "the peer") -> Iterator[None]:
 def error_from_rpc(error: grpc.RpcError, peer: str = "the peer") -> EldricError:
     """The EldricError for a failed call, by the class that the peer named, or by its status."""
     code, details = error.code(), error.details() or ""
-    metadata = {str(key): value for key, value in error.trailing_metadata() or ()}
+    trailing: Any = error.trailing_metadata() or ()
+    metadata = {str(key): value for key, value in trailing}
     known = _CLASSES.get(str(metadata.get(ERROR_KEY)))
     if known is not None and known.status == code.name:
         if known is errors.QueueIsFull:
@@ -149,19 +150,19 @@ _BY_STATUS: dict[str, type[EldricError]] = {
 }
 
 
-class _AsyncDeadline(grpc.aio.UnaryUnaryClientInterceptor):  # type: ignore[misc]
+class _AsyncDeadline(grpc.aio.UnaryUnaryClientInterceptor):
     async def intercept_unary_unary(self, continuation: Any, details: Any, request: Any) -> Any:
         if details.timeout is None:
             details = details._replace(timeout=DEFAULT_TIMEOUT_S)
         return await continuation(details, request)
 
 
-class _Deadline(grpc.UnaryUnaryClientInterceptor):  # type: ignore[misc]
+class _Deadline(grpc.UnaryUnaryClientInterceptor):
     def intercept_unary_unary(self, continuation: Any, details: Any, request: Any) -> Any:
         return continuation(_CallDetails(details) if details.timeout is None else details, request)
 
 
-class _CallDetails(grpc.ClientCallDetails):  # type: ignore[misc]
+class _CallDetails(grpc.ClientCallDetails):
     def __init__(self, details: Any) -> None:
         self.method, self.timeout, self.metadata = details.method, DEFAULT_TIMEOUT_S, details.metadata
         self.credentials, self.wait_for_ready = details.credentials, details.wait_for_ready

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eldric.errors import InvalidRequest
-from eldric.names import KINDS, check_name, machine_address, split_address
+from eldric.names import KINDS, check_name, join_address, machine_address, split_address
 
 #: Port of the HTTP face by kind of node; gRPC listens on the port + 1000.
 HTTP_PORTS = {"edge": 443, "controller": 8880, "router": 8881, "worker": 8890, "data": 8892}
@@ -67,3 +67,7 @@ class NodeConfig:
         if self.advertise:
             return self.advertise
         return machine_address() if self.host in ("0.0.0.0", "::", "") else self.host
+
+    def advertised(self, port: int) -> str:
+        """ "host:port" by which others reach a port of this node."""
+        return join_address(self.advertised_host, port)

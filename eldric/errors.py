@@ -4,6 +4,7 @@ EldricError
 ├── InvalidRequest          INVALID_ARGUMENT      a field is missing, of the wrong kind or out of range
 ├── NotFound                NOT_FOUND             no model, pipeline, node or stage of that name
 ├── AlreadyExists           ALREADY_EXISTS        the name is taken
+│   └── AddressInUse                              another process listens on the port
 ├── NotEnoughMemory         RESOURCE_EXHAUSTED    a plan or a load does not fit; says what is missing where
 ├── NotEnoughSpace          RESOURCE_EXHAUSTED    files do not fit on a disk; needed and free bytes are named
 ├── QueueIsFull             RESOURCE_EXHAUSTED    try again later; `retry_after_s` says when
@@ -39,6 +40,10 @@ class NotFound(EldricError):
 
 class AlreadyExists(EldricError):
     status = "ALREADY_EXISTS"
+
+
+class AddressInUse(AlreadyExists):
+    pass
 
 
 class NotEnoughMemory(EldricError):

@@ -1,5 +1,12 @@
 """What every node shares: its servers, the cluster's certificates, health, metrics and an orderly end."""
 
+import asyncio
+import contextlib
+import logging
+import os
+import secrets
+import signal
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
@@ -9,10 +16,22 @@ from starlette.routing import BaseRoute
 
 from eldric.channels import ChannelPool
 from eldric.config import NodeConfig
-from eldric.security import Authority, Identity
+from eldric.grpc_server import GrpcServer, Service
+from eldric.interceptors import CallGuard
+from eldric.live_identity import LiveIdentity
+from eldric.metrics import CallMetrics, describe_node
+from eldric.node_file import NodeFile
+from eldric.readiness import HealthCheck, Readiness
+from eldric.security import Authority, Identity, renew
+from eldric.web import WebServer, bind
+from eldric.web_app import http_tls, make_app
 
-HealthCheck = Callable[[], tuple[bool, dict[str, Any]]]
+log = logging.getLogger(__name__)
+
 Callback = Callable[[], Awaitable[None]]
+
+#: Time that calls and requests get to end after the drain, and each stop callback, in seconds.
+STOP_S = 1.0
 
 
 class Node:
@@ -21,15 +40,38 @@ class Node:
     def __init__(self, config: NodeConfig, identity: Identity, authority: Authority | None = None) -> None:
         """`authority`: for a controller that issues certificates, its own included."""
         self.config = config
-        self.identity = identity
-        self.incarnation = 0
+        #: A random number: a restarted node has another.
+        self.incarnation = secrets.randbits(63)
+        #: Where others reach this node, from `start` on: "host:port", "https://host:port", and for controllers the
+        #: "host:port" where a node without a certificate joins.
         self.grpc_address = ""
         self.http_url = ""
         self.join_address = ""
+        #: Whether the node was asked to end: no new work, please.
         self.draining = False
         self.metrics = CollectorRegistry()
         #: Connections to other nodes with this node's current certificate.
         self.channels = ChannelPool(lambda: self.identity)
+        self._authority = authority
+        self._live = LiveIdentity(identity)
+        self._guard = CallGuard(CallMetrics(self.metrics))
+        self._certificate_end = describe_node(self.metrics, config.kind, config.name)
+        self._readiness = Readiness(config.kind, config.name)
+        self._file = NodeFile(config.folder)
+        self._services: list[Service] = []
+        self._routes: list[BaseRoute] = []
+        self._on_start: list[Callback] = []
+        self._on_drain: list[Callback] = []
+        self._on_stop: list[Callback] = []
+        self._ended = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._grpc: GrpcServer | None = None
+        self._web: WebServer | None = None
+
+    @property
+    def identity(self) -> Identity:
+        """The certificate of now; it is another after a renewal."""
+        return self._live.identity
 
     def service(
         self,
@@ -43,40 +85,147 @@ class Node:
 
         `strangers`: also on the join port, where callers show no certificate.
         """
-        raise NotImplementedError
+        self._services.append(Service(servicer, adder, descriptor, strangers))
 
     def routes(self, routes: Sequence[BaseRoute]) -> None:
-        """Adds HTTP routes; they come before the REST faces."""
-        raise NotImplementedError
+        """Adds HTTP routes; they come before the REST faces. `eldric.web.http_caller(request)` says who calls."""
+        self._routes.extend(routes)
 
     def health(self, check: HealthCheck) -> None:
         """`check` says whether the node is ready, and details for /health. All checks must be."""
-        raise NotImplementedError
+        self._readiness.add(check)
 
     def on_start(self, callback: Callback) -> None:
         """`callback` runs when both servers listen, before `start` returns."""
-        raise NotImplementedError
+        self._on_start.append(callback)
 
     def on_drain(self, callback: Callback) -> None:
         """`callback` runs when the node was asked to end, in order, while the servers still answer."""
-        raise NotImplementedError
+        self._on_drain.append(callback)
 
     def on_stop(self, callback: Callback) -> None:
         """`callback` runs after all drain callbacks, the last one added first, before the servers stop."""
-        raise NotImplementedError
+        self._on_stop.append(callback)
 
     async def start(self) -> None:
-        """Binds the servers, writes node.json, runs the start callbacks. Raises AddressInUse."""
-        raise NotImplementedError
+        """Binds the servers, writes node.json, runs the start callbacks.
+
+        Raises AddressInUse, AlreadyExists when a node runs in this folder, Unauthenticated when the certificate has
+        ended.
+        """
+        if self._authority is not None:
+            self._live.replace(await self._renew(self.identity))
+        self._live.check()
+        self._file.lock()
+        try:
+            await self._start_servers()
+            self._file.write(
+                kind=self.config.kind,
+                name=self.config.name,
+                pid=os.getpid(),
+                grpc_address=self.grpc_address,
+                http_url=self.http_url,
+                join_address=self.join_address,
+                incarnation=self.incarnation,
+            )
+            self._certificate_changed(self.identity)
+            renewal = self._live.keep_fresh(self._renew, self._certificate_changed)
+            self._tasks.append(asyncio.create_task(renewal, name="renewal"))
+            for callback in self._on_start:
+                await callback()
+        except BaseException:
+            await self._stop_servers(0.0)
+            raise
+        log.info("event=started grpc=%s http=%s", self.grpc_address, self.http_url)
+
+    async def _start_servers(self) -> None:
+        config, tls = self.config, http_tls(self.config, self._live)
+        app = make_app(config, self.metrics, self._guard, self._readiness, self._services, self._routes)
+        self._web = WebServer(app, bind(config.host, config.http_port, "--http-port"), tls)
+        self.http_url = f"{'http' if tls is None else 'https'}://{config.advertised(self._web.port)}"
+        self._grpc = GrpcServer(config, self._live, self._guard, self._readiness, self._services)
+        self.grpc_address, self.join_address = await self._grpc.start()
+        await self._web.start()
+        self._tasks.append(asyncio.create_task(self._readiness.watch(), name="readiness"))
+
+    async def _renew(self, identity: Identity) -> Identity:
+        if self._authority is not None:
+            return self._authority.issue_identity(identity.kind, identity.name)
+        problem: Exception | None = None
+        for address in self.config.controllers:
+            try:
+                return await renew(address, identity)
+            except Exception as error:
+                problem = error
+        raise problem or RuntimeError("no controller to renew with")
+
+    def _certificate_changed(self, identity: Identity) -> None:
+        identity.save(self.config.folder)
+        self._certificate_end.set(identity.validity()[1].timestamp())
 
     async def stop(self) -> None:
         """Drains within `config.drain_s`, stops the servers, removes node.json."""
-        raise NotImplementedError
+        self.draining = self._readiness.draining = True
+        self._ended.set()
+        deadline = time.monotonic() + self.config.drain_s
+        log.info("event=draining limit_s=%g", self.config.drain_s)
+        for callback in [*self._on_drain, self._guard.wait_idle]:
+            await _bounded(callback, deadline - time.monotonic())
+        for callback in reversed(self._on_stop):
+            await _bounded(callback, STOP_S)
+        await self._stop_servers(STOP_S)
+        log.info("event=stopped")
+
+    async def _stop_servers(self, grace_s: float) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tasks.clear()
+        await self.channels.close()
+        if self._grpc is not None:
+            await self._grpc.stop(grace_s)
+        if self._web is not None:
+            await self._web.stop(grace_s)
+        self._grpc = self._web = None
+        self._file.remove()
 
     async def run(self) -> None:
         """Starts, waits for SIGTERM, SIGINT or `end`, then stops. A second signal ends the process at once."""
-        raise NotImplementedError
+        loop = asyncio.get_running_loop()
+        signals = (signal.SIGTERM, signal.SIGINT)
+        for number in signals:
+            loop.add_signal_handler(number, self._on_signal, number)
+        try:
+            await self.start()
+            await self._ended.wait()
+            await self.stop()
+        finally:
+            for number in signals:
+                loop.remove_signal_handler(number)
 
     def end(self) -> None:
         """Asks the node to end, as SIGTERM does."""
-        raise NotImplementedError
+        self._ended.set()
+
+    def _on_signal(self, number: int) -> None:
+        if not self._ended.is_set():
+            log.info("event=signal signal=%s", signal.Signals(number).name)
+            self.end()
+            return
+        log.warning("event=second_signal signal=%s", signal.Signals(number).name)
+        with contextlib.suppress(Exception):
+            self._file.remove()
+        logging.shutdown()
+        os._exit(128 + number)
+
+
+async def _bounded(callback: Callback, seconds: float) -> None:
+    """Runs a callback for that long at most; whatever it does, the node goes on ending."""
+    name = getattr(callback, "__qualname__", repr(callback))
+    try:
+        async with asyncio.timeout(max(0.0, seconds)):
+            await callback()
+    except TimeoutError:
+        log.warning("event=drain_timeout callback=%s", name)
+    except Exception:
+        log.exception("event=drain_failed callback=%s", name)

@@ -4,7 +4,7 @@ Every cluster has a certificate authority of its own. A node proves its kind and
 subject alternative names hold the URI "spiffe://eldric/CLUSTER/KIND/NAME"; both ends of every connection check it.
 """
 
-from eldric.security.access import Caller, authorise, caller_of, current_caller
+from eldric.security.access import Caller, authorise, caller_of
 from eldric.security.certificates import Authority, Identity, make_csr
 from eldric.security.joining import fetch_authority, join, renew
 from eldric.security.tokens import JoinToken, TokenRecord, new_token
@@ -17,7 +17,6 @@ __all__ = [
     "TokenRecord",
     "authorise",
     "caller_of",
-    "current_caller",
     "fetch_authority",
     "join",
     "make_csr",

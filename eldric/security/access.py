@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextvars
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +11,6 @@ from eldric.security.certificates import parse_spiffe
 
 NODES = frozenset({"controller", "worker", "data", "router", "edge"})
 MEMBERS = frozenset({"worker", "data", "router", "edge"})
-
-#: The caller of the gRPC or HTTP call that runs in this task; None outside of calls and for strangers.
-current_caller: contextvars.ContextVar[Caller | None] = contextvars.ContextVar("current_caller", default=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,14 +104,14 @@ def caller_of(context: Any) -> Caller:
 
 def find_caller(context: Any) -> Caller | None:
     """Like caller_of; None for a stranger."""
-    if hasattr(context, "caller"):
-        caller = context.caller
-        return caller if isinstance(caller, Caller) else None
+    if hasattr(context, "caller"):  # a REST call, whose HTTP connection was looked at
+        caller: Caller | None = context.caller
+        return caller
     names = context.auth_context().get("x509_subject_alternative_name", ())
     return caller_from_names(name.decode(errors="replace") for name in names)
 
 
-def caller_from_names(names: Any) -> Caller | None:
+def caller_from_names(names: Iterable[str]) -> Caller | None:
     """The caller whose SPIFFE URI is among the subject alternative names of a certificate that was verified."""
     for name in names:
         if subject := parse_spiffe(name):

@@ -1,0 +1,133 @@
+"""The HTTP server of a node: uvicorn in the node's own event loop, on a socket that is bound beforehand."""
+
+import asyncio
+import contextlib
+import errno
+import socket
+import ssl
+from collections.abc import Iterator
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from eldric.errors import AddressInUse, InvalidRequest
+from eldric.names import join_address
+from eldric.security.access import Caller, caller_from_names
+
+#: Largest request line and headers, in bytes.
+MAX_HEAD_BYTES = 64 * 1024
+
+
+def bind(host: str, port: int, option: str) -> socket.socket:
+    """A bound TCP socket; port 0 picks a free one. `option` is how a user chooses another port.
+
+    Raises AddressInUse, or InvalidRequest when this machine has no such address or forbids the port.
+    """
+    where = join_address(host, port)
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except OSError as error:
+        raise InvalidRequest(f"cannot listen on {where}: {error.strerror}") from None
+    made = socket.socket(family, kind, protocol)
+    try:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind(address)
+    except OSError as error:
+        made.close()
+        if error.errno == errno.EADDRINUSE:
+            raise AddressInUse(
+                f"{where} is in use by another process: choose another port with {option} (0 picks a free one)"
+            ) from None
+        raise InvalidRequest(f"cannot listen on {where}: {error.strerror} (choose another with {option})") from None
+    return made
+
+
+def check_free(host: str, port: int, option: str) -> None:
+    """Raises like `bind` when nothing could listen there now."""
+    if port:
+        with contextlib.closing(bind(host, port, option)) as probe:
+            try:
+                probe.listen(1)  # Linux lets two sockets bind with SO_REUSEADDR until one listens
+            except OSError:
+                raise AddressInUse(
+                    f"{join_address(host, port)} is in use by another process: "
+                    f"choose another port with {option} (0 picks a free one)"
+                ) from None
+
+
+def http_caller(scope: Any) -> Caller | None:
+    """The certificate that the other end of a request's connection showed; `scope` is an ASGI scope or a Request."""
+    caller: Caller | None = scope.get("state", {}).get("caller")
+    return caller
+
+
+class _Protocol(H11Protocol):
+    """Tells the application whose certificate was shown, which ASGI has no word for."""
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        connection = transport.get_extra_info("ssl_object")
+        certificate = connection.getpeercert() if connection is not None else None
+        names = (value for _, value in (certificate or {}).get("subjectAltName", ()))
+        self.app_state = {**self.app_state, "caller": caller_from_names(names)}
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.ready = asyncio.Event()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.ready.set()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield  # signals are the node's business
+
+
+class WebServer:
+    """Serves an ASGI application on a bound socket, over TLS when there is a context."""
+
+    def __init__(self, app: Any, bound: socket.socket, tls: ssl.SSLContext | None) -> None:
+        self._socket = bound
+        self._server = _Server(
+            uvicorn.Config(
+                app,
+                http=_Protocol,
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                proxy_headers=False,
+                server_header=False,
+                timeout_keep_alive=30,
+                h11_max_incomplete_event_size=MAX_HEAD_BYTES,
+                ssl_context_factory=(lambda config, default: tls) if tls is not None else None,
+            )
+        )
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def port(self) -> int:
+        return int(self._socket.getsockname()[1])
+
+    async def start(self) -> None:
+        self._task = asyncio.create_task(self._server.serve(sockets=[self._socket]), name="http")
+        ready = asyncio.create_task(self._server.ready.wait())
+        await asyncio.wait({self._task, ready}, return_when=asyncio.FIRST_COMPLETED)
+        ready.cancel()
+        if self._task.done():
+            self._task.result()  # raises why it could not start
+
+    async def stop(self, grace_s: float) -> None:
+        """Takes no new request, gives those that run `grace_s` seconds, then cancels them."""
+        if self._task is None:
+            self._socket.close()
+            return
+        self._server.config.timeout_graceful_shutdown = grace_s  # type: ignore[assignment]  # any number will do
+        self._server.should_exit = True
+        await self._task
