@@ -2,10 +2,9 @@
 
 from dataclasses import dataclass
 
+from eldric.engine.shard import LayerRange, MemoryEstimate, ModelCosts, memory_estimate
 from eldric.errors import InvalidRequest
 
-#: The KV cache is read in blocks of so many cells, so a slot holds a multiple of it.
-KV_BLOCK_CELLS = 256
 DEFAULT_CONTEXT = 4096
 DEFAULT_SLOTS = 4
 DEFAULT_CHUNK = 128
@@ -46,51 +45,32 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """The numbers of a model that planning needs. Bytes are those of weights as they lie in the file."""
+    """What planning needs of a model."""
 
     name: str
-    layer_bytes: tuple[int, ...]  # of each layer
-    head_bytes: int  # what the head needs besides: the token embedding
-    tail_bytes: int  # what the tail needs besides: output norm and output matrix (a tied embedding too)
-    shared_bytes: int  # of both, what a stage that is head and tail holds once
-    every_bytes: int  # what every stage needs besides
-    hidden_size: int
-    ffn_size: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocab_size: int
-    context: int  # tokens that the model was trained for
+    costs: ModelCosts
+    context: int  # tokens that it was trained for
 
     @property
     def layers(self) -> int:
-        return len(self.layer_bytes)
+        return len(self.costs.layer_bytes)
 
-    def weights(self, start: int, end: int) -> int:
-        """Bytes of the weights of layers [start, end), with what head and tail need besides."""
-        return sum(self.layer_bytes[start:end]) + self.besides(is_head=start == 0, is_tail=end == self.layers)
+    def memory(self, start: int, end: int, options: Options) -> MemoryEstimate:
+        """What a stage of layers [start, end) takes, in bytes."""
+        return memory_estimate(
+            self.costs,
+            LayerRange(start, end),
+            context=options.context,
+            slots=options.slots,
+            chunk=options.chunk,
+            kv_value_bytes=KV_TYPE_BYTES[options.kv_type],
+        )
 
     def besides(self, *, is_head: bool, is_tail: bool) -> int:
         """Bytes of weights that a stage holds besides its layers."""
-        total = self.every_bytes
-        total += self.head_bytes if is_head else 0
-        total += self.tail_bytes if is_tail else 0
-        return total - (self.shared_bytes if is_head and is_tail else 0)
-
-    def kv_per_layer(self, options: Options) -> int:
-        """Bytes of one layer's KV cache: keys and values of every cell of every slot."""
-        cells = -(-options.context // KV_BLOCK_CELLS) * KV_BLOCK_CELLS * options.slots
-        return 2 * cells * self.kv_heads * self.head_dim * KV_TYPE_BYTES[options.kv_type]
-
-    def compute(self, options: Options, *, is_tail: bool) -> int:
-        """Bytes of the buffers of one step, the largest that may come: a chunk of prompt at the context's end."""
-        rows = max(options.chunk, options.slots)
-        attention = (self.heads + 2 * self.kv_heads) * self.head_dim
-        values = rows * (4 * self.hidden_size + 2 * attention + 3 * self.ffn_size)
-        if is_tail:
-            values += rows * self.vocab_size
-        mask = rows * options.context * 2
-        return 4 * values + mask
+        costs = self.costs
+        total = costs.every_bytes + costs.head_bytes * is_head + costs.tail_bytes * is_tail
+        return total - costs.shared_bytes * (is_head and is_tail)
 
 
 def readable(size_bytes: int) -> str:

@@ -47,12 +47,14 @@ class Partition:
     def __init__(self, shape: ModelShape, options: Options) -> None:
         self._shape = shape
         self._layers = shape.layers
-        self._compute = {tail: shape.compute(options, is_tail=tail) for tail in (False, True)}
-        kv = shape.kv_per_layer(options)
-        self._memory = [0, *accumulate(size + kv for size in shape.layer_bytes)]
+        self._tail_read = shape.costs.tail_bytes
+        last = shape.memory(shape.layers - 1, shape.layers, options)
+        first = last if shape.layers == 1 else shape.memory(0, 1, options)
+        self._compute = {False: first.compute, True: last.compute}
+        self._memory = [0, *accumulate(size + last.kv for size in shape.costs.layer_bytes)]
         # For a token a stage reads its layers and, as an estimate, half of one slot's cache.
-        read = kv // options.slots // 2
-        self._reads = [0, *accumulate(size + read for size in shape.layer_bytes)]
+        cache = last.kv // options.slots // 2
+        self._reads = [0, *accumulate(size + cache for size in shape.costs.layer_bytes)]
 
     def fixed(self, seat: int, seats: int) -> int:
         """Bytes that the stage on a seat needs besides its layers and their KV cache."""
@@ -72,12 +74,12 @@ class Partition:
 
     def shortfall(self, ring: Ring) -> Shortfall | None:
         """Where the layers do not fit; None when they do."""
-        found = self._fill(ring, self._reads[-1] + self._shape.tail_bytes)
+        found = self._fill(ring, self._reads[-1] + self._tail_read)
         return found if isinstance(found, Shortfall) else None
 
     def cut(self, ring: Ring) -> Cut | None:
         """The best cut of the layers over a ring, or None when there is no room for one."""
-        high = self._reads[-1] + self._shape.tail_bytes
+        high = self._reads[-1] + self._tail_read
         best = self._fill(ring, high)
         if isinstance(best, Shortfall):
             return None
@@ -109,7 +111,7 @@ class Partition:
 
     def _read(self, bounds: Sequence[int], stage: int) -> int:
         """Bytes that a stage reads for a token. Of the embedding the head reads but one row."""
-        tail = self._shape.tail_bytes if stage == len(bounds) - 2 else 0
+        tail = self._tail_read if stage == len(bounds) - 2 else 0
         return self._reads[bounds[stage + 1]] - self._reads[bounds[stage]] + tail
 
     def _fill(self, ring: Ring, limit: int) -> list[int] | Shortfall:
@@ -127,7 +129,7 @@ class Partition:
             left[worker] -= 1
             beside = left[worker]  # later stages of this worker: a layer each must stay for them
             by_room = bisect_right(self._memory, self._memory[start] + rooms[worker]) - 1 - beside
-            extra = 0 if after else self._shape.tail_bytes
+            extra = 0 if after else self._tail_read
             by_time = bisect_right(self._reads, self._reads[start] + limit - extra) - 1
             end = min(by_room, by_time, self._layers - after)
             if end <= start or (after == 0 and end < self._layers):

@@ -192,16 +192,9 @@ def _stages(seating: Seating, cut: Cut, shape: ModelShape, options: Options) -> 
     stages = []
     for index, worker in enumerate(seating.workers):
         start, end = cut.bounds[index], cut.bounds[index + 1]
-        stage = PlannedStage(
-            index=index,
-            worker=worker.name,
-            start=start,
-            end=end,
-            weights_bytes=shape.weights(start, end),
-            kv_bytes=shape.kv_per_layer(options) * (end - start),
-            compute_bytes=shape.compute(options, is_tail=end == shape.layers),
-            available_bytes=rooms[worker.name],
-        )
+        memory = shape.memory(start, end, options)
+        room = rooms[worker.name]
+        stage = PlannedStage(index, worker.name, start, end, memory.weights, memory.kv, memory.compute, room)
         rooms[worker.name] -= stage.needed_bytes
         stages.append(stage)
     return tuple(stages)
@@ -228,24 +221,22 @@ def _too_little(
     order: Order,
     bounds: tuple[int, ...] | None,
 ) -> NotEnoughMemory:
-    """What is missing where, in the roomiest ring."""
+    """What is missing where, in the ring that lacks least."""
     stages = order.stage_count or min(len(workers), shape.layers)
-    if order.workers:
-        seating = as_named(workers, order.workers, stages)[0]
-    else:
-        seating = next(iter(shared(workers, stages)))[-1]
-    ring = seating.ring
-    short = partition.shortfall(ring) if bounds is None else partition.misfit(ring, bounds)
-    needed, room = partition.total(stages), sum(ring.rooms)
-    missing, where = needed - room, ""
-    if short is not None:
-        missing = max(missing, short.needed - short.room)
-        name, content = seating.workers[short.seat].name, _content(short, shape)
-        where = f"; {name} has {readable(short.room)} for {content}, which need {readable(short.needed)}"
+    seatings = as_named(workers, order.workers, stages) if order.workers else next(shared(workers, stages))
+    needed, lacking = partition.total(stages), []
+    for seating in seatings:
+        ring = seating.ring
+        short = partition.shortfall(ring) if bounds is None else partition.misfit(ring, bounds)
+        if short is not None:
+            lacking.append((max(needed - sum(ring.rooms), short.needed - short.room), seating, short))
+    missing, seating, short = min(lacking, key=lambda lack: lack[0])
+    room, name, content = sum(seating.ring.rooms), seating.workers[short.seat].name, _content(short, shape)
     return NotEnoughMemory(
         f"{shape.name} does not fit, {readable(missing)} are missing: "
-        f"{_count(stages, 'stage')} need {readable(needed)} and {_count(len(ring.rooms), 'worker')} "
-        f"have {readable(room)}, with {HEAD_ROOM:.0%} head room kept{where}. "
+        f"{_count(stages, 'stage')} need {readable(needed)} and {_count(len(seating.ring.rooms), 'worker')} "
+        f"have {readable(room)}, with {HEAD_ROOM:.0%} head room kept; "
+        f"{name} has {readable(short.room)} for {content}, which need {readable(short.needed)}. "
         "Add workers or memory, or take a smaller context, fewer slots or a smaller quantization"
     )
 

@@ -2,6 +2,7 @@
 
 import re
 import time
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from eldric.controller.costs import ModelShape, Options, readable
 from eldric.controller.planner import Order, Plan, plan
 from eldric.controller.seating import WorkerView, natural
+from eldric.engine.shard import ModelCosts
 from eldric.errors import EldricError, InvalidRequest, NotEnoughMemory, NotReady, VersionMismatch
 
 MIB = 1 << 20
@@ -24,15 +26,11 @@ def model(layers: int = 32, layer_bytes: int = 200 * MIB, **changes: int) -> Mod
         tail_bytes=100 * MIB,
         shared_bytes=0,
         every_bytes=256,
-        hidden_size=4096,
-        ffn_size=11008,
-        heads=32,
-        kv_heads=8,
-        head_dim=128,
-        vocab_size=32000,
-        context=4096,
+        kv_bytes_per_cell_per_layer=2 * 2 * 8 * 128,
+        row_bytes=4 * (2 * 4096 + 3 * 11008),
+        logits_row_bytes=4 * 32000,
     )
-    return ModelShape("llama", (layer_bytes,) * layers, **(numbers | changes))
+    return ModelShape("llama", ModelCosts((layer_bytes,) * layers, **(numbers | changes)), 4096)
 
 
 def order(stages: int = 0, context: int = 2048, slots: int = 2, **changes: object) -> Order:
@@ -279,21 +277,8 @@ def situations(draw: st.DrawFn) -> tuple[list[WorkerView], ModelShape, Order]:
     layer_bytes = tuple(draw(st.lists(st.integers(1, 40 * MIB), min_size=1, max_size=24)))
     head, tail = draw(sizes), draw(sizes)
     shared = min(head, tail) if draw(st.booleans()) else 0
-    shape = ModelShape(
-        "m",
-        layer_bytes,
-        head,
-        tail,
-        shared,
-        draw(st.integers(0, MIB)),
-        64,
-        128,
-        4,
-        draw(st.integers(1, 4)),
-        16,
-        512,
-        256,
-    )
+    every, cell = draw(st.integers(0, MIB)), draw(st.integers(1, 512))
+    shape = ModelShape("m", ModelCosts(layer_bytes, head, tail, shared, every, cell, 4096, 8192), 256)
     memory = draw(st.lists(st.integers(0, 400 * MIB), min_size=1, max_size=8))
     workers = [WorkerView(f"w{number}", size, draw(st.integers(0, 20 * MIB))) for number, size in enumerate(memory)]
     options = Options(context=draw(st.integers(1, 600)), slots=draw(st.integers(1, 4)), chunk=draw(st.integers(1, 64)))
@@ -367,15 +352,15 @@ def test_more_memory_never_makes_a_plan_fail(
 def test_with_room_for_everything_no_cut_is_quicker(situation: tuple[list[WorkerView], ModelShape, Order]) -> None:
     """Against all cuts of a small model: the slowest stage is as quick as it can be."""
     _, shape, wanted = situation
-    shape = ModelShape("m", shape.layer_bytes[:8], *(getattr(shape, name) for name in ModelShape.__slots__[2:]))
+    shape = ModelShape("m", replace(shape.costs, layer_bytes=shape.costs.layer_bytes[:8]), 256)
     stages = min(3, shape.layers)
     workers = [WorkerView(f"w{number}", 1000 * GIB) for number in range(3)]
     made = plan(workers, shape, Order(wanted.options, stages))
-    read = shape.kv_per_layer(wanted.options) // wanted.options.slots // 2
+    read = shape.memory(0, 1, wanted.options).kv // wanted.options.slots // 2
 
     def time_of(start: int, end: int) -> int:
-        tail = shape.tail_bytes if end == shape.layers else 0
-        return sum(shape.layer_bytes[start:end]) + read * (end - start) + tail
+        tail = shape.costs.tail_bytes if end == shape.layers else 0
+        return sum(shape.costs.layer_bytes[start:end]) + read * (end - start) + tail
 
     def quickest(start: int, left: int) -> int:
         if left == 1:
