@@ -158,6 +158,8 @@ def parse_header(buffer: Buffer, name: str, size_bytes: int, file: int = 0) -> H
     placed = {}
     for info, start in zip(tensors.values(), starts, strict=True):
         placed[info.name] = _placed(reader, info, data_start, size_bytes, start)
+    if data_start > reader.end:
+        raise reader.short("the padding before tensor data", reader.offset)
     return Header(entries, placed, data_start)
 
 
