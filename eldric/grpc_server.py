@@ -13,9 +13,9 @@ from eldric.channels import MAX_MESSAGE_BYTES
 from eldric.config import NodeConfig
 from eldric.errors import AddressInUse
 from eldric.interceptors import CallGuard, CallInterceptor
-from eldric.live_identity import LiveIdentity
 from eldric.names import join_address
 from eldric.readiness import Readiness
+from eldric.security.live import LiveIdentity
 from eldric.web import check_free
 
 #: Calls that a node answers at once; more are refused with RESOURCE_EXHAUSTED.

@@ -18,11 +18,11 @@ from eldric.channels import ChannelPool
 from eldric.config import NodeConfig
 from eldric.grpc_server import GrpcServer, Service
 from eldric.interceptors import CallGuard
-from eldric.live_identity import LiveIdentity
 from eldric.metrics import CallMetrics, describe_node
 from eldric.node_file import NodeFile
 from eldric.readiness import HealthCheck, Readiness
 from eldric.security import Authority, Identity, renew
+from eldric.security.live import LiveIdentity
 from eldric.web import WebServer, bind
 from eldric.web_app import http_tls, make_app
 

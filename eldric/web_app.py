@@ -16,12 +16,12 @@ from eldric.config import NodeConfig
 from eldric.grpc_server import Service
 from eldric.http_errors import error_response
 from eldric.interceptors import CallGuard, failure_of
-from eldric.live_identity import LiveIdentity
 from eldric.metrics import render
 from eldric.names import is_loopback
 from eldric.openapi import describe, page
 from eldric.readiness import Readiness
 from eldric.rest import RestFace
+from eldric.security.live import LiveIdentity
 
 log = logging.getLogger(__name__)
 
