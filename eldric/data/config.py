@@ -1,0 +1,21 @@
+"""Settings of a data worker."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from eldric.config import NodeConfig
+from eldric.errors import InvalidRequest
+
+
+@dataclass(frozen=True, slots=True)
+class DataConfig:
+    """Where the models lie, and how much is done at once."""
+
+    node: NodeConfig
+    folder: Path  # the model store, which other machines may mount
+    jobs: int = 2  # imports and checks that run at once
+    queue: int = 16  # imports and checks that may wait
+
+    def __post_init__(self) -> None:
+        if self.jobs < 1 or self.queue < 0:
+            raise InvalidRequest(f"jobs is {self.jobs} and queue is {self.queue}: at least 1 and 0")

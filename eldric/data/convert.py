@@ -1,0 +1,79 @@
+"""A store's models as messages of the contract."""
+
+from eldric.data.header import ModelHeader
+from eldric.data.model import StoredModel
+from eldric.v1 import model_store_pb2 as pb
+from eldric.v1 import stage_pb2
+
+
+def model_info(model: StoredModel) -> pb.ModelInfo:
+    """What a list shows. Of a damaged model little is known."""
+    info = pb.ModelInfo(id=model.id, size_bytes=model.size_bytes, format="gguf", problem=model.problem)
+    if header := model.header:
+        info.layers = header.layers
+        info.architecture = header.architecture
+        info.quantization = header.quantization
+        info.parameters = header.parameters
+        info.context = header.context
+    return info
+
+
+def model_metadata(model: StoredModel) -> pb.ModelMetadata:
+    """All of the header but the tensors. Raises DataLoss for a damaged model."""
+    header = model.sound_header
+    sums = [file.sha256 for file in model.files]
+    return pb.ModelMetadata(
+        info=model_info(model),
+        hidden_size=header.hidden_size,
+        heads=header.heads,
+        kv_heads=header.kv_heads,
+        vocab_size=header.vocab_size,
+        tensor_count=len(header.tensors),
+        source=_source(model, header),
+        header=header.entries,
+        sha256=sums if all(sums) else (),
+        costs=_costs(header),
+    )
+
+
+def model_tensors(model: StoredModel) -> pb.ModelTensors:
+    """All tensors, in the order of the files. Raises DataLoss for a damaged model."""
+    tensors = sorted(model.sound_header.tensors.values(), key=lambda tensor: (tensor.file, tensor.offset))
+    return pb.ModelTensors(
+        tensors=[
+            pb.TensorEntry(
+                name=tensor.name,
+                type=tensor.type.name,
+                shape=tensor.shape,
+                file=tensor.file,
+                offset=tensor.offset,
+                size_bytes=tensor.nbytes,
+            )
+            for tensor in tensors
+        ]
+    )
+
+
+def _source(model: StoredModel, header: ModelHeader) -> stage_pb2.ModelSource:
+    return stage_pb2.ModelSource(
+        model=model.id,
+        files=[stage_pb2.ModelFile(path=file.path.as_posix(), size_bytes=file.size_bytes) for file in model.files],
+        header_sha256=bytes.fromhex(header.sha256),
+        folder=str(model.folder),
+    )
+
+
+def _costs(header: ModelHeader) -> pb.ModelCosts | None:
+    costs = header.costs
+    if costs is None:
+        return None
+    return pb.ModelCosts(
+        layer_bytes=costs.layer_bytes,
+        head_bytes=costs.head_bytes,
+        tail_bytes=costs.tail_bytes,
+        shared_bytes=costs.shared_bytes,
+        every_bytes=costs.every_bytes,
+        kv_bytes_per_cell_per_layer=costs.kv_bytes_per_cell_per_layer,
+        row_bytes=costs.row_bytes,
+        logits_row_bytes=costs.logits_row_bytes,
+    )

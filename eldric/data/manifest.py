@@ -1,0 +1,100 @@
+"""What a store knows of a model besides its files: a small JSON document in the model's folder, written last."""
+
+import json
+import os
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+NAME = "manifest.json"
+VERSION = 1
+
+_MAX_BYTES = 1 << 20
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+class BrokenManifest(ValueError):
+    """A manifest that cannot be used. Says why."""
+
+
+class UnknownVersion(BrokenManifest):
+    """A manifest that another version of this program wrote."""
+
+
+@dataclass(frozen=True, slots=True)
+class ManifestFile:
+    """One file of a model. name: in the model's folder. sha256: lower-case hex, at import."""
+
+    name: str
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """A model of a store. source: where it was imported from, for people. imported_at: ISO 8601, UTC."""
+
+    format: str
+    files: tuple[ManifestFile, ...]
+    source: str
+    imported_at: str
+
+    def save(self, folder: Path) -> None:
+        """Writes the manifest atomically and durably. Raises OSError."""
+        path, draft = folder / NAME, folder / f".{NAME}.tmp"
+        with draft.open("w", encoding="utf-8", errors="backslashreplace") as file:
+            json.dump({"version": VERSION, **asdict(self)}, file, indent=2, ensure_ascii=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Reads the manifest of a model's folder.
+
+        Raises UnknownVersion, BrokenManifest, OSError (FileNotFoundError where there is none).
+        """
+        with (folder / NAME).open("rb") as file:
+            data = file.read(_MAX_BYTES + 1)
+        if len(data) > _MAX_BYTES:
+            raise BrokenManifest(f"its manifest is longer than {_MAX_BYTES} bytes")
+        try:
+            document = json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise BrokenManifest(f"its manifest is not JSON: {error}") from None
+        if not isinstance(document, dict):
+            raise BrokenManifest("its manifest is not a JSON object")
+        version = document.get("version")
+        if version != VERSION:
+            raise UnknownVersion(f"its manifest is of version {version!r:.40}, this program reads version {VERSION}")
+        files = document.get("files")
+        if not isinstance(files, list) or not files:
+            raise BrokenManifest("its manifest names no files")
+        return cls(
+            format=_text(document, "format"),
+            files=tuple(_file(entry) for entry in files),
+            source=_text(document, "source"),
+            imported_at=_text(document, "imported_at"),
+        )
+
+
+def _file(entry: Any) -> ManifestFile:
+    if not isinstance(entry, dict):
+        raise BrokenManifest("an entry of its manifest's files is not an object")
+    name, size, sha256 = _text(entry, "name"), entry.get("size_bytes"), _text(entry, "sha256")
+    if not name or name.startswith(".") or "/" in name or "\\" in name or not name.isprintable():
+        raise BrokenManifest(f"its manifest names the file {name[:200]!r}, which is no plain file name")
+    if not isinstance(size, int) or isinstance(size, bool) or size < 0:
+        raise BrokenManifest(f"its manifest gives {name} the size {size!r:.40}")
+    if not _SHA256.fullmatch(sha256):
+        raise BrokenManifest(f"its manifest gives {name} a SHA-256 that is none")
+    return ManifestFile(name, size, sha256)
+
+
+def _text(document: dict[str, Any], key: str) -> str:
+    value = document.get(key)
+    if not isinstance(value, str):
+        raise BrokenManifest(f"its manifest has no text {key!r}")
+    return value

@@ -1,0 +1,201 @@
+"""A store of models in one folder, which other machines may mount.
+
+    FOLDER/ID/         an imported model: ID.gguf (or the parts of a split set) and manifest.json
+    FOLDER/*.gguf      models that somebody put there by hand; a split set counts as one
+    FOLDER/.eldric/    imports in progress, what is being removed, sums of files that were put there by hand
+
+An import appears by one rename, so what is listed is whole. Everything here blocks: call it from a thread.
+"""
+
+import contextlib
+import errno
+import logging
+import os
+import shutil
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from eldric.data import checksums
+from eldric.data.index import Index
+from eldric.data.locks import locked
+from eldric.data.model import StoredFile, StoredModel
+from eldric.data.sums import Sums
+from eldric.errors import AlreadyExists, DataLoss, EldricError, NotEnoughSpace, NotFound, NotReady
+
+log = logging.getLogger(__name__)
+
+#: Called with what is being done, bytes done so far and bytes in all. May raise, which ends the work.
+Report = Callable[[str, int, int], None]
+
+
+class ModelStore:
+    """Lists, finds, verifies and removes models. Thread-safe; several processes may use one folder."""
+
+    def __init__(self, folder: Path) -> None:
+        """Makes the folder if it is missing. Raises NotReady when that is not possible."""
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.folder = folder.resolve(strict=True)
+        except OSError as error:
+            raise NotReady(f"the model store {folder} cannot be used: {error.strerror}") from None
+        own = self.folder / ".eldric"
+        self._incoming, self._removed, self._lock_path = own / "incoming", own / "removed", own / "lock"
+        self._sums = Sums(own / "sums.json")
+        self._index = Index(self.folder, self._sums)
+        self._claims: set[str] = set()
+        self._claims_lock = threading.Lock()
+
+    def list(self) -> list[StoredModel]:
+        """All models by name, damaged ones too. Raises NotReady when the folder cannot be read."""
+        return self._index.all()
+
+    def find(self, model: str) -> StoredModel | None:
+        """A model by name, or None. Raises InvalidRequest for what is no name."""
+        return self._index.find(model)
+
+    def get(self, model: str) -> StoredModel:
+        """A model by name. Raises NotFound, InvalidRequest for what is no name."""
+        found = self._index.find(model)
+        if found is None:
+            raise NotFound(f"the model store has no model {model!r}")
+        return found
+
+    def remove(self, model: str) -> None:
+        """Removes a model and its files at once; who has them open reads on. Raises NotFound, NotReady."""
+        found = self.get(model)
+        with self.write_errors():
+            if found.imported:
+                self._remove_folder(self.folder / model)
+            else:
+                for file in found.files:
+                    (self.folder / file.path).unlink(missing_ok=True)
+                    self._sums.drop(file.path.name)
+        log.info("event=model_removed id=%s bytes=%d", model, found.size_bytes)
+
+    def verify(self, model: str, report: Report) -> None:
+        """Compares the SHA-256 of each file with the one that was kept.
+
+        A file that was put there by hand has none at first: then its sum is kept. Raises DataLoss, which names every
+        file that differs, NotFound, NotReady.
+        """
+        found = self.get(model)
+        if not found.files:
+            raise found.error or DataLoss(f"{model} has no files")
+        done, total = 0, found.size_bytes
+
+        def progress(nbytes: int) -> None:
+            nonlocal done
+            done += nbytes
+            report("hashing", done, max(done, total))
+
+        damage = [problem for file in found.files if (problem := self._damage(file, progress))]
+        if damage:
+            raise DataLoss(f"{model} is damaged: {'; '.join(damage)}")
+        if found.error:
+            raise found.error
+
+    def clean(self) -> None:
+        """Deletes what killed imports and removals left behind, unless another process is importing right now."""
+        if not self._incoming.exists() and not self._removed.exists():
+            return
+        try:
+            with locked(self._lock_path, shared=False):
+                for left in [*_children(self._incoming), *_children(self._removed)]:
+                    log.info("event=cleaned_up path=%s", left)
+                    shutil.rmtree(left, ignore_errors=True)
+        except OSError as error:
+            log.info("event=clean_up_skipped reason=%r", str(error))
+
+    @contextlib.contextmanager
+    def claim(self, model: str) -> Iterator[None]:
+        """Holds a name for one import. Raises AlreadyExists when it is taken, or held by another import."""
+        with self._claims_lock:
+            if model in self._claims:
+                raise AlreadyExists(f"a model is being imported as {model!r} right now")
+            self._claims.add(model)
+        try:
+            yield
+        finally:
+            with self._claims_lock:
+                self._claims.remove(model)
+
+    @contextlib.contextmanager
+    def staging(self) -> Iterator[Path]:
+        """An empty folder on the store's file system. It goes when the block ends, unless it was published."""
+        with self.write_errors():
+            self._incoming.mkdir(parents=True, exist_ok=True)
+            with locked(self._lock_path, shared=True):
+                folder = self._incoming / uuid.uuid4().hex
+                folder.mkdir()
+                try:
+                    yield folder
+                finally:
+                    shutil.rmtree(folder, ignore_errors=True)
+
+    def publish(self, staged: Path, model: str) -> None:
+        """Makes a staged folder the model's, in one step. Raises AlreadyExists when the name was taken meanwhile."""
+        try:
+            _sync_folder(staged)
+            staged.rename(self.folder / model)
+            _sync_folder(self.folder)
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise AlreadyExists(f"the model store has a model {model!r}, or another file of that name") from None
+            raise
+
+    @contextlib.contextmanager
+    def write_errors(self) -> Iterator[None]:
+        """Turns an OSError of a write to the store into the error that a caller understands."""
+        try:
+            yield
+        except OSError as error:
+            raise self._write_error(error) from error
+
+    def _write_error(self, error: OSError) -> EldricError:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            free = shutil.disk_usage(self.folder).free
+            return NotEnoughSpace(f"{self.folder} is full: {error.strerror}, {free} bytes are free")
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+            return NotReady(f"the model store {self.folder} cannot be written: {error.strerror}")
+        return DataLoss(f"reading or writing files failed: {error}")
+
+    def _damage(self, file: StoredFile, progress: checksums.Progress) -> str:
+        path = self.folder / file.path
+        try:
+            status = path.stat()
+            if file.sha256 and status.st_size != file.size_bytes:
+                return f"{file.path} has {status.st_size} bytes, it had {file.size_bytes}"
+            sha256 = checksums.sha256_of(path, progress)
+        except OSError as error:
+            return f"{file.path} cannot be read: {error.strerror}"
+        if not file.sha256:
+            self._sums.put(file.path.name, status, sha256)
+        elif sha256 != file.sha256:
+            return f"{file.path} has the SHA-256 {sha256}, it had {file.sha256}"
+        return ""
+
+    def _remove_folder(self, folder: Path) -> None:
+        if folder.is_symlink():
+            folder.unlink()
+            return
+        self._removed.mkdir(parents=True, exist_ok=True)
+        target = self._removed / uuid.uuid4().hex
+        with contextlib.suppress(FileNotFoundError):  # somebody else removed it just now
+            folder.rename(target)
+            shutil.rmtree(target, ignore_errors=True)
+
+
+def _children(folder: Path) -> list[Path]:
+    return list(folder.iterdir()) if folder.exists() else []
+
+
+def _sync_folder(folder: Path) -> None:
+    """Has a folder's entries on the disk, where its file system can say so."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
