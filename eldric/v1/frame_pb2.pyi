@@ -504,31 +504,37 @@ Global___LinkHello: _TypeAlias = LinkHello  # noqa: Y015
 
 @_typing.final
 class LinkGrant(_message.Message):
-    """Answers a hello, and comes again as the receiver takes frames: how much the sender may have sent since the link's
-    beginning, in all. Until the first one a sender may send 8 frames. It may send while both sums are below their bound,
-    so that one frame larger than the bound still gets through.
+    """Answers a hello, and comes again as the receiver takes frames. A sender may send while it has fewer than window_frames
+    and fewer than window_bytes under way (sent and not taken), so that one frame larger than the window still gets
+    through. Until the first grant the window is 8 frames and 16 MiB.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    FRAMES_FIELD_NUMBER: _builtins.int
-    BYTES_FIELD_NUMBER: _builtins.int
+    TAKEN_FRAMES_FIELD_NUMBER: _builtins.int
+    TAKEN_BYTES_FIELD_NUMBER: _builtins.int
+    WINDOW_FRAMES_FIELD_NUMBER: _builtins.int
+    WINDOW_BYTES_FIELD_NUMBER: _builtins.int
     REFUSED_FIELD_NUMBER: _builtins.int
-    frames: _builtins.int
-    bytes: _builtins.int
-    """Bytes of payload."""
+    taken_frames: _builtins.int
+    """Frames that the receiver has taken since the link's beginning, dropped ones included, and bytes of their payloads."""
+    taken_bytes: _builtins.int
+    window_frames: _builtins.int
+    window_bytes: _builtins.int
     refused: _builtins.str
     """The hello was not accepted: why, in one line. The link is of no use."""
     def __init__(
         self,
         *,
-        frames: _builtins.int = ...,
-        bytes: _builtins.int = ...,
+        taken_frames: _builtins.int = ...,
+        taken_bytes: _builtins.int = ...,
+        window_frames: _builtins.int = ...,
+        window_bytes: _builtins.int = ...,
         refused: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "frames", b"frames", "refused", b"refused"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["refused", b"refused", "taken_bytes", b"taken_bytes", "taken_frames", b"taken_frames", "window_bytes", b"window_bytes", "window_frames", b"window_frames"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

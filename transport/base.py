@@ -1,0 +1,183 @@
+"""What a transport is: the contract that zmq.py, inproc.py and third parties' transports keep.
+
+A Transport belongs to one stage of one pipeline. It listens for the stages that send to it and makes links to those
+that it sends to; in a ring that is one of each. Frames of one link arrive in order, each once or not at all.
+
+Threads: `allow`, `wake` and `stats` may be called from any thread. All else is called by one thread at a time, the
+stage's compute thread; other threads reach it by handing something over and calling `wake`.
+
+Back-pressure: a link has a bounded number of frames and bytes under way, that is sent and not yet given out by the peer's
+`recv`. At the bound `send` blocks, then raises QueueFull. A thread that is blocked in `send` receives nothing, so a ring
+must have fewer steps under way than one link takes, or all stages may wait for each other.
+
+Failing: a peer that closes, dies or falls silent is noticed without a call being made (at once when its connection
+closes, after `silence_s` when it does not), and then raised once by `recv` as PeerLost. Its link is dead for good:
+`send` raises LinkClosed, and nothing is sent again to whoever may listen there next. Frames under way are lost. The
+pipeline goes on with a new epoch and new links.
+
+Closing: what was sent before `close` is still delivered, for at most `linger_s`; the peers then see PeerLost.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import ClassVar, Self
+
+from eldric.transport.filter import FrameFilter
+from eldric.transport.frame import MAX_PAYLOAD_BYTES, Frame, Header, Payload
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """The receiving end of a link."""
+
+    address: str  # what its `listen` returned, such as "zmq://10.0.0.7:41000"
+    public_key: str  # what its `public_key` is: whoever listens there with another one is not spoken to
+    stage: int  # index of its stage, for errors and events
+
+
+@dataclass(frozen=True, slots=True)
+class TransportOptions:
+    """Settings of one transport."""
+
+    queue_frames: int = 64  # frames that may be under way from each peer that sends to us
+    queue_bytes: int = 256 * 1024 * 1024  # and their payloads in bytes; one frame more may start below the bound
+    max_payload_bytes: int = MAX_PAYLOAD_BYTES  # larger frames are neither sent nor let in
+    silence_s: float = 3.0  # a peer that is not heard of for longer is lost; must exceed the time of one frame's way
+    linger_s: float = 1.0  # how long `close` waits for frames to leave
+    encrypt: bool = True  # False: no encryption, and anybody who reaches the port may send
+
+
+@dataclass(frozen=True, slots=True)
+class LinkStats:
+    """Counters of a link since its beginning."""
+
+    frames: int
+    bytes: int  # of payloads
+    queue_frames: int  # under way; the peer tells what it took only now and then, so up to a quarter of its queue more
+    queue_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class TransportStats:
+    """Counters of the receiving side since its beginning."""
+
+    frames: int = 0  # given out by recv
+    bytes: int = 0  # of their payloads
+    peers: int = 0  # that are connected to us now and said hello
+    refused: int = 0  # connections refused: no key, a key that is not allowed, another pipeline or protocol version
+    dropped: Mapping[str, int] = field(default_factory=dict)  # frames not let in, by filter.DropReason
+
+
+class Link(ABC):
+    """One way to one peer. Made by Transport.connect; used by the transport's thread."""
+
+    def __init__(self, peer: Peer) -> None:
+        self.peer = peer
+
+    @abstractmethod
+    def send(self, header: Header, payload: Payload = b"", timeout: float | None = None) -> None:
+        """Send one frame. The payload is copied or gone when this returns, so its memory may be used again.
+
+        The link fills in pipeline, epoch, sender and serial. timeout: seconds to wait for room; None: no bound; 0: none.
+        Raises QueueFull (nothing was sent), LinkClosed, and CorruptFrame for a frame that the peer would drop.
+        """
+
+    @property
+    @abstractmethod
+    def closed(self) -> str | None:
+        """Why nothing can be sent any more; None while the link is good. May be read from any thread."""
+
+    @property
+    @abstractmethod
+    def stats(self) -> LinkStats:
+        """Counters. May be read from any thread."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of the peer once what was sent has left (at most linger_s, not waited for). Idempotent."""
+
+
+class Transport(ABC):
+    """One stage's end of the data plane.
+
+    A class registered under the entry-point group `eldric.transports` is called as `cls(pipeline_id, stage, options)`.
+    """
+
+    scheme: ClassVar[str]  # of its addresses, "zmq" for "zmq://10.0.0.7:41000"
+
+    def __init__(self, pipeline_id: str, stage: int, options: TransportOptions | None = None) -> None:
+        self.pipeline_id, self.stage = pipeline_id, stage
+        self.options = options or TransportOptions()
+        self.filter = FrameFilter(
+            pipeline_id,
+            max_payload_bytes=self.options.max_payload_bytes,
+            early_frames=self.options.queue_frames,
+            early_bytes=self.options.queue_bytes,
+        )
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that frames are sent with and let in from. 0: none yet."""
+        return self.filter.epoch
+
+    @property
+    @abstractmethod
+    def public_key(self) -> str:
+        """Who this transport is to its peers; the private half never leaves it. Empty without encryption."""
+
+    @abstractmethod
+    def listen(self, host: str = "127.0.0.1", port: int = 0) -> str:
+        """Take connections on an address of this machine; port 0 picks a free one. Returns the address for peers.
+
+        A wildcard host ("0.0.0.0", "::") stays in the returned address: whoever publishes it puts a reachable one there.
+        Raises ListenFailed.
+        """
+
+    @abstractmethod
+    def allow(self, keys: Collection[str]) -> None:
+        """Let only holders of these keys in, from now on; nobody before the first call. May be called from any thread.
+
+        Frames of a peer whose key is not among them any more are dropped, and its end is not reported.
+        """
+
+    @abstractmethod
+    def set_epoch(self, epoch: int) -> None:
+        """Send with this epoch and let only its frames in, those included that came early. Links live on."""
+
+    @abstractmethod
+    def connect(self, peer: Peer, timeout: float = 5.0) -> Link:
+        """Make a link, trying again until the timeout, as the peer may not listen or not allow this key yet.
+
+        Returns once the peer has proven its key and accepted ours. The peer's thread need not be receiving.
+        Raises ConnectFailed with the last try's reason.
+        """
+
+    @abstractmethod
+    def recv(self, timeout: float | None = None) -> Frame | None:
+        """The next frame; None after `wake` or after timeout seconds (None: no bound, 0: do not wait).
+
+        Raises PeerLost once for each lost peer, and TransportClosed.
+        """
+
+    @abstractmethod
+    def wake(self) -> None:
+        """Make the current `recv`, or else the next one, return None soon. Any thread; wakes may merge; never blocks."""
+
+    @property
+    @abstractmethod
+    def stats(self) -> TransportStats:
+        """Counters. May be read from any thread."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Close all links, let what was sent leave (at most linger_s), give every port and thread back. Idempotent."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,198 @@
+"""Headers to bytes and back.
+
+Decoding makes views, never copies, of the payload. Everything that comes from a peer is checked here, but for who sent
+it (filter.py): what passes has known kinds, numbers in range, and a payload of the length that its dimensions and
+element type say. This runs for every token, so checks look at whole columns of runs, not at one run after the other.
+"""
+
+import math
+from collections.abc import Sequence
+
+from google.protobuf.message import DecodeError
+
+from eldric.transport.errors import CorruptFrame
+from eldric.transport.frame import (
+    MAX_DIMENSIONS,
+    MAX_HEADER_BYTES,
+    MAX_INDEX,
+    MAX_PIPELINE_ID_BYTES,
+    MAX_POSITION,
+    MAX_RUNS,
+    MAX_TRACES,
+    NUMPY_DTYPES,
+    PROTOCOL_VERSION,
+    Frame,
+    FrameDtype,
+    FrameKind,
+    Header,
+    PositionRange,
+    Run,
+    StageTrace,
+)
+from eldric.v1 import frame_pb2
+
+_new_tuple = tuple.__new__  # Run(*row), without the Python call in between
+_KINDS = {int(kind): kind for kind in FrameKind}
+_DTYPES = {int(dtype): dtype for dtype in FrameDtype}
+_HIDDEN, _BYTES = FrameKind.HIDDEN, FrameDtype.BYTES  # looking a member up costs more than the rest of a check
+
+
+def stamp(pipeline_id: str, epoch: int, from_stage: int) -> bytes:
+    """The serialized fields that all frames of a link share; `encode_header` puts them in front.
+
+    Serialized messages that follow one another parse as one merged message, so this saves building them each time
+    (https://protobuf.dev/programming-guides/encoding/#last-one-wins). Raises CorruptFrame for a value out of range.
+    """
+    _check_sender(pipeline_id, epoch, from_stage)
+    return frame_pb2.FrameHeader(
+        protocol_version=PROTOCOL_VERSION, pipeline_id=pipeline_id, epoch=epoch, from_stage=from_stage
+    ).SerializeToString()
+
+
+def encode_header(header: Header, stamped: bytes, serial: int, payload_bytes: int) -> bytes:
+    """The header as it is sent. stamped: from `stamp`. Raises CorruptFrame for a frame that a peer would drop."""
+    try:
+        message = frame_pb2.FrameHeader(
+            step=header.step,
+            serial=serial,
+            kind=header.kind,  # type: ignore[arg-type]
+            lane=header.lane,
+            dtype=header.dtype,  # type: ignore[arg-type]
+            shape=header.shape,
+        )
+        if header.runs:
+            slots, positions, counts, logits = zip(*header.runs, strict=True)
+            _check_runs(slots, positions, counts)
+            message.runs.CopyFrom(frame_pb2.FrameRuns(slot=slots, position=positions, count=counts, logits=logits))
+        _encode_rare_fields(header, message)
+    except (ValueError, TypeError) as error:  # a number that does not fit its field
+        raise CorruptFrame(f"header: {error}") from error
+    _check_header(header)
+    _check_payload(header, payload_bytes)
+    data = stamped + message.SerializeToString()
+    if len(data) > MAX_HEADER_BYTES:
+        raise CorruptFrame(f"header of {len(data)} bytes, at most {MAX_HEADER_BYTES}")
+    return data
+
+
+def parse_header(data: bytes) -> frame_pb2.FrameHeader:
+    """The header as it came, nothing but its encoding checked. Raises CorruptFrame."""
+    if len(data) > MAX_HEADER_BYTES:
+        raise CorruptFrame(f"header of {len(data)} bytes, at most {MAX_HEADER_BYTES}")
+    try:
+        return frame_pb2.FrameHeader.FromString(data)
+    except DecodeError as error:
+        raise CorruptFrame("header is no FrameHeader message") from error
+
+
+def decode_frame(message: frame_pb2.FrameHeader, payload: memoryview) -> Frame:
+    """Check and convert what `parse_header` gave. Raises CorruptFrame: which field, and what is wrong with it."""
+    kind = _KINDS.get(message.kind)
+    if kind is None:
+        raise CorruptFrame(f"unknown kind {message.kind}")
+    dtype = _DTYPES.get(message.dtype)
+    if dtype is None:
+        raise CorruptFrame(f"unknown dtype {message.dtype}")
+    header = Header(
+        kind=kind,
+        step=message.step,
+        lane=message.lane,
+        dtype=dtype,
+        shape=tuple(message.shape),
+        replay=message.replay,
+        speculation_window=message.speculation_window,
+        pipeline_id=message.pipeline_id,
+        epoch=message.epoch,
+        from_stage=message.from_stage,
+        serial=message.serial,
+    )
+    if message.HasField("runs"):
+        header.runs = _decode_runs(message.runs)
+    if message.HasField("discard"):
+        discard = message.discard
+        header.discard = PositionRange(discard.slot, discard.start, discard.end)
+    if message.HasField("kv_cut"):
+        header.kv_cut = message.kv_cut
+    if message.trace:
+        header.trace = tuple(
+            StageTrace(t.stage, t.clock, t.received_ns, t.began_ns, t.computed_ns, t.sent_ns) for t in message.trace
+        )
+    _check_header(header)
+    _check_payload(header, payload.nbytes)
+    return Frame(header, payload)
+
+
+def _encode_rare_fields(header: Header, message: frame_pb2.FrameHeader) -> None:
+    if header.replay:
+        message.replay = True
+    if header.speculation_window:
+        message.speculation_window = header.speculation_window
+    if header.discard is not None:
+        slot, start, end = header.discard
+        message.discard.slot, message.discard.start, message.discard.end = slot, start, end
+        message.discard.SetInParent()
+    if header.kv_cut is not None:
+        message.kv_cut = header.kv_cut
+    for t in header.trace:
+        message.trace.add(
+            stage=t.stage,
+            clock=t.clock,
+            received_ns=t.received_ns,
+            began_ns=t.began_ns,
+            computed_ns=t.computed_ns,
+            sent_ns=t.sent_ns,
+        )
+
+
+def _decode_runs(message: frame_pb2.FrameRuns) -> tuple[Run, ...]:
+    slots, positions, counts, logits = message.slot[:], message.position[:], message.count[:], message.logits[:]
+    _check_runs(slots, positions, counts)
+    try:
+        rows = zip(slots, positions, counts, logits, strict=True)
+        return tuple([_new_tuple(Run, row) for row in rows])
+    except ValueError as error:
+        raise CorruptFrame("columns of runs differ in length") from error
+
+
+def _check_runs(slots: Sequence[int], positions: Sequence[int], counts: Sequence[int]) -> None:
+    if not 0 < len(slots) <= MAX_RUNS or not positions or not counts:
+        raise CorruptFrame(f"{len(slots)} runs, not 1 to {MAX_RUNS}")
+    if max(slots) > MAX_INDEX:
+        raise CorruptFrame(f"slot {max(slots)}, at most {MAX_INDEX}")
+    if min(counts) < 1 or max(positions) + max(counts) > MAX_POSITION:
+        raise CorruptFrame(f"runs of {min(counts)} to {max(counts)} tokens up to position {max(positions)}")
+
+
+def _check_sender(pipeline_id: str, epoch: int, from_stage: int) -> None:
+    if not 0 < len(pipeline_id.encode()) <= MAX_PIPELINE_ID_BYTES:
+        raise CorruptFrame(f"pipeline id of {len(pipeline_id.encode())} bytes, not 1 to {MAX_PIPELINE_ID_BYTES}")
+    if not 0 < epoch < 2**64:
+        raise CorruptFrame(f"epoch {epoch} is out of range")
+    if not 0 <= from_stage <= MAX_INDEX:
+        raise CorruptFrame(f"stage {from_stage} is out of range")
+
+
+def _check_header(header: Header) -> None:
+    if not 0 <= header.lane <= MAX_INDEX:
+        raise CorruptFrame(f"lane {header.lane}, at most {MAX_INDEX}")
+    if len(header.trace) > MAX_TRACES:
+        raise CorruptFrame(f"{len(header.trace)} stage traces, at most {MAX_TRACES}")
+    if header.discard is not None and not header.discard.start < header.discard.end <= MAX_POSITION:
+        raise CorruptFrame(f"discard range [{header.discard.start}, {header.discard.end}) is empty or out of range")
+
+
+def _check_payload(header: Header, payload_bytes: int) -> None:
+    shape = header.shape
+    if header.dtype is _BYTES:
+        if shape:
+            raise CorruptFrame(f"shape {shape} of a payload without elements")
+        if header.kind is _HIDDEN:
+            raise CorruptFrame("a HIDDEN frame without elements")
+        return
+    if not 0 < len(shape) <= MAX_DIMENSIONS:
+        raise CorruptFrame(f"{len(shape)} dimensions, not 1 to {MAX_DIMENSIONS}")
+    expected = math.prod(shape) * NUMPY_DTYPES[header.dtype].itemsize
+    if expected != payload_bytes or min(shape) < 1:
+        raise CorruptFrame(f"shape {shape} of {header.dtype.name} is {expected} bytes, the payload {payload_bytes}")
+    if header.kind is _HIDDEN and (len(shape) != 2 or sum([run[2] for run in header.runs]) != shape[0]):
+        raise CorruptFrame(f"hidden states of shape {shape} do not match the rows of {len(header.runs)} runs")
