@@ -131,9 +131,7 @@ def _add_vocabulary(writer: gguf.GGUFWriter, size: int) -> None:
     control = ["<unk>", "<s>", "</s>"]
     byte = [f"<0x{value:02X}>" for value in range(256)]
     words = (
-        "".join(letters)
-        for n in itertools.count(1)
-        for letters in itertools.product(string.ascii_lowercase, repeat=n)
+        "".join(letters) for n in itertools.count(1) for letters in itertools.product(string.ascii_lowercase, repeat=n)
     )
     normal = ["▁", *itertools.islice(words, size - len(control) - len(byte) - 1)]
     kinds = gguf.TokenType
@@ -160,9 +158,7 @@ def _tensors(shape: Shape, mixture: Quant) -> list[_Tensor]:
         tensors.append(_Tensor("rope_freqs.weight", Kind.F32, (shape.head_dim // 2,), 1.5))
     for layer in range(shape.layers):
         more = (
-            mixture.more_bits
-            if mixture.more_bits is not None and _more_bits(layer, shape.layers)
-            else mixture.matrices
+            mixture.more_bits if mixture.more_bits is not None and _more_bits(layer, shape.layers) else mixture.matrices
         )
         block = [
             _Tensor("attn_norm", Kind.F32, (hidden,), 1.0),

@@ -200,6 +200,10 @@ class AsyncClient:
                 return channel
         raise Unavailable(f"no controller answers at {', '.join(self.cluster.controllers)}")
 
+    def channel(self, address: str, kind: str, name: str) -> grpc.aio.Channel:
+        """To any node of the cluster."""
+        return self._channels.to(address, kind, name)
+
     async def router_channel(self) -> grpc.aio.Channel:
         return await self._node_channel(registry_pb2.ROUTER, "router")
 
