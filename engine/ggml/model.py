@@ -1,0 +1,197 @@
+"""A shard on a ggml device: weights, KV cache and graphs together, computing decode steps and chunks of prompts.
+
+Nothing here checks its caller: Stage does.
+"""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eldric.engine.ggml.backend import Backend
+from eldric.engine.ggml.graph import GraphBuilder, GraphCache, GraphShape
+from eldric.engine.ggml.kv import KVCache
+from eldric.engine.ggml.library import Library
+from eldric.engine.ggml.policy import padded_rows
+from eldric.engine.ggml.ports import Ports
+from eldric.engine.ggml.weights import Progress, Weights, WeightsMode
+from eldric.engine.gguf import ModelFile
+from eldric.engine.shard import Shard
+from eldric.engine.spec import ModelSpec
+from eldric.engine.step import Hidden, Tokens
+from eldric.engine.tensor_types import TensorType
+
+Rows = NDArray[np.float32]
+
+_GRAPHS_KEPT = 48
+
+
+@dataclass(frozen=True, slots=True)
+class ModelOptions:
+    """How a shard is laid out and run; StageConfig says what each means."""
+
+    context: int
+    slots: int
+    chunk: int
+    decode_rows: int  # most rows of one decode
+    threads: int
+    cpus: tuple[int, ...] | None
+    device: str
+    weights: WeightsMode
+    kv_type: TensorType
+    repack_budget_bytes: int | None
+
+
+class GgmlModel:
+    """Owns everything that a shard takes on its device; `close` gives it back."""
+
+    def __init__(
+        self,
+        library: Library,
+        model: ModelFile,
+        spec: ModelSpec,
+        shard: Shard,
+        options: ModelOptions,
+        progress: Progress | None,
+        cancelled: Callable[[], bool] | None,
+    ) -> None:
+        """Loads the weights and takes all memory.
+
+        Raises LibraryError, ModelUnreadable, OutOfMemory, LoadCancelled or UnsupportedModel; all is given back then.
+        """
+        with ExitStack() as resources:
+            self._backend = Backend(library, options.device, options.threads, options.cpus)
+            resources.callback(self._backend.close)
+            self._weights = Weights(self._backend, model, shard)
+            resources.callback(self._weights.close)
+            matrices, looked_up = _uses(spec, shard)
+            self._weights.load(options.weights, matrices, looked_up, options.repack_budget_bytes, progress, cancelled)
+            self._matrices = [self._weights[name] for name in sorted(matrices)]
+            self._take_memory(spec, shard, options, resources)
+            self._resources = resources.pop_all()
+
+    @property
+    def mapped_bytes(self) -> int:
+        return self._weights.mapped_bytes
+
+    @property
+    def copied_bytes(self) -> int:
+        """Private copies of weights, whatever their layout."""
+        return self._weights.repacked_bytes + self._weights.copied_bytes
+
+    @property
+    def kv_bytes(self) -> int:
+        return self._cache.nbytes
+
+    @property
+    def compute_bytes(self) -> int:
+        return self._graphs.nbytes + self._ports.nbytes
+
+    def exact_rows(self) -> int:
+        """Most rows of a decode step in which each row gets the bits that it gets alone."""
+        if not self._backend.is_cpu:
+            return 1
+        return min(weight.exact_rows() for weight in self._matrices)
+
+    def decode(
+        self, slots: list[int], positions: list[int], tokens: Tokens | None, hidden: Hidden | None, logits: bool
+    ) -> Rows | None:
+        """One row of each slot, in this order.
+
+        Returns hidden states [rows, hidden_size]; on the tail, logits [rows, vocab_size] if they are wanted.
+        """
+        rows = len(slots)
+        padded = self._padded_decode[rows]
+        graph = self._graphs[GraphShape(rows, padded, logits)]
+        context, cells = self._context, self._cells
+        self._positions[:rows] = positions
+        cells[:rows] = [slot * context + position for slot, position in zip(slots, positions, strict=True)]
+        if padded > rows:
+            cells[rows:padded] = self._spare[: padded - rows]
+        graph.attend(slots, self._cache.slot_bytes, [position + 1 for position in positions])
+        return self._run(graph.handle, rows, tokens, hidden, rows if logits else 0)
+
+    def run_chunk(
+        self, slot: int, position: int, rows: int, tokens: Tokens | None, hidden: Hidden | None, logits: bool
+    ) -> Rows | None:
+        """Several rows of one slot, from a position on.
+
+        Returns hidden states [rows, hidden_size]; on the tail, logits [1, vocab_size] of the last row if wanted.
+        """
+        padded = self._padded_chunk[rows]
+        graph = self._graphs[GraphShape(0, padded, logits)]
+        end, first = position + rows, slot * self._context + position
+        self._positions[:padded] = np.arange(position, position + padded, dtype=np.int32)
+        self._cells[:rows] = np.arange(first, first + rows, dtype=np.int64)
+        self._cells[rows:padded] = self._spare[: padded - rows]
+        self._ports.last_row.array[0] = rows - 1
+        self._ports.last_position.array[0] = end - 1
+        self._ports.write_causal_mask(position, padded, end)
+        graph.attend([slot], self._cache.slot_bytes, [end])
+        return self._run(graph.handle, rows, tokens, hidden, 1 if logits else 0)
+
+    def close(self) -> None:
+        self._resources.close()
+
+    def _take_memory(self, spec: ModelSpec, shard: Shard, options: ModelOptions, resources: ExitStack) -> None:
+        """KV cache, ports and scratch: nothing is allocated in a step later on, graphs of new shapes aside."""
+        self._context = options.context
+        self._padded_decode = [padded_rows(self._matrices, rows) for rows in range(options.decode_rows + 1)]
+        self._padded_chunk = [padded_rows(self._matrices, rows) for rows in range(options.chunk + 1)]
+        rows = max(*self._padded_decode, *self._padded_chunk)
+        self._cache = KVCache(
+            self._backend,
+            spec,
+            shard.layers,
+            slots=options.slots,
+            context=options.context,
+            spare=rows,
+            kind=options.kv_type,
+        )
+        resources.callback(self._cache.close)
+        self._ports = Ports(
+            self._backend,
+            rows=rows,
+            hidden_size=spec.hidden_size,
+            attention_size=spec.heads * spec.head_dim,
+            context=options.context,
+            logit_rows=self._padded_decode[-1] if shard.is_tail else 0,
+            vocab_size=spec.vocab_size,
+        )
+        resources.callback(self._ports.close)
+        self._positions, self._cells = self._ports.positions.array, self._ports.cells.array
+        self._spare = np.arange(self._cache.first_spare, self._cache.first_spare + rows, dtype=np.int64)
+        builder = GraphBuilder(self._backend, spec, shard, self._weights, self._cache, self._ports)
+        self._graphs = GraphCache(builder, _GRAPHS_KEPT)
+        resources.callback(self._graphs.close)
+        for shape in (
+            GraphShape(0, self._padded_chunk[-1], shard.is_tail),
+            GraphShape(options.decode_rows, self._padded_decode[-1], shard.is_tail),
+        ):
+            self._graphs.__getitem__(shape)  # the widest first: they size the scratch buffer
+
+    def _run(self, graph: int, rows: int, tokens: Tokens | None, hidden: Hidden | None, logit_rows: int) -> Rows | None:
+        ports = self._ports
+        if tokens is not None:
+            ports.tokens.array[:rows] = tokens
+        else:
+            ports.hidden_in.array[:rows] = hidden
+        if not self._backend.is_host:
+            ports.upload()
+        self._backend.compute(graph)
+        port, count = (ports.hidden_out, rows) if ports.logits is None else (ports.logits, logit_rows)
+        if not self._backend.is_host:
+            port.download(count)
+        return port.array[:count] if count else None
+
+
+def _uses(spec: ModelSpec, shard: Shard) -> tuple[frozenset[str], frozenset[str]]:
+    """The names of the tensors that the shard multiplies with, and of those that it looks rows up in."""
+    embedding = spec.family.tensors["token_embd"].name
+    looked_up = {embedding} if shard.is_head else set()
+    multiplied = {name for name, info in shard.tensors.items() if len(info.shape) == 2 and name != embedding}
+    if shard.is_tail and spec.tied_output:
+        multiplied.add(embedding)
+    return frozenset(multiplied), frozenset(looked_up)

@@ -1,0 +1,218 @@
+"""A shard's weights in a device's memory: the mapped file itself where the device can use it, copies elsewhere."""
+
+import ctypes
+from collections.abc import Callable, Iterable
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Literal
+
+from eldric.engine.errors import LoadCancelled, UnsupportedModel
+from eldric.engine.ggml.arena import Arena
+from eldric.engine.ggml.backend import WEIGHTS, Backend, Buffer
+from eldric.engine.ggml.mapping import Mapping, Mappings, read_in
+from eldric.engine.ggml.policy import Layout, better_layout, exact_rows, keeps_mapped, worth_repacking
+from eldric.engine.ggml.structs import MAX_DIMS, Tensor
+from eldric.engine.gguf import ModelFile
+from eldric.engine.shard import Shard
+from eldric.engine.tensors import TensorInfo
+
+WeightsMode = Literal["auto", "mapped", "repacked"]
+Progress = Callable[[int, int], None]
+
+
+@dataclass(slots=True)
+class Weight:
+    """One tensor: its structs in the file's layout and in the device's own, 0 where there is none."""
+
+    info: TensorInfo
+    plain: int = 0
+    repacked: int = 0
+
+    def matrix(self, rows: int) -> int:
+        """The tensor to use in a product of so many rows."""
+        if self.plain and self.repacked:
+            return self.repacked if better_layout(self.info.type, rows) is Layout.REPACKED else self.plain
+        return self.repacked or self.plain
+
+    def exact_rows(self) -> int:
+        """Most rows of a product in which each row gets the bits that it gets alone."""
+        layout = Layout.REPACKED if self.repacked else Layout.MAPPED
+        return exact_rows(self.info.type, layout)
+
+
+class Weights:
+    """The tensors of a shard by name. `load` fills it; nothing changes afterwards."""
+
+    def __init__(self, backend: Backend, model: ModelFile, shard: Shard) -> None:
+        self._backend, self._api, self._shard = backend, backend.api, shard
+        self._by_name: dict[str, Weight] = {}
+        self._buffers: list[Buffer] = []
+        self._arenas: list[Arena] = []
+        self._mappings = Mappings(model.paths, model.file_sizes, shard.ranges)
+        self.mapped_bytes = 0
+        self.repacked_bytes = 0
+        self.copied_bytes = 0
+
+    def __getitem__(self, name: str) -> Weight:
+        return self._by_name[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._by_name
+
+    def values(self) -> Iterable[Weight]:
+        return self._by_name.values()
+
+    def load(
+        self,
+        mode: WeightsMode,
+        matrices: frozenset[str],
+        looked_up: frozenset[str],
+        repack_budget_bytes: int | None,
+        progress: Progress | None,
+        cancelled: Callable[[], bool] | None,
+    ) -> None:
+        """Bring the weights in, in the order of the file.
+
+        matrices: names of the tensors that are multiplied with. looked_up: those of which rows are read, which must
+        keep the file's layout. progress gets (bytes done, bytes of the shard) many times. Raises ModelUnreadable,
+        OutOfMemory, LoadCancelled or UnsupportedModel.
+        """
+        infos = sorted(self._shard.tensors.values(), key=lambda info: (info.file, info.offset))
+        for info in infos:
+            if self._api.ggml_type_name(int(info.type)) in (None, b"NONE"):
+                raise UnsupportedModel(f"ggml {self._backend.library.version} has no type {info.type.name}")
+        self._by_name = {info.name: Weight(info) for info in infos}
+        if mode != "mapped":
+            self._choose_repacked([info for info in infos if info.name in matrices], mode, repack_budget_bytes)
+        in_place = self._backend.device.host_pointers
+        plain = [info for info in infos if self._wants_plain(info, mode, looked_up)]
+        if in_place:
+            self._place_over_file(plain)
+        else:
+            self._place_in_device(plain)
+        self._bring_in(infos, in_place, progress, cancelled)
+        if not in_place:
+            self._mappings.close()
+
+    def close(self) -> None:
+        for buffer in self._buffers:
+            buffer.close()
+        for arena in self._arenas:
+            arena.close()
+        self._mappings.close()
+        self._by_name.clear()
+
+    def _wants_plain(self, info: TensorInfo, mode: WeightsMode, looked_up: frozenset[str]) -> bool:
+        if not self._by_name[info.name].repacked or info.name in looked_up:
+            return True
+        return mode == "auto" and keeps_mapped(info.type)
+
+    def _choose_repacked(self, infos: list[TensorInfo], mode: WeightsMode, budget: int | None) -> None:
+        """Make the structs of the matrices that get a copy in the device's own layout, and their buffers."""
+        for buffer_type in self._backend.extra_buffer_types():
+            chosen: list[TensorInfo] = []
+            for info in infos:
+                if self._by_name[info.name].repacked or (mode == "auto" and not worth_repacking(info.type)):
+                    continue
+                if not self._takes(buffer_type, info):
+                    continue
+                if budget is not None:
+                    if info.nbytes > budget:
+                        continue
+                    budget -= info.nbytes
+                chosen.append(info)
+            if chosen:
+                arena = self._arena(len(chosen))
+                for info in chosen:
+                    self._by_name[info.name].repacked = self._struct(arena, info)
+                self.repacked_bytes += self._allocate(arena, "repacked weights", buffer_type).nbytes
+
+    def _takes(self, buffer_type: int, info: TensorInfo) -> bool:
+        """Whether the device multiplies with such a matrix in such a buffer. Elsewhere ggml would abort."""
+        api = self._api
+        with closing(Arena(api, 4)) as arena:
+            matrix = self._struct(arena, info)
+            handle = api.ggml_backend_buft_alloc_buffer(buffer_type, 0)
+            if not handle:
+                return False
+            Tensor.from_address(matrix).buffer = handle
+            other = api.ggml_new_tensor_2d(arena.ctx, 0, info.shape[0], 8)
+            supported: bool = api.ggml_backend_dev_supports_op(
+                self._backend.device.handle, api.ggml_mul_mat(arena.ctx, matrix, other)
+            )
+            api.ggml_backend_buffer_free(handle)
+            return supported
+
+    def _place_over_file(self, infos: list[TensorInfo]) -> None:
+        """Structs whose data is the mapped file. A tensor at an offset that the device cannot use gets a copy."""
+        alignment = self._api.ggml_backend_buft_get_alignment(self._backend.buffer_type)
+        aligned = [info for info in infos if info.offset % alignment == 0]
+        arena = self._arena(len(aligned))
+        buffers: dict[int, Buffer] = {}
+        for info in aligned:
+            mapping = self._mapping(info)
+            if mapping.address not in buffers:
+                buffers[mapping.address] = self._backend.wrap(mapping.address, mapping.nbytes)
+                self._buffers.append(buffers[mapping.address])
+            tensor = self._struct(arena, info)
+            address = mapping.address + info.offset - mapping.offset
+            self._api.ggml_backend_tensor_alloc(buffers[mapping.address].handle, tensor, address)
+            self._by_name[info.name].plain = tensor
+            self.mapped_bytes += info.nbytes
+        if len(aligned) < len(infos):
+            self._place_in_device([info for info in infos if info.offset % alignment])
+
+    def _place_in_device(self, infos: list[TensorInfo]) -> None:
+        if infos:
+            arena = self._arena(len(infos))
+            for info in infos:
+                self._by_name[info.name].plain = self._struct(arena, info)
+            self.copied_bytes += self._allocate(arena, "weights").nbytes
+
+    def _bring_in(
+        self,
+        infos: list[TensorInfo],
+        in_place: bool,
+        progress: Progress | None,
+        cancelled: Callable[[], bool] | None,
+    ) -> None:
+        """Read each tensor's pages, copy where a copy is due, and let go of pages that no struct lies over."""
+        done, total = 0, sum(info.nbytes for info in infos)
+
+        def on_piece(nbytes: int) -> None:
+            nonlocal done
+            done += nbytes
+            if progress is not None:
+                progress(done, total)
+            if cancelled is not None and cancelled():
+                raise LoadCancelled(f"loading was cancelled after {done} of {total} bytes")
+
+        for info in infos:
+            weight, mapping = self._by_name[info.name], self._mapping(info)
+            read_in(mapping, info.offset, info.nbytes, on_piece)
+            address = mapping.address + info.offset - mapping.offset
+            over_file = bool(weight.plain) and self._api.ggml_get_data(weight.plain) == address
+            copies = [weight.repacked] + ([] if over_file else [weight.plain])
+            for tensor in filter(None, copies):
+                self._api.ggml_backend_tensor_set(tensor, address, 0, info.nbytes)
+            if not over_file:
+                mapping.drop(info.offset, info.nbytes)
+
+    def _mapping(self, info: TensorInfo) -> Mapping:
+        return self._mappings.of(info.file, info.offset, info.nbytes)
+
+    def _arena(self, tensors: int) -> Arena:
+        arena = Arena(self._api, tensors)
+        self._arenas.append(arena)
+        return arena
+
+    def _allocate(self, arena: Arena, what: str, buffer_type: int | None = None) -> Buffer:
+        buffer = self._backend.allocate(arena, what, buffer_type)
+        self._api.ggml_backend_buffer_set_usage(buffer.handle, WEIGHTS)
+        self._buffers.append(buffer)
+        return buffer
+
+    def _struct(self, arena: Arena, info: TensorInfo) -> int:
+        sizes = (ctypes.c_int64 * MAX_DIMS)(*info.shape)
+        tensor: int = self._api.ggml_new_tensor(arena.ctx, int(info.type), len(info.shape), sizes)
+        return tensor

@@ -1,0 +1,255 @@
+"""One stage at work: token ids or hidden states in, hidden states or logits out, with a KV cache beside it."""
+
+import ctypes
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Literal, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eldric.engine.errors import InvalidStep
+from eldric.engine.ggml.library import find_library
+from eldric.engine.ggml.model import GgmlModel, ModelOptions
+from eldric.engine.ggml.weights import WeightsMode
+from eldric.engine.gguf import ModelFile
+from eldric.engine.shard import LayerRange, Shard, shard_of
+from eldric.engine.spec import ModelSpec, spec_of
+from eldric.engine.step import Hidden, Run, StepInput, Tokens
+from eldric.engine.tensor_types import TensorType
+
+KVType = Literal["f16", "f32"]
+Logits = NDArray[np.float32]
+
+_MAX_ROWS = 1 << 16  # of a chunk or a lane, and most slots: far above what pays
+_MAX_CONTEXT = 1 << 26
+
+
+@dataclass(frozen=True, slots=True)
+class StageConfig:
+    """How to run a stage. Raises InvalidStep for a size that is not positive or beyond all use."""
+
+    layers: LayerRange
+    context: int  # most tokens of a sequence
+    slots: int  # most sequences at once
+    chunk: int  # most tokens of a prompt in one run
+    lane_slots: int  # most sequences that a decode step computes together
+    threads: int = 1
+    cpus: tuple[int, ...] | None = None  # pin the computing threads to these
+    exact: bool = False  # the same bits for a sequence, whatever else is in its step
+    device: str = "cpu"
+    weights: WeightsMode = "auto"
+    kv_type: KVType = "f16"
+    repack_budget_bytes: int | None = None  # most memory for repacked copies of weights; None: no bound
+
+    def __post_init__(self) -> None:
+        limits = {"context": _MAX_CONTEXT, "slots": _MAX_ROWS, "chunk": _MAX_ROWS, "lane_slots": _MAX_ROWS}
+        for name, limit in limits.items():
+            if not 1 <= getattr(self, name) <= limit:
+                raise InvalidStep(f"{name} is {getattr(self, name)}, expected 1 to {limit}")
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryUse:
+    """Bytes that a stage holds. Mapped ones are pages of the page cache, which stages of one machine share."""
+
+    mapped: int
+    repacked: int  # private copies of weights
+    kv: int
+    compute: int
+
+    @property
+    def total(self) -> int:
+        return self.mapped + self.repacked + self.kv + self.compute
+
+
+@dataclass(slots=True)
+class StepOutput:
+    """What a step gives; the arrays are valid until the next step.
+
+    hidden: [rows, hidden_size], None on the tail. logits: [runs that want them, vocab_size] in the order of the runs,
+    on the tail; None elsewhere, and when no run wants any.
+    """
+
+    hidden: Hidden | None
+    logits: Logits | None
+
+
+class Stage:
+    """A layer range of a model on one device. One thread at a time may use it."""
+
+    def __init__(self, spec: ModelSpec, shard: Shard, config: StageConfig, model: GgmlModel) -> None:
+        """Use Stage.load."""
+        self.spec, self.shard, self.config = spec, shard, config
+        self._model = model
+        self._held = [0] * config.slots
+        self._lane = min(config.lane_slots, config.slots)
+        if config.exact:
+            self._lane = min(self._lane, model.exact_rows())
+
+    @classmethod
+    def load(
+        cls,
+        model: ModelFile,
+        config: StageConfig,
+        progress: Callable[[int, int], None] | None = None,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> Self:
+        """Map the shard's byte ranges, bring them in, and take the memory for everything else.
+
+        progress gets (bytes done, bytes in all) again and again; cancelled is asked as often. The model may be closed
+        afterwards. Raises InvalidLayers, InvalidModel, UnsupportedModel, ModelUnreadable, OutOfMemory, LibraryError or
+        LoadCancelled; everything is given back then.
+        """
+        spec = spec_of(model)
+        shard = shard_of(model, spec, config.layers)
+        options = ModelOptions(
+            context=config.context,
+            slots=config.slots,
+            chunk=config.chunk,
+            decode_rows=min(config.lane_slots, config.slots),
+            threads=config.threads,
+            cpus=config.cpus,
+            device=config.device,
+            weights=config.weights,
+            kv_type=TensorType[config.kv_type.upper()],
+            repack_budget_bytes=config.repack_budget_bytes,
+        )
+        return cls(spec, shard, config, GgmlModel(find_library(), model, spec, shard, options, progress, cancelled))
+
+    @property
+    def memory(self) -> MemoryUse:
+        model = self._model
+        return MemoryUse(model.mapped_bytes, model.copied_bytes, model.kv_bytes, model.compute_bytes)
+
+    def exact_rows(self) -> int:
+        """Most sequences of a decode step that may be computed together with each getting the bits it gets alone."""
+        return self._model.exact_rows()
+
+    def held(self, slot: int) -> int:
+        """How many positions of a slot, from 0, hold keys and values. Raises InvalidStep for an unknown slot."""
+        self._check_slot(slot)
+        return self._held[slot]
+
+    def truncate(self, slot: int, position: int) -> None:
+        """Forget what a slot holds from a position on. Raises InvalidStep for an unknown slot or position."""
+        self._check_slot(slot)
+        if position < 0:
+            raise InvalidStep(f"position {position} is negative")
+        self._held[slot] = min(self._held[slot], position)
+
+    def compute(self, step: StepInput) -> StepOutput:
+        """Run the stage's layers on a step's rows, whose keys and values the runs' slots then hold.
+
+        A run may begin at most where its slot's positions end; what the slot held behind it is forgotten. Raises
+        InvalidStep, with nothing changed, for a step that breaks a bound.
+        """
+        runs = step.runs
+        self._check(step)
+        for run in runs:
+            self._held[run.slot] = run.position  # should the computation fail, nothing behind is left to be trusted
+        if len(runs) == 1 or (len(runs) <= self._lane and all(run.count == 1 for run in runs)):
+            output = self._compute(runs, step.tokens, step.hidden)
+        else:
+            output = self._compute_in_parts(step)
+        for run in runs:
+            self._held[run.slot] = run.position + run.count
+        return output
+
+    def close(self) -> None:
+        """Give back all maps and buffers. Arrays of earlier outputs must not be touched any more."""
+        self._model.close()
+        if sys.platform == "linux":
+            ctypes.CDLL(None).malloc_trim(0)  # glibc keeps freed buffers of less than 32 MiB for itself
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _compute(self, runs: Sequence[Run], tokens: Tokens | None, hidden: Hidden | None) -> StepOutput:
+        """One run, or a few runs of one row each: what a single graph computes."""
+        wanted = self.shard.is_tail and any(run.logits for run in runs)
+        first = runs[0]
+        if first.count > 1:
+            rows = self._model.run_chunk(first.slot, first.position, first.count, tokens, hidden, wanted)
+        else:
+            slots, positions = [run.slot for run in runs], [run.position for run in runs]
+            rows = self._model.decode(slots, positions, tokens, hidden, wanted)
+        if not self.shard.is_tail:
+            return StepOutput(rows, None)
+        if rows is not None and len(rows) > 1 and not all(run.logits for run in runs):
+            rows = rows[[index for index, run in enumerate(runs) if run.logits]]
+        return StepOutput(None, rows)
+
+    def _compute_in_parts(self, step: StepInput) -> StepOutput:
+        """Any mixture of runs: each long one by itself, the others in groups of one row each."""
+        starts = np.cumsum([0, *(run.count for run in step.runs)])
+        order = {index: place for place, index in enumerate(i for i, run in enumerate(step.runs) if run.logits)}
+        hidden = None if self.shard.is_tail else np.empty((step.rows, self.spec.hidden_size), np.float32)
+        logits = np.empty((len(order), self.spec.vocab_size), np.float32) if self.shard.is_tail and order else None
+        for part in self._parts(step.runs):
+            runs = [step.runs[index] for index in part]
+            rows = np.concatenate([np.arange(starts[index], starts[index + 1]) for index in part])
+            tokens = None if step.tokens is None else step.tokens[rows]
+            output = self._compute(runs, tokens, None if step.hidden is None else step.hidden[rows])
+            if hidden is not None:
+                hidden[rows] = output.hidden
+            elif logits is not None and output.logits is not None:
+                logits[[order[index] for index in part if index in order]] = output.logits
+        return StepOutput(hidden, logits)
+
+    def _parts(self, runs: Sequence[Run]) -> Iterator[list[int]]:
+        """Indices of the runs that are computed together."""
+        singles = [index for index, run in enumerate(runs) if run.count == 1]
+        yield from ([index] for index, run in enumerate(runs) if run.count > 1)
+        for start in range(0, len(singles), self._lane):
+            yield singles[start : start + self._lane]
+
+    def _check(self, step: StepInput) -> None:
+        """ggml ends the process where a bound is broken, so every bound is held here."""
+        config, held = self.config, self._held
+        rows, seen = 0, set()
+        for slot, position, count, _ in step.runs:
+            if not 0 <= slot < config.slots:
+                raise InvalidStep(f"slot {slot} is not among the {config.slots} slots")
+            if not 1 <= count <= config.chunk:
+                raise InvalidStep(f"a run of {count} tokens is not of 1 to {config.chunk}")
+            if not 0 <= position <= held[slot]:
+                raise InvalidStep(f"position {position} is not within the {held[slot]} that slot {slot} holds")
+            if position + count > config.context:
+                raise InvalidStep(f"position {position + count - 1} is beyond the context of {config.context} tokens")
+            seen.add(slot)
+            rows += count
+        if len(seen) != len(step.runs) or not rows:
+            raise InvalidStep("a step needs one run or more, of different slots")
+        if self.shard.is_head:
+            self._check_tokens(step, rows)
+        else:
+            self._check_hidden(step, rows)
+
+    def _check_tokens(self, step: StepInput, rows: int) -> None:
+        tokens = step.tokens
+        if tokens is None or step.hidden is not None:
+            raise InvalidStep("the head takes token ids")
+        if tokens.shape != (rows,) or tokens.dtype != np.int32:
+            raise InvalidStep(f"token ids are {tokens.dtype} {tokens.shape}, expected int32 ({rows},)")
+        if not 0 <= int(tokens.min()) <= int(tokens.max()) < self.spec.vocab_size:
+            raise InvalidStep(f"token ids are not all within the vocabulary of {self.spec.vocab_size}")
+
+    def _check_hidden(self, step: StepInput, rows: int) -> None:
+        hidden = step.hidden
+        if hidden is None or step.tokens is not None:
+            raise InvalidStep("a stage behind the head takes hidden states")
+        if hidden.shape != (rows, self.spec.hidden_size) or hidden.dtype != np.float32:
+            expected = f"float32 ({rows}, {self.spec.hidden_size})"
+            raise InvalidStep(f"hidden states are {hidden.dtype} {hidden.shape}, expected {expected}")
+
+    def _check_slot(self, slot: int) -> None:
+        if not 0 <= slot < self.config.slots:
+            raise InvalidStep(f"slot {slot} is not among the {self.config.slots} slots")
