@@ -7,7 +7,7 @@ from eldric.engine.errors import EngineError
 from eldric.engine.stage import Stage
 from eldric.engine.step import Run, StepInput
 from eldric.transport.base import Transport
-from eldric.transport.frame import Frame
+from eldric.transport.frame import Frame, FrameKind
 from eldric.v1 import frame_pb2
 from eldric.worker.compute_thread import ComputeThread, Place, step_error
 from eldric.worker.tail import Tail
@@ -26,28 +26,29 @@ class BodyThread(ComputeThread):
         if frame is None:
             return
         match frame.header.kind:
-            case frame_pb2.FRAME_KIND_HIDDEN:
+            case FrameKind.HIDDEN:
                 self._step(frame)
-            case frame_pb2.FRAME_KIND_OPEN:
+            case FrameKind.OPEN:
                 self._open(frame)
-            case frame_pb2.FRAME_KIND_CLOSE:
+            case FrameKind.CLOSE:
                 self._close(frame)
-            case frame_pb2.FRAME_KIND_ERROR | frame_pb2.FRAME_KIND_PROBE:
+            case FrameKind.TOKENS | FrameKind.PROBE:  # an earlier stage's error, and what only passes by
                 self._ring.pass_on(frame)
 
     def _step(self, frame: Frame) -> None:
         received_ns = time.perf_counter_ns()
         header = frame.header
-        runs = tuple([Run(run.slot, run.position, run.count, run.logits) for run in header.runs])
+        runs = tuple([Run(*run) for run in header.runs])
         began_ns = time.perf_counter_ns()
         try:
-            output = self._stage.compute(StepInput(runs, hidden=frame.hidden()))
+            output = self._stage.compute(StepInput(runs, hidden=frame.array()))
         except EngineError as error:
-            self._ring.send_error(header, step_error(self.place.index, error))
+            self._ring.send_tokens(header, step_error(self.place.index, error), (received_ns, began_ns, began_ns))
             return
         computed_ns = self._count(runs, began_ns)
         times = (received_ns, began_ns, computed_ns)
-        if self._tail is None or output.logits is None:
+        if self._tail is None:
+            assert output.hidden is not None
             self._ring.send_hidden(header, output.hidden, times)
         else:
             self._ring.send_tokens(header, self._tail.sample(runs, output.logits), times)
@@ -57,11 +58,8 @@ class BodyThread(ComputeThread):
         self._stage.truncate(message.slot, message.first_position)
         if self._tail is None:
             self._ring.pass_on(frame)
-            return
-        try:
+        else:
             self._tail.open(message)
-        except EngineError as error:
-            self._ring.send_error(frame.header, step_error(self.place.index, error))
 
     def _close(self, frame: Frame) -> None:
         slot = frame_pb2.SequenceClose.FromString(bytes(frame.payload)).slot

@@ -1,6 +1,7 @@
 """What the control loop asks of a stage's compute thread."""
 
-from dataclasses import dataclass
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 
 from eldric.transport.base import Peer
 from eldric.worker.generation import Generation
@@ -13,6 +14,7 @@ class Connect:
     epoch: int
     next: Peer | None
     allowed: frozenset[str]
+    done: "Future[None]" = field(default_factory=Future)  # fails with a TransportError
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from eldric.engine.errors import EngineError
 from eldric.engine.stage import Stage
 from eldric.engine.step import Run
-from eldric.transport.base import PeerLost, Transport
+from eldric.transport.base import Transport
 from eldric.transport.errors import TransportError
 from eldric.transport.frame import Frame
 from eldric.v1 import frame_pb2, stage_pb2
@@ -52,11 +52,11 @@ class ComputeThread(ABC):
 
     def __init__(self, stage: Stage, transport: Transport, place: Place, on_change: Callable[[], None]) -> None:
         self.place = place
-        self.state: stage_pb2.StageState = stage_pb2.LOADED
+        self.state: stage_pb2.StageState.ValueType = stage_pb2.LOADED
         self.message = ""
         self.steps = 0
         self._stage = stage
-        self._ring = Ring(transport, place)
+        self._ring = Ring(transport, place.index)
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._step_ns: deque[int] = deque(maxlen=_REMEMBERED_STEPS)
         self._on_change = on_change
@@ -89,22 +89,27 @@ class ComputeThread(ABC):
     def _run(self) -> None:
         try:
             while not self._stopping:
-                self._turn()
-        except Exception:
-            log.exception("stage thread failed %s", self.place.key)
-            self._break("the stage failed, see the worker's log")
-            self._wait_for_stop()
+                self._guarded_turn()
         finally:
-            self._ring.close()
-            self._stage.close()
+            self.discard()
 
-    def _wait_for_stop(self) -> None:
-        """A broken stage holds its memory until it is unloaded, and answers what is asked of it with its message."""
-        while not self._stopping:
-            try:
+    def discard(self) -> None:
+        """Give sockets and memory back. For a thread that was never started; one that runs does it at its end."""
+        self._ring.close()
+        self._stage.close()
+
+    def _guarded_turn(self) -> None:
+        """A turn after which the stage is whole, or broken and says why."""
+        try:
+            if self.state == stage_pb2.BROKEN:
                 self._take(self._commands.get())
-            except Exception:
-                log.exception("a broken stage could not take a command %s", self.place.key)
+            else:
+                self._turn()
+        except TransportError as error:
+            self._break(str(error))
+        except Exception:
+            log.exception("stage failed %s", self.place.key)
+            self._break("it failed, see its worker's log")
 
     @abstractmethod
     def _turn(self) -> None:
@@ -127,19 +132,17 @@ class ComputeThread(ABC):
 
     def _connect(self, command: Connect) -> None:
         try:
-            self._ring.connect(command.next, command.allowed)
+            self._ring.connect(command.next, command.allowed, command.epoch)
         except TransportError as error:
+            command.done.set_exception(error)
             self._break(f"cannot reach the next stage: {error}")
         else:
             self._change(stage_pb2.SERVING)
+            command.done.set_result(None)
 
     def _receive(self, timeout_s: float = _IDLE_S) -> Frame | None:
-        """The next frame of this pipeline and epoch, or None. A lost neighbour breaks the stage."""
-        event = self._ring.receive(timeout_s)
-        if isinstance(event, PeerLost):
-            self._break(f"lost {event}")
-            return None
-        return event
+        """The next frame of this pipeline and epoch, or None. Raises PeerLost when a neighbour is gone."""
+        return self._ring.receive(timeout_s)
 
     def _break(self, message: str) -> None:
         """The ring is broken here."""
@@ -147,7 +150,7 @@ class ComputeThread(ABC):
             log.warning("stage broken %s reason=%s", self.place.key, message)
             self._change(stage_pb2.BROKEN, message)
 
-    def _change(self, state: stage_pb2.StageState, message: str = "") -> None:
+    def _change(self, state: "stage_pb2.StageState.ValueType", message: str = "") -> None:
         self.state, self.message = state, message
         self._on_change()
 
@@ -160,7 +163,7 @@ class ComputeThread(ABC):
         return ended_ns
 
 
-def step_error(stage: int, error: EngineError) -> bytes:
-    """Payload of an ERROR frame."""
+def step_error(stage: int, error: EngineError) -> frame_pb2.StepTokens:
+    """The answer to a step that this stage could not compute."""
     reason = frame_pb2.StepError(stage=stage, status=error.status, message=str(error)[:1024])
-    return frame_pb2.StepTokens(error=reason).SerializeToString()
+    return frame_pb2.StepTokens(error=reason)

@@ -13,23 +13,10 @@ FINISH_REASONS = {
     Finish.CANCELLED: inference_pb2.CANCELLED,
 }
 
-_OPTIONAL = (
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "repetition_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-    "penalty_last_n",
-    "seed",
-    "logprobs",
-)
-
 
 def sampling_params(message: sampling_pb2.SamplingParams) -> SamplingParams:
     """Absent fields take the engine's defaults. Raises InvalidSampling for a value out of range."""
-    given = {name: getattr(message, name) for name in _OPTIONAL if message.HasField(name)}
+    given = {field.name: value for field, value in message.ListFields() if field.name != "logit_bias"}
     params = SamplingParams(**given, logit_bias=dict(message.logit_bias))
     params.validate()
     return params

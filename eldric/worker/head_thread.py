@@ -9,7 +9,7 @@ from eldric.engine.stage import Stage
 from eldric.engine.step import StepInput
 from eldric.errors import EldricError, PipelineDegraded
 from eldric.transport.base import Transport
-from eldric.transport.frame import Frame
+from eldric.transport.frame import Frame, FrameKind, StageTrace
 from eldric.v1 import frame_pb2, stage_pb2
 from eldric.worker.commands import Cancel, Command, Follow, Submit
 from eldric.worker.compute_thread import ComputeThread, Place, step_error
@@ -105,7 +105,7 @@ class HeadThread(ComputeThread):
         if self._tail is not None:
             self._tail.open(message)
         else:
-            self._ring.send_control(frame_pb2.FRAME_KIND_OPEN, message.SerializeToString())
+            self._ring.send_control(FrameKind.OPEN, message.SerializeToString())
         self._deliver([(generation, Admitted(time.perf_counter_ns()))])
 
     def _close(self, slot: int) -> None:
@@ -114,37 +114,35 @@ class HeadThread(ComputeThread):
             self._tail.close(slot)
         else:
             message = frame_pb2.SequenceClose(slot=slot)
-            self._ring.send_control(frame_pb2.FRAME_KIND_CLOSE, message.SerializeToString())
+            self._ring.send_control(FrameKind.CLOSE, message.SerializeToString())
 
     def _step(self, step: Step) -> None:
         began_ns = time.perf_counter_ns()
         try:
             output = self._stage.compute(StepInput(step.runs, tokens=step.tokens))
         except EngineError as error:
-            reason = frame_pb2.StepTokens.FromString(step_error(0, error))
-            self._failed(step.number, reason.error)
+            self._failed(step.number, step_error(0, error).error)
             return
         computed_ns = self._count(step.runs, began_ns)
         self._entered[step.number] = step
-        if self._tail is not None and output.logits is not None:
+        times = (began_ns, began_ns, computed_ns)
+        if self._tail is not None:
             answer = self._tail.sample(step.runs, output.logits)
-            self._answered(step.number, answer, self._ring.local_trace(began_ns, began_ns, computed_ns))
+            self._answered(step.number, answer, self._ring.trace(times) if self._ring.tracing else ())
         else:
-            self._ring.send_step(step, output.hidden, (began_ns, began_ns, computed_ns))
+            assert output.hidden is not None
+            self._ring.send_step(step, output.hidden, times)
 
     def _frame(self, frame: Frame) -> None:
-        kind = frame.header.kind
-        if kind not in (frame_pb2.FRAME_KIND_TOKENS, frame_pb2.FRAME_KIND_ERROR):
+        if frame.header.kind is not FrameKind.TOKENS:
             return
         answer = frame_pb2.StepTokens.FromString(bytes(frame.payload))
-        if kind == frame_pb2.FRAME_KIND_ERROR or answer.HasField("error"):
+        if answer.HasField("error"):
             self._failed(frame.header.step, answer.error)
         else:
             self._answered(frame.header.step, answer, frame.header.trace)
 
-    def _answered(
-        self, number: int, answer: frame_pb2.StepTokens, stages: Sequence[frame_pb2.StageTrace] | None
-    ) -> None:
+    def _answered(self, number: int, answer: frame_pb2.StepTokens, stages: Sequence[StageTrace]) -> None:
         """The tail's tokens of a step: give them on, and let the schedule go on."""
         now = time.perf_counter_ns()
         step = self._entered.pop(number, None)
@@ -163,13 +161,13 @@ class HeadThread(ComputeThread):
         if stages and step is not None:
             self._follow(step, stages, now)
 
-    def _follow(self, step: Step, stages: Sequence[frame_pb2.StageTrace], returned_ns: int) -> None:
+    def _follow(self, step: Step, stages: Sequence[StageTrace], returned_ns: int) -> None:
         self._trace(
             stage_pb2.StepTrace(
                 step=step.number,
                 rows=len(step.tokens),
                 prefill=step.is_chunk,
-                stages=stages,
+                stages=[frame_pb2.StageTrace(**stage._asdict()) for stage in stages],
                 returned_ns=returned_ns,
                 delivered_ns=time.perf_counter_ns(),
             )

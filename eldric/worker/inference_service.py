@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Sequence
 import numpy as np
 
 from eldric.engine.schedule import Sequence as EngineSequence
-from eldric.errors import InvalidRequest
+from eldric.errors import InvalidRequest, NotReady
 from eldric.v1 import frame_pb2, inference_pb2, inference_pb2_grpc
 from eldric.worker.convert import FINISH_REASONS, sampling_params, with_seed
 from eldric.worker.generation import Admitted, Ended, Failed, Generation, Happening, Token
@@ -18,8 +18,6 @@ MAX_REQUEST_ID = 64
 
 
 class InferenceService(inference_pb2_grpc.InferenceServicer):
-    """Text is a router's business: Tokenize and Detokenize are not served here."""
-
     def __init__(self, stages: StageTable) -> None:
         self._stages = stages
 
@@ -38,6 +36,14 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         finally:
             if not answer.ended:
                 head.cancel(generation.sequence.id)
+
+    async def Tokenize(self, request: inference_pb2.TokenizeRequest, context: object) -> inference_pb2.TokenizeResponse:
+        raise NotReady("workers hold no vocabulary; ask a router")
+
+    async def Detokenize(
+        self, request: inference_pb2.DetokenizeRequest, context: object
+    ) -> inference_pb2.DetokenizeResponse:
+        raise NotReady("workers hold no vocabulary; ask a router")
 
     async def Cancel(self, request: inference_pb2.CancelRequest, context: object) -> inference_pb2.CancelResponse:
         heads = [held.head for held in self._stages if held.head is not None]

@@ -3,16 +3,18 @@
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from eldric.engine.errors import EngineError
+from eldric.engine.ggml.weights import WeightsMode
 from eldric.engine.gguf import ModelFile
 from eldric.engine.schedule import ScheduleConfig, Scheduler
-from eldric.engine.shard import LayerRange, memory_estimate, model_costs
+from eldric.engine.shard import LayerRange, MemoryEstimate, memory_estimate, model_costs
 from eldric.engine.spec import ModelSpec, spec_of
-from eldric.engine.stage import Stage, StageConfig
+from eldric.engine.stage import KVType, Stage, StageConfig
 from eldric.errors import InvalidRequest
-from eldric.transport.base import Transport
-from eldric.transport.registry import create
+from eldric.transport.base import Transport, TransportOptions
+from eldric.transport.registry import transport_class
 from eldric.v1 import common_pb2, stage_pb2
 from eldric.worker.body_thread import BodyThread
 from eldric.worker.compute_thread import Place
@@ -21,13 +23,20 @@ from eldric.worker.convert import memory_use
 from eldric.worker.head import Head
 from eldric.worker.head_thread import HeadThread
 from eldric.worker.metrics import WorkerMetrics
-from eldric.worker.resources import compute_threads
+from eldric.worker.resources import compute_threads, memory_budget
 from eldric.worker.source import open_model
 
+DEFAULT_TRANSPORT = "zmq"
 DEFAULT_CONTEXT = 4096
 DEFAULT_SLOTS = 4
 DEFAULT_CHUNK = 128
 MAX_CHUNK = 4096
+
+
+WEIGHTS_MODES: dict[str, WeightsMode] = {"auto": "auto", "mapped": "mapped", "repacked": "repacked"}
+KV_TYPES: dict[str, KVType] = {"f16": "f16", "f32": "f32"}
+
+Choice = TypeVar("Choice")
 
 
 class LoadCancelled(EngineError):
@@ -45,7 +54,11 @@ class LoadPlan:
     spec: ModelSpec
     layers: LayerRange
     options: common_pb2.StageOptions  # settings in force
-    needed_bytes: int
+    estimate: MemoryEstimate
+
+    @property
+    def needed_bytes(self) -> int:
+        return self.estimate.total
 
     def close(self) -> None:
         self.model.close()
@@ -87,17 +100,17 @@ class StageLoader:
                 raise InvalidRequest(f"layers [{layers.start}, {layers.stop}) of a model that has {spec.layers}")
             options = self._settle(request, spec)
             estimate = memory_estimate(
-                spec,
                 model_costs(model, spec),
                 layers,
                 context=options.context,
                 slots=options.slots,
                 chunk=options.chunk,
+                kv_value_bytes=4 if options.kv_type == "f32" else 2,
             )
         except BaseException:
             model.close()
             raise
-        return LoadPlan(request, model, spec, layers, options, estimate.total)
+        return LoadPlan(request, model, spec, layers, options, estimate)
 
     def _settle(self, request: stage_pb2.LoadRequest, spec: ModelSpec) -> common_pb2.StageOptions:
         """The request's options with this worker's defaults filled in. Raises InvalidRequest."""
@@ -109,6 +122,9 @@ class StageLoader:
         options.lanes = options.lanes or request.stage_count
         options.threads = options.threads or compute_threads(self._config)
         options.weights = options.weights or "auto"
+        options.kv_type = options.kv_type or "f16"
+        _choice("weights", options.weights, WEIGHTS_MODES)
+        _choice("kv_type", options.kv_type, KV_TYPES)
         if not options.HasField("exact"):
             options.exact = True
         if options.chunk > MAX_CHUNK:
@@ -151,15 +167,19 @@ class StageLoader:
             threads=options.threads,
             cpus=self._config.cpus,
             exact=options.exact,
-            weights=options.weights,
-            memory_bytes=plan.request.memory_limit_bytes,
+            weights=_choice("weights", options.weights, WEIGHTS_MODES),
+            kv_type=_choice("kv_type", options.kv_type, KV_TYPES),
+            repack_budget_bytes=self._repack_budget(plan),
         )
+
+    def _repack_budget(self, plan: LoadPlan) -> int:
+        """Copies of weights replace mapped pages, so they may take what the plan or this worker has for weights."""
+        limit = plan.request.memory_limit_bytes or memory_budget(self._config)
+        return max(0, limit - plan.estimate.kv - plan.estimate.compute)
 
     def _assemble(self, plan: LoadPlan, stage: Stage) -> LoadedStage:
         request, options = plan.request, plan.options
-        transport: Transport = create(
-            request.transport or "zmq", silence_s=self._config.silence_s, encrypted=not request.insecure_tensors
-        )
+        transport = self._transport(request)
         try:
             address = transport.listen(self._config.node.host)
             place = Place(request.pipeline_id, request.epoch, request.index, request.stage_count)
@@ -184,6 +204,11 @@ class StageLoader:
         endpoint = common_pb2.TensorEndpoint(scheme=transport.scheme, address=address, public_key=transport.public_key)
         return LoadedStage(thread, head, endpoint, memory_use(stage.memory))
 
+    def _transport(self, request: stage_pb2.LoadRequest) -> Transport:
+        make = transport_class(request.transport or DEFAULT_TRANSPORT)
+        options = TransportOptions(silence_s=self._config.silence_s, encrypt=not request.insecure_tensors)
+        return make(request.pipeline_id, request.index, options)
+
     def _schedule_config(self, options: common_pb2.StageOptions, stage: Stage) -> ScheduleConfig:
         return ScheduleConfig(
             slots=options.slots,
@@ -193,3 +218,9 @@ class StageLoader:
             decode_rows=options.slots,
             queue=self._config.queue,
         )
+
+
+def _choice(name: str, value: str, choices: dict[str, Choice]) -> Choice:
+    if value not in choices:
+        raise InvalidRequest(f"{name} is {value!r}; it can be {', '.join(choices)}")
+    return choices[value]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import psutil
 
-from eldric.engine.ggml.library import load_library
+from eldric.engine.ggml.library import find_library
 from eldric.transport.registry import offers
 from eldric.v1 import registry_pb2
 from eldric.worker.config import WorkerConfig
@@ -42,7 +42,7 @@ def compute_threads(config: WorkerConfig) -> int:
 
 def resources(config: WorkerConfig) -> registry_pb2.Resources:
     """The worker's part of its registration."""
-    library = load_library()
+    library = find_library()
     return registry_pb2.Resources(
         cores=compute_threads(config),
         memory_bytes=memory_budget(config),

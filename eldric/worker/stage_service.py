@@ -37,7 +37,7 @@ class StageService(stage_pb2_grpc.StageServicer):
         return stage_pb2.UnloadResponse(unloaded=await self._stages.unload(request.pipeline_id, index, request.epoch))
 
     async def Connect(self, request: stage_pb2.ConnectRequest, context: object) -> stage_pb2.ConnectResponse:
-        self._stages.connect(request)
+        await self._stages.connect(request)
         return stage_pb2.ConnectResponse()
 
     async def Status(self, request: stage_pb2.StageStatusRequest, context: object) -> stage_pb2.StageStatusResponse:

@@ -29,7 +29,7 @@ Progress = Callable[[stage_pb2.LoadProgress], None]
 
 class StageKey(NamedTuple):
     pipeline_id: str
-    index: int
+    stage: int
     epoch: int
 
 
@@ -83,7 +83,7 @@ class StageTable:
         found = [
             stage
             for stage in self._stages.values()
-            if stage.key.index == 0 and name in (stage.request.name, stage.request.pipeline_id)
+            if stage.key.stage == 0 and name in (stage.request.name, stage.request.pipeline_id)
         ]
         if not found:
             raise NotFound(f"this worker is not the head of a pipeline {name!r}")
@@ -105,12 +105,12 @@ class StageTable:
         if plan.needed_bytes > free:
             plan.close()
             raise NotEnoughMemory(
-                f"stage {key.index} of {request.name!r} needs {plan.needed_bytes} bytes, and worker "
+                f"stage {key.stage} of {request.name!r} needs {plan.needed_bytes} bytes, and worker "
                 f"{self._config.node.name} has {free} free"
             )
         if key in self._stages:
             plan.close()
-            raise AlreadyExists(f"worker {self._config.node.name} is loading stage {key.index} of {request.name!r}")
+            raise AlreadyExists(f"worker {self._config.node.name} is loading stage {key.stage} of {request.name!r}")
         held = HeldStage(key, request, plan.needed_bytes, plan.options)
         self._stages[key] = held
 
@@ -142,7 +142,7 @@ class StageTable:
         for held in self._stages:
             if held[:2] == key[:2] and held.epoch >= key.epoch:
                 raise AlreadyExists(
-                    f"worker {self._config.node.name} holds stage {key.index} of {request.name!r}, epoch {held.epoch}"
+                    f"worker {self._config.node.name} holds stage {key.stage} of {request.name!r}, epoch {held.epoch}"
                 )
         return key
 
@@ -156,8 +156,11 @@ class StageTable:
         finally:
             self._stages.pop(held.key, None)
 
-    def connect(self, request: stage_pb2.ConnectRequest) -> None:
-        """Name a stage's neighbours. Raises NotFound, NotReady while it loads, StaleEpoch."""
+    async def connect(self, request: stage_pb2.ConnectRequest) -> None:
+        """Name a stage's neighbours, and wait until the next one is reached.
+
+        Raises NotFound, NotReady while it loads, StaleEpoch, TransportError.
+        """
         held = self._held(request)
         if held.loaded is None:
             raise NotReady(f"stage {request.index} is still loading")
@@ -165,7 +168,9 @@ class StageTable:
             peer = Peer(request.next.address, request.next.public_key, request.next_index)
         else:
             peer = None
-        held.loaded.thread.post(Connect(request.epoch, peer, frozenset(request.allowed_keys)))
+        command = Connect(request.epoch, peer, frozenset(request.allowed_keys))
+        held.loaded.thread.post(command)
+        await asyncio.wrap_future(command.done)
 
     def _held(self, request: stage_pb2.ConnectRequest) -> HeldStage:
         stages = [stage for stage in self if stage.key[:2] == (request.pipeline_id, request.index)]
@@ -183,7 +188,7 @@ class StageTable:
             stage
             for stage in self
             if stage.key.pipeline_id == pipeline_id
-            and index in (None, stage.key.index)
+            and index in (None, stage.key.stage)
             and (epoch == 0 or stage.key.epoch <= epoch)
         ]
         await asyncio.gather(*(self._unload(stage) for stage in chosen))

@@ -26,9 +26,11 @@ class Tail:
     def close(self, slot: int) -> None:
         self._samplers.pop(slot, None)
 
-    def sample(self, runs: Sequence[Run], logits: NDArray[np.float32]) -> frame_pb2.StepTokens:
-        """One token for each run with logits. logits: [runs with logits, vocab_size] float32."""
+    def sample(self, runs: Sequence[Run], logits: NDArray[np.float32] | None) -> frame_pb2.StepTokens:
+        """One token for each run with logits. logits: [runs with logits, vocab_size] float32, None for no such run."""
         answer = frame_pb2.StepTokens()
+        if logits is None:
+            return answer
         row = 0
         for run in runs:
             if not run.logits:

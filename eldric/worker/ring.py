@@ -1,0 +1,108 @@
+"""A stage's place in the ring: what it receives from the stage before, what it sends to the next, and when."""
+
+import hashlib
+import time
+import uuid
+from collections.abc import Collection
+from pathlib import Path
+
+from eldric.engine.schedule import Step
+from eldric.engine.step import Hidden
+from eldric.transport.base import Link, Peer, Transport
+from eldric.transport.errors import LinkClosed
+from eldric.transport.frame import Frame, FrameDtype, FrameKind, Header, Payload, Run, StageTrace
+from eldric.v1 import frame_pb2
+
+#: Longest wait for room at the next stage: a peer that is alive but takes nothing for so long is as good as lost.
+_SEND_S = 30.0
+
+#: Longest wait for the next stage to listen and let this one in.
+_CONNECT_S = 10.0
+
+#: (received_ns, began_ns, computed_ns) of a step in this stage.
+Times = tuple[int, int, int]
+
+
+def clock_id() -> int:
+    """Names the clock of time.perf_counter_ns: equal for all processes since one boot of one machine; never 0."""
+    try:
+        name = Path("/proc/sys/kernel/random/boot_id").read_text()
+    except OSError:
+        name = f"{uuid.getnode()}"
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) or 1
+
+
+class Ring:
+    """The transport of one stage, with its link to the next. Used by the stage's compute thread; `wake` by any."""
+
+    def __init__(self, transport: Transport, stage: int) -> None:
+        self._transport = transport
+        self._stage = stage
+        self._clock = clock_id()
+        self._link: Link | None = None
+        self.tracing = False  # the head: whether steps are timed
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """Frames that were not let in, by reason. May be read from any thread."""
+        return dict(self._transport.stats.dropped)
+
+    def connect(self, peer: Peer | None, allowed: Collection[str], epoch: int) -> None:
+        """Let the stage before in, and reach the next one (None: this stage is alone). Raises TransportError."""
+        self._transport.allow(allowed)
+        self._transport.set_epoch(epoch)
+        if peer is not None:
+            self._link = self._transport.connect(peer, _CONNECT_S)
+
+    def receive(self, timeout_s: float) -> Frame | None:
+        """The next frame; None after a wake or the timeout. Raises PeerLost, TransportClosed."""
+        return self._transport.recv(timeout_s)
+
+    def wake(self) -> None:
+        self._transport.wake()
+
+    def send_step(self, step: Step, hidden: Hidden, times: Times) -> None:
+        """The head sends a step on its way. hidden: [rows, hidden_size]. Raises TransportError."""
+        header = Header(
+            kind=FrameKind.HIDDEN,
+            step=step.number,
+            lane=step.lane,
+            dtype=FrameDtype.F32,
+            shape=hidden.shape,
+            runs=tuple([Run(*run) for run in step.runs]),
+        )
+        if self.tracing:
+            header.trace = self.trace(times)
+        self._send(header, hidden)
+
+    def send_hidden(self, header: Header, hidden: Hidden, times: Times) -> None:
+        """A middle stage sends on the step that it got with `header`."""
+        if header.trace:
+            header.trace += self.trace(times)
+        self._send(header, hidden)
+
+    def send_tokens(self, header: Header, answer: frame_pb2.StepTokens, times: Times) -> None:
+        """The tail answers the step that it got with `header`; any stage does, with an error."""
+        header.kind, header.dtype, header.shape, header.runs = FrameKind.TOKENS, FrameDtype.BYTES, (), ()
+        if header.trace:
+            header.trace += self.trace(times)
+        self._send(header, answer.SerializeToString())
+
+    def send_control(self, kind: FrameKind, payload: bytes) -> None:
+        """The head opens or closes a sequence."""
+        self._send(Header(kind=kind), payload)
+
+    def pass_on(self, frame: Frame) -> None:
+        self._send(frame.header, frame.payload)
+
+    def trace(self, times: Times) -> tuple[StageTrace, ...]:
+        """This stage's entry in a traced frame, sent now."""
+        return (StageTrace(self._stage, self._clock, *times, time.perf_counter_ns()),)
+
+    def close(self) -> None:
+        self._transport.close()
+
+    def _send(self, header: Header, payload: Payload) -> None:
+        if self._link is None:
+            raise LinkClosed("this stage is not connected")
+        self._link.send(header, payload, _SEND_S)
