@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from eldric.cli import nodes
+from eldric.cli import clusters, nodes
 from eldric.errors import EldricError
 
 app = typer.Typer(
@@ -13,7 +13,8 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-app.registered_commands.extend(nodes.app.registered_commands)
+for part in (clusters.app, nodes.app):
+    app.registered_commands.extend(part.registered_commands)
 
 
 def main() -> None:

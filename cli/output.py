@@ -1,0 +1,52 @@
+"""How commands speak: results on stdout, progress and complaints on stderr, one JSON object where --json asks."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+#: Results. Colours only on a terminal.
+out = Console(highlight=False)
+#: Progress and complaints.
+err = Console(stderr=True, highlight=False)
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses, tuples and bytes as what JSON has."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(each) for each in value]
+    if isinstance(value, bytes):
+        return value.decode(errors="replace")
+    return value
+
+
+def print_json(value: Any) -> None:
+    """One object, on one line."""
+    sys.stdout.write(json.dumps(plain(value), ensure_ascii=False) + "\n")
+    sys.stdout.flush()
+
+
+def table(*columns: str) -> Table:
+    """A plain table; numbers are aligned by the caller's choice of `right:` before a column's name."""
+    made = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        name = column.removeprefix("right:")
+        made.add_column(name, justify="right" if name != column else "left")
+    return made
+
+
+def human_bytes(count: float) -> str:
+    """Binary units, as memory is counted: "1.5 GiB"."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
