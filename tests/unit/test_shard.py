@@ -143,3 +143,17 @@ def test_memory_estimate_counts_cells_and_rows() -> None:
     assert wide.compute == 2 * middle.compute
     many = memory_estimate(costs, LayerRange(10, 12), context=1000, slots=256, chunk=128)
     assert many.compute == wide.compute  # a decode step holds a row for each slot
+
+
+def test_overlapping_tensors_are_covered_once(tmp_path: Path) -> None:
+    path = write_small_llama(tmp_path / "m.gguf", SmallLlama())
+    data = bytearray(path.read_bytes())
+    name = b"blk.0.attn_norm.weight"
+    at = data.index(name) + len(name) + 16  # its offset follows one dimension and the type
+    data[at : at + 8] = bytes(8)  # now it lies inside token_embd, at the start of tensor data
+    path.write_bytes(data)
+    head = shard(path, 0, 1)
+    embedding = head.tensors["token_embd.weight"]
+    assert head.ranges[0].offset == embedding.offset == head.tensors[name.decode()].offset
+    assert head.ranges[0].length >= embedding.nbytes
+    assert sum(span.length for span in head.ranges) == head.nbytes - 256
