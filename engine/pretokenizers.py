@@ -73,7 +73,7 @@ _DEEPSEEK3 = (
 _DEEPSEEK_HAN = r"[[\u0800-\u9fa5\uac00-\ud7ff]&&\S]+"
 # The letters that have case, as an older Unicode knew them.
 _DEEPSEEK_CASED = (
-    r"[[\p{Lu}\p{Ll}\p{Lt}]&&[^\u0560\u0588\u10c7-\u10ff\u1c80-\u1c8f\u2d00-\u2d2f\ua790-\ua7ff\uab30-\uab6f"
+    r"[[\p{Lu}\p{Ll}\p{Lt}]&&[^\u0560-\u0588\u10c7-\u10ff\u1c80-\u1c8f\u2d00-\u2d2f\ua790-\ua7ff\uab30-\uab6f"
     r"\x{10570}-\x{105ff}\x{10d50}-\x{10d8f}\x{16e40}-\x{16e7f}\x{1d400}-\x{1d7ff}\x{1df00}-\x{1dfff}]]"
 )
 _SCRIPT_FREE = r" ?[^(\s|.,!?…。，、।۔،)]+"  # noqa: RUF001
