@@ -158,10 +158,11 @@ class AsyncClient:
         *,
         max_tokens: int = 0,
         stop: Sequence[str] = (),
+        ignore_eos: bool = False,
         **sampling: Any,
     ) -> AsyncIterator[types.Event]:
         """Answer a conversation of {"role", "content"} by the model's chat template; see `generate`."""
-        request = _generate_request(model, max_tokens, stop, False, sampling)
+        request = _generate_request(model, max_tokens, stop, ignore_eos, sampling)
         request.chat.CopyFrom(convert.chat_messages(messages))
         async for event in self._events(request):
             yield event
