@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from eldric.cli import clusters, deployments, models, nodes, text
+from eldric.cli import clusters, deployments, looking, models, nodes, text
 from eldric.errors import EldricError
 
 app = typer.Typer(
@@ -13,7 +13,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for part in (clusters.app, deployments.app, text.app, nodes.app):
+for part in (clusters.app, deployments.app, text.app, looking.app, nodes.app):
     app.registered_commands.extend(part.registered_commands)
 app.add_typer(models.app)
 

@@ -26,9 +26,7 @@ MaxTokens = Annotated[int, typer.Option("--max-tokens", "-n", help="0: until the
 def run(
     model: Annotated[str, typer.Argument(help="Name of a pipeline.")],
     prompt: Annotated[str, typer.Argument(help="What to answer; - reads it from stdin.")],
-    raw: Annotated[
-        bool, typer.Option("--raw", help="Continue the prompt as it is, without the chat template.")
-    ] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without a chat template.")] = False,
     system: Annotated[str, typer.Option("--system", help="System message.")] = "",
     temperature: Temperature = None,
     top_k: TopK = None,

@@ -233,7 +233,7 @@ class Models:
     def __init__(self, client: AsyncClient) -> None:
         self._client = client
 
-    async def _stub(self) -> model_store_pb2_grpc.ModelStoreAsyncStub:
+    async def _stub(self) -> "model_store_pb2_grpc.ModelStoreAsyncStub":
         return model_store_pb2_grpc.ModelStoreStub(await self._client.data_channel())
 
     async def list(self) -> list[types.ModelInfo]:
