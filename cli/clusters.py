@@ -43,9 +43,9 @@ def up(
         _check_same(cluster, workers)
     else:
         count = 2 if workers is None else workers
-        cluster = LocalCluster.create(place, _roster(place, count, memory, threads, pin, router_port))
+        cluster = LocalCluster.create(place, roster(place, count, memory, threads, pin, router_port))
     cluster.start(lambda line: None if as_json else err.print(line, style="dim"))
-    _wait_until_registered(cluster)
+    wait_until_registered(cluster)
     summary = _summary(cluster)
     if as_json:
         print_json(summary)
@@ -87,7 +87,10 @@ def _check_same(cluster: LocalCluster, workers: int | None) -> None:
         )
 
 
-def _roster(folder: Path, workers: int, memory: str, threads: int, pin: bool, router_port: int) -> list[NodeEntry]:
+def roster(
+    folder: Path, workers: int, memory: str = "", threads: int = 0, pin: bool = False, router_port: int = 0
+) -> list[NodeEntry]:
+    """The nodes of a local cluster; memory and cores are shared evenly among the workers."""
     if not 1 <= workers <= 64:
         raise InvalidRequest(f"{workers} workers; 1 to 64 fit on one machine")
     cores = psutil.cpu_count() or 1
@@ -108,7 +111,7 @@ def _roster(folder: Path, workers: int, memory: str, threads: int, pin: bool, ro
     return nodes
 
 
-def _wait_until_registered(cluster: LocalCluster) -> None:
+def wait_until_registered(cluster: LocalCluster) -> None:
     """Every node's process runs; wait until the controller counts them all as up."""
     from eldric.client import Client
 
