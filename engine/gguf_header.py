@@ -17,7 +17,7 @@ from eldric.engine.tensors import TensorInfo
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
-MAX_HEADER_BYTES = 1 << 28  # twenty times that of the largest vocabularies; bounds the time a hostile file costs
+MAX_HEADER_BYTES = 1 << 27  # ten times that of the largest vocabularies; bounds the time that a hostile file costs
 MAX_KEYS = MAX_TENSORS = 1 << 16
 MAX_KEY_BYTES = 65535
 MAX_NAME_BYTES = 63  # GGML_MAX_NAME, less its terminator
