@@ -1,4 +1,4 @@
-"""What `make demo` shows: a local cluster, a real chat model over three workers, an answer, and the stages behind it."""
+"""What `make demo` shows: a local cluster, a real chat model over three workers, an answer, the stages behind it."""
 
 import sys
 import tempfile
