@@ -356,7 +356,7 @@ def test_header_of_a_128k_vocabulary_is_read_in_50_ms(tmp_path: Path) -> None:
     path = tmp_path / "wide.gguf"
     path.write_bytes(header(pairs, infos) + bytes(1024))
     best = float("inf")
-    for _ in range(5):
+    for _ in range(10):
         start = time.perf_counter()
         with ModelFile.open(path) as model:
             assert len(model.tensors) == 720
