@@ -4,9 +4,9 @@
     python -m benchmarks.vs_llamacpp_rpc --quants q4_0 --rounds 1
 
 Two workers of one pinned thread each, on both sides; a 1.1B-shaped Llama with random weights (speed depends on shape,
-not on weights). llama.cpp runs at the -ub that is best for its prefill, found in the same run. Rounds are interleaved: in
-each, every measurement is made for llama.cpp, for Eldric over two workers, and for Eldric alone on one. Ratios are of
-medians; the spread is printed beside them. The last line is JSON.
+not on weights). llama.cpp runs at the -ub that is best for its prefill, found in the same run. Rounds are interleaved:
+in each, every measurement is made for llama.cpp, for Eldric over two workers, and for Eldric alone on one. Ratios are
+of medians; the spread is printed beside them. The last line is JSON.
 
 Ceiling: a token reads every weight once, so one stream cannot be faster than memory bandwidth over the file's size.
 """
