@@ -112,7 +112,10 @@ class _Transfer:
 
     def _progress(self, nbytes: int) -> None:
         self._done += nbytes
-        self._report(self._phase, self._done, sum(self._sizes))
+        total = sum(self._sizes)
+        if self._done > total:  # and might grow for ever
+            raise InvalidModel("the file grows while it is imported", self._sources[0])
+        self._report(self._phase, self._done, total)
 
     def _check_space(self, number: int) -> None:
         """Raises NotEnoughSpace unless the files from `number` on fit."""

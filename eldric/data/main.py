@@ -29,8 +29,9 @@ class DataWorker:
     """Wires a data worker's parts together."""
 
     def __init__(self, config: DataConfig, identity: Identity) -> None:
-        """Raises NotReady when the store's folder cannot be used."""
+        """Cleans the store up first, while nobody can import yet. Raises NotReady when its folder cannot be used."""
         self.store = ModelStore(config.folder)
+        self.store.clean()
         self.node = Node(config.node, identity)
         metrics = DataMetrics(self.node.metrics)
         self._jobs = Jobs(config.jobs, config.queue)
@@ -50,7 +51,6 @@ class DataWorker:
         self.member = Member(self.node)
 
     async def _start(self) -> None:
-        await asyncio.to_thread(self.store.clean)
         await self._refresh()
         self._refreshing = asyncio.create_task(self._refresh_for_ever(), name="refresh")
 

@@ -48,16 +48,16 @@ class ModelStoreService(model_store_pb2_grpc.ModelStoreServicer):
         """Lets go of the threads."""
         self._readers.shutdown(wait=False, cancel_futures=True)
 
-    async def List(self, request: pb.ListModelsRequest, context: Any) -> pb.ListModelsResponse:  # noqa: N802
+    async def List(self, request: pb.ListModelsRequest, context: Any) -> pb.ListModelsResponse:
         return pb.ListModelsResponse(models=[model_info(model) for model in await self.refresh()])
 
-    async def Metadata(self, request: pb.ModelRequest, context: Any) -> pb.ModelMetadata:  # noqa: N802
+    async def Metadata(self, request: pb.ModelRequest, context: Any) -> pb.ModelMetadata:
         return model_metadata(await self.find(request.id))
 
-    async def Tensors(self, request: pb.ModelRequest, context: Any) -> pb.ModelTensors:  # noqa: N802
+    async def Tensors(self, request: pb.ModelRequest, context: Any) -> pb.ModelTensors:
         return model_tensors(await self.find(request.id))
 
-    async def Pull(self, request: pb.PullRequest, context: Any) -> AsyncIterator[pb.PullChunk]:  # noqa: N802
+    async def Pull(self, request: pb.PullRequest, context: Any) -> AsyncIterator[pb.PullChunk]:
         model = await self.find(request.id)
         ranges = _ranges(model, request)
         total_bytes = sum(part.length for part in ranges)
@@ -69,7 +69,7 @@ class ModelStoreService(model_store_pb2_grpc.ModelStoreServicer):
                 yield pb.PullChunk(file=part.file, offset=part.offset, data=data, total_bytes=total_bytes)
                 total_bytes = 0  # only the first chunk has it
 
-    async def Import(self, request: pb.ImportRequest, context: Any) -> AsyncIterator[pb.ImportEvent]:  # noqa: N802
+    async def Import(self, request: pb.ImportRequest, context: Any) -> AsyncIterator[pb.ImportEvent]:
         phase = ""
         work = lambda report: self._importer.run(request.path, request.id, request.mode, report)  # noqa: E731
         with self._count_import(), self._jobs.start(work) as job:
@@ -81,12 +81,12 @@ class ModelStoreService(model_store_pb2_grpc.ModelStoreServicer):
         size = model.size_bytes
         yield pb.ImportEvent(phase=phase, done_bytes=size, total_bytes=size, model=model_info(model))
 
-    async def Remove(self, request: pb.RemoveModelRequest, context: Any) -> pb.RemoveModelResponse:  # noqa: N802
+    async def Remove(self, request: pb.RemoveModelRequest, context: Any) -> pb.RemoveModelResponse:
         await self._in_thread(self._store.remove, request.id)
         await self.refresh()
         return pb.RemoveModelResponse()
 
-    async def Verify(self, request: pb.ModelRequest, context: Any) -> AsyncIterator[pb.VerifyEvent]:  # noqa: N802
+    async def Verify(self, request: pb.ModelRequest, context: Any) -> AsyncIterator[pb.VerifyEvent]:
         total_bytes = (await self.find(request.id)).size_bytes
         work = lambda report: self._store.verify(request.id, report)  # noqa: E731
         with self._count_verification(), self._jobs.start(work) as job:
