@@ -49,6 +49,7 @@ class PlannedStage:
     kv_bytes: int
     compute_bytes: int
     available_bytes: int  # what the worker has for it, earlier stages of this plan and head room taken off
+    limit_bytes: int  # what it may take: `needed_bytes`, and a second copy of the weights where there is room for it
 
     @property
     def needed_bytes(self) -> int:
@@ -190,13 +191,17 @@ def _alternatives(
 def _stages(seating: Seating, cut: Cut, shape: ModelShape, options: Options) -> tuple[PlannedStage, ...]:
     rooms = {worker.name: worker.available_bytes for worker in seating.workers}
     stages = []
-    for index, worker in enumerate(seating.workers):
-        start, end = cut.bounds[index], cut.bounds[index + 1]
+    for index, (worker, start, end) in enumerate(zip(seating.workers, cut.bounds, cut.bounds[1:], strict=False)):
         memory = shape.memory(start, end, options)
-        room = rooms[worker.name]
-        stage = PlannedStage(index, worker.name, start, end, memory.weights, memory.kv, memory.compute, room)
-        rooms[worker.name] -= stage.needed_bytes
-        stages.append(stage)
+        sizes = memory.weights, memory.kv, memory.compute
+        stages.append(PlannedStage(index, worker.name, start, end, *sizes, rooms[worker.name], memory.total))
+        rooms[worker.name] -= memory.total
+    if options.weights == "mapped":
+        return tuple(stages)
+    for index, stage in enumerate(stages):
+        copy = min(stage.weights_bytes, rooms[stage.worker])
+        rooms[stage.worker] -= copy
+        stages[index] = replace(stage, limit_bytes=stage.needed_bytes + copy)
     return tuple(stages)
 
 

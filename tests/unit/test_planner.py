@@ -104,6 +104,15 @@ def test_the_kv_cache_counts_layers_slots_and_whole_blocks_of_context() -> None:
     assert plan(cluster(64), model(4), wide).stages[0].kv_bytes == 2 * made.stages[0].kv_bytes
 
 
+def test_a_second_copy_of_the_weights_is_allowed_where_there_is_room_for_it() -> None:
+    named = order(workers=("worker-1", "worker-2", "worker-2"))
+    first, *others = plan(cluster(4, 40), model(), named).stages
+    assert first.needed_bytes < first.limit_bytes == first.available_bytes
+    assert all(stage.limit_bytes == stage.needed_bytes + stage.weights_bytes for stage in others)
+    mapped = plan(cluster(64), model(), Order(Options(context=64, weights="mapped")))
+    assert mapped.stages[0].limit_bytes == mapped.stages[0].needed_bytes
+
+
 def test_a_long_context_needs_more_workers() -> None:
     short, long = (plan(cluster(12, 12, 12, 12), model(), order(context=context)) for context in (2048, 65536))
     assert len(short.stages) == 1
@@ -315,7 +324,7 @@ def test_any_plan_covers_the_model_in_order_and_keeps_every_worker_in_its_budget
     assert all(stage.start < stage.end for stage in made.stages)
     assert [stage.index for stage in made.stages] == list(range(len(made.stages)))
     for worker in workers:
-        held = sum(stage.needed_bytes for stage in made.stages if stage.worker == worker.name)
+        held = sum(stage.limit_bytes for stage in made.stages if stage.worker == worker.name)
         assert held <= worker.available_bytes
     chosen, left_out = {stage.worker for stage in made.stages}, {name for name, _ in made.excluded}
     assert chosen | left_out == {worker.name for worker in workers} and not chosen & left_out

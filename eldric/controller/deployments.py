@@ -1,0 +1,297 @@
+"""All pipelines, and what follows for them from what the nodes report. Pure: no clock, no socket.
+
+Every method returns changes for somebody else to carry out: news for those who watch, answers to push to workers,
+stages that nobody wants, rings to connect again.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from enum import Enum
+
+from eldric.controller.nodes import StageKey, StageState
+from eldric.controller.pipelines import Condition, Phase, PipelineRecord, StageRecord, Verdict, is_present, judge
+from eldric.controller.registry import Node
+from eldric.errors import AlreadyExists, NotFound
+
+#: Beats between two attempts to unload a stage that nobody wants.
+ORPHAN_BEATS = 5
+#: Longest wait between two attempts to connect a broken ring again, in seconds.
+MAX_MEND_S = 30.0
+
+
+class PipelineState(Enum):
+    DEPLOYING = "deploying"
+    READY = "ready"
+    DEGRADED = "degraded"
+    UNDEPLOYING = "undeploying"
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineChanged:
+    """Its state, epoch, head or message is another."""
+
+    pipeline_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineRemoved:
+    record: PipelineRecord
+
+
+@dataclass(frozen=True, slots=True)
+class WantedChanged:
+    """What this worker should hold, or whether it should serve, is another: answer it without waiting for its beat."""
+
+    node_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Orphan:
+    """A worker holds a stage that no pipeline wants."""
+
+    node_id: str
+    key: StageKey
+
+
+@dataclass(frozen=True, slots=True)
+class Mend:
+    """All stages of a broken ring are there: connect them again."""
+
+    pipeline_id: str
+
+
+Change = PipelineChanged | PipelineRemoved | WantedChanged | Orphan | Mend
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A stage that should exist; `degraded`: its pipeline cannot generate."""
+
+    key: StageKey
+    degraded: bool
+
+
+@dataclass(slots=True)
+class Deployment:
+    """One pipeline: what is kept of it, and how it is now."""
+
+    record: PipelineRecord
+    state: PipelineState = PipelineState.DEPLOYING
+    message: str = ""
+    progress: float = 0.0
+    verdicts: tuple[Verdict, ...] = ()
+    absent: dict[int, int] = field(default_factory=dict)  # beats in a row without the stage of that index
+    settle_by: float | None = None  # until then stages may be unheard of: the controller has just started
+    degraded: bool = False  # as the workers were told
+    mend_at: float | None = None
+    mend_delay_s: float = 0.0
+    mending_until: float | None = None
+
+
+class Deployments:
+    """The pipelines of a cluster."""
+
+    def __init__(self, node: Callable[[str], Node | None], beat_interval_s: float) -> None:
+        """`node` finds a registered node by id."""
+        self._node = node
+        self._interval_s = beat_interval_s
+        self._all: dict[str, Deployment] = {}
+        self._by_node: dict[str, list[Deployment]] = {}
+        self._orphans: dict[str, dict[StageKey, int]] = {}
+
+    def __iter__(self) -> Iterator[Deployment]:
+        return iter(self._all.values())
+
+    def find(self, name: str) -> Deployment:
+        """By name or id. Raises NotFound."""
+        for deployment in self:
+            if name in (deployment.record.name, deployment.record.id):
+                return deployment
+        names = ", ".join(sorted(deployment.record.name for deployment in self)) or "none"
+        raise NotFound(f"there is no pipeline {name!r}; there are: {names}")
+
+    def get(self, pipeline_id: str) -> Deployment | None:
+        return self._all.get(pipeline_id)
+
+    def add(self, record: PipelineRecord, *, settle_by: float | None = None) -> list[Change]:
+        """A new pipeline, or one that was kept over a restart (`settle_by`). Raises AlreadyExists."""
+        for other in self:
+            if other.record.name == record.name:
+                raise AlreadyExists(f"there is a pipeline {record.name!r} ({other.state.value}): undeploy it first")
+        deployment = self._all[record.id] = Deployment(record, settle_by=settle_by)
+        self._index()
+        return [PipelineChanged(record.id), *self._evaluate(deployment), *_workers(record)]
+
+    def update(self, record: PipelineRecord, *, message: str = "") -> list[Change]:
+        """The pipeline goes on to another phase, epoch or set of stages."""
+        deployment = self._all[record.id]
+        before, deployment.record, deployment.message = deployment.record, record, message
+        self._index()
+        if record.epoch != before.epoch or record.phase is not before.phase:
+            deployment.absent, deployment.mend_at, deployment.mending_until = {}, None, None
+        changes = [PipelineChanged(record.id), *self._evaluate(deployment), *_workers(before), *_workers(record)]
+        return list(dict.fromkeys(changes))
+
+    def note(self, pipeline_id: str, message: str, progress: float) -> list[Change]:
+        """How far a deploy or a rebalance is."""
+        deployment = self._all.get(pipeline_id)
+        if deployment is None:
+            return []
+        deployment.message, deployment.progress = message, progress
+        return [PipelineChanged(pipeline_id)]
+
+    def remove(self, pipeline_id: str) -> list[Change]:
+        record = self._all.pop(pipeline_id).record
+        self._index()
+        return [PipelineRemoved(record), *_workers(record)]
+
+    def beaten(self, node_id: str) -> list[Change]:
+        """A worker's beat came, with its stages."""
+        node = self._node(node_id)
+        if node is None:
+            return []
+        changes: list[Change] = []
+        for deployment in self._by_node.get(node_id, ()):
+            for stage in deployment.record.stages:
+                if stage.node_id == node_id and stage.incarnation == node.info.incarnation:
+                    present = is_present(node.stages.get(deployment.record.key(stage)))
+                    deployment.absent[stage.index] = 0 if present else deployment.absent.get(stage.index, 0) + 1
+            changes += self._evaluate(deployment)
+        return changes + self._find_orphans(node)
+
+    def node_changed(self, node_id: str) -> list[Change]:
+        """A worker's state is another, or it left."""
+        if self._node(node_id) is None:
+            self._orphans.pop(node_id, None)
+        return [change for each in self._by_node.get(node_id, ()) for change in self._evaluate(each)]
+
+    def tick(self, now: float) -> list[Change]:
+        """Time passed."""
+        changes: list[Change] = []
+        for deployment in self:
+            if deployment.settle_by is not None and now >= deployment.settle_by:
+                deployment.settle_by = None
+                changes += self._evaluate(deployment)
+            changes += self._mend(deployment, now)
+        return changes
+
+    def wanted(self, node_id: str) -> list[Wanted]:
+        """The stages that a worker should hold."""
+        return [
+            Wanted(key, deployment.degraded)
+            for deployment in self._by_node.get(node_id, ())
+            for key, stage in deployment.record.wanted
+            if stage.node_id == node_id
+        ]
+
+    def committed_bytes(self, node: Node, *, without: str = "") -> int:
+        """Memory of a worker that is taken or promised, in bytes; `without`: but for the pipeline of this id."""
+        total, known = 0, set()
+        for deployment in self._by_node.get(node.id, ()):
+            record = deployment.record
+            for key, stage in replace(record, phase=Phase.RUNNING).wanted:
+                if stage.node_id != node.id or stage.incarnation != node.info.incarnation:
+                    continue
+                known.add(key)
+                if record.id != without:
+                    total += _held_bytes(node, key, stage)
+        return total + sum(report.memory.total for key, report in node.stages.items() if key not in known)
+
+    def _index(self) -> None:
+        """Which pipelines a node is part of: every beat asks."""
+        self._by_node = {}
+        for deployment in self:
+            for node_id in _nodes_of(deployment.record):
+                self._by_node.setdefault(node_id, []).append(deployment)
+
+    def _evaluate(self, deployment: Deployment) -> list[Change]:
+        """Look at every stage and settle the pipeline's state."""
+        record, before = deployment.record, (deployment.state, deployment.message, deployment.degraded)
+        deployment.verdicts = tuple(
+            judge(
+                record,
+                stage,
+                self._node(stage.node_id),
+                deployment.absent.get(stage.index, 0),
+                settled=deployment.settle_by is None,
+            )
+            for stage in record.stages
+        )
+        if record.phase is Phase.RUNNING:
+            self._settle(deployment)
+        else:
+            deployment.state = PipelineState[record.phase.name]
+        deployment.degraded = deployment.state is PipelineState.DEGRADED and deployment.mending_until is None
+        changes: list[Change] = []
+        if (deployment.state, deployment.message) != before[:2]:
+            changes.append(PipelineChanged(record.id))
+        if deployment.degraded != before[2]:
+            changes += _workers(record)
+        return changes
+
+    def _settle(self, deployment: Deployment) -> None:
+        verdicts = deployment.verdicts
+        bad = [each for each in verdicts if each.condition in (Condition.MISSING, Condition.BROKEN)]
+        waiting = [each for each in verdicts if each.condition is Condition.WAITING]
+        missing = [each for each in bad if each.condition is Condition.MISSING]
+        if bad:
+            deployment.state = PipelineState.DEGRADED
+            deployment.message = "; ".join(dict.fromkeys(each.reason for each in missing or bad))
+        elif waiting:
+            deployment.state = PipelineState.DEPLOYING
+            reasons = dict.fromkeys(each.reason for each in waiting)
+            deployment.message = f"the controller restarted: {', '.join(reasons)}"
+            deployment.progress = 1 - len(waiting) / len(verdicts)
+        else:
+            if deployment.state is not PipelineState.READY:
+                deployment.message, deployment.progress = "", 1.0
+            deployment.state, deployment.settle_by = PipelineState.READY, None
+            deployment.mend_at = deployment.mending_until = None
+            deployment.mend_delay_s = 0.0
+
+    def _mend(self, deployment: Deployment, now: float) -> list[Change]:
+        """Connect a ring again whose stages are all there, first after a beat interval, then ever more rarely."""
+        if deployment.mending_until is not None:
+            if now < deployment.mending_until:
+                return []
+            deployment.mending_until = None
+            return self._evaluate(deployment)
+        conditions = {verdict.condition for verdict in deployment.verdicts}
+        if deployment.state is not PipelineState.DEGRADED or not conditions <= {Condition.SERVING, Condition.BROKEN}:
+            deployment.mend_at = None
+            return []
+        if deployment.mend_at is None:
+            deployment.mend_delay_s = min(MAX_MEND_S, 2 * deployment.mend_delay_s or self._interval_s)
+            deployment.mend_at = now + deployment.mend_delay_s
+        if now < deployment.mend_at:
+            return []
+        deployment.mend_at, deployment.mending_until = None, now + 2 * self._interval_s
+        return [*self._evaluate(deployment), Mend(deployment.record.id)]
+
+    def _find_orphans(self, node: Node) -> list[Change]:
+        wanted = {wanted.key for wanted in self.wanted(node.id)}
+        seen = self._orphans.get(node.id, {})
+        now = {key: seen.get(key, -1) + 1 for key in node.stages if key not in wanted}
+        self._orphans[node.id] = now
+        return [
+            Orphan(node.id, key)
+            for key, beats in now.items()
+            if beats % ORPHAN_BEATS == 0 and node.stages[key].state is not StageState.UNLOADING
+        ]
+
+
+def _held_bytes(node: Node, key: StageKey, stage: StageRecord) -> int:
+    """What a stage takes: as reported, at least as planned; while it loads, the most that it may take."""
+    report = node.stages.get(key)
+    if report is None or report.state is StageState.LOADING:
+        return stage.limit_bytes
+    return max(stage.needed_bytes, report.memory.total)
+
+
+def _workers(record: PipelineRecord) -> list[Change]:
+    """Every worker of a pipeline gets an answer."""
+    return [WantedChanged(node_id) for node_id in _nodes_of(record)]
+
+
+def _nodes_of(record: PipelineRecord) -> dict[str, None]:
+    return dict.fromkeys(stage.node_id for stage in (*record.stages, *record.next_stages))

@@ -1,0 +1,116 @@
+"""A pipeline as the controller keeps it, and what may be said of its stages. Pure."""
+
+from dataclasses import dataclass
+from enum import Enum, StrEnum
+
+from eldric.controller.nodes import NodeState, StageKey, StageReport, StageState
+from eldric.controller.registry import Node
+from eldric.v1 import common_pb2, pipeline_pb2, stage_pb2
+
+#: Beats in a row without a stage that make it missing: one may have been on its way when the stage was loaded.
+ABSENT_BEATS = 2
+
+
+class Phase(StrEnum):
+    """What the controller wants of a pipeline; kept on disk."""
+
+    DEPLOYING = "deploying"
+    RUNNING = "running"
+    UNDEPLOYING = "undeploying"
+
+
+@dataclass(frozen=True, slots=True)
+class StageRecord:
+    """One stage: layers [start, end) on a process (`incarnation`) of a worker, and its planned bytes."""
+
+    index: int
+    worker: str
+    incarnation: int
+    start: int
+    end: int
+    weights_bytes: int
+    kv_bytes: int
+    compute_bytes: int
+    limit_bytes: int
+
+    @property
+    def node_id(self) -> str:
+        return f"worker/{self.worker}"
+
+    @property
+    def needed_bytes(self) -> int:
+        return self.weights_bytes + self.kv_bytes + self.compute_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineRecord:
+    """A pipeline. The three messages pass through as they are; nobody changes them.
+
+    `next_stages`: those of `epoch` + 1, while a rebalance loads them.
+    """
+
+    id: str
+    name: str
+    model: str
+    phase: Phase
+    epoch: int
+    stages: tuple[StageRecord, ...]
+    created_at: float  # Unix time
+    request: pipeline_pb2.DeployRequest
+    options: common_pb2.StageOptions
+    source: stage_pb2.ModelSource
+    transport: str
+    next_stages: tuple[StageRecord, ...] = ()
+
+    def key(self, stage: StageRecord) -> StageKey:
+        return StageKey(self.id, self.epoch, stage.index)
+
+    @property
+    def wanted(self) -> list[tuple[StageKey, StageRecord]]:
+        """Every stage that should exist now."""
+        if self.phase is Phase.UNDEPLOYING:
+            return []
+        now = [(self.key(stage), stage) for stage in self.stages]
+        return now + [(StageKey(self.id, self.epoch + 1, stage.index), stage) for stage in self.next_stages]
+
+
+class Condition(Enum):
+    """How a stage of a running pipeline is."""
+
+    SERVING = "serving"
+    WAITING = "waiting"  # not heard of yet since the controller started
+    BROKEN = "broken"  # it is there, and a neighbour was lost to it
+    MISSING = "missing"
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """A stage's condition, and why."""
+
+    condition: Condition
+    reason: str = ""
+
+
+def judge(record: PipelineRecord, stage: StageRecord, node: Node | None, absent: int, *, settled: bool) -> Verdict:
+    """How a stage is. `absent`: beats in a row that did not name it; `settled`: every worker had time to report."""
+    if node is None:
+        if not settled:
+            return Verdict(Condition.WAITING, f"waiting for {stage.worker}")
+        return Verdict(Condition.MISSING, f"{stage.worker} left the cluster")
+    if node.info.incarnation != stage.incarnation:
+        return Verdict(Condition.MISSING, f"{stage.worker} restarted and lost its stage")
+    if node.state is NodeState.LOST:
+        return Verdict(Condition.MISSING, f"{stage.worker} is lost: {node.reason}")
+    report = node.stages.get(record.key(stage))
+    if report is not None and report.state is StageState.SERVING:
+        return Verdict(Condition.SERVING)
+    if report is not None and report.state is StageState.BROKEN:
+        return Verdict(Condition.BROKEN, f"stage {stage.index} on {stage.worker}: {report.message or 'broken'}")
+    if absent >= ABSENT_BEATS:
+        return Verdict(Condition.MISSING, f"{stage.worker} holds its stage no longer")
+    return Verdict(Condition.SERVING) if settled else Verdict(Condition.WAITING, f"waiting for {stage.worker}")
+
+
+def is_present(report: StageReport | None) -> bool:
+    """Whether a report shows a stage that was connected."""
+    return report is not None and report.state in (StageState.SERVING, StageState.BROKEN)

@@ -1,0 +1,276 @@
+"""Pipelines seen from the controller: reports of nodes go in, states, answers and changes come out."""
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+
+from eldric.controller.deployments import (
+    Change,
+    Deployment,
+    Deployments,
+    Mend,
+    Orphan,
+    PipelineChanged,
+    PipelineRemoved,
+    PipelineState,
+    Wanted,
+    WantedChanged,
+)
+from eldric.controller.nodes import Memory, NodeInfo, StageKey, StageReport, StageState
+from eldric.controller.pipelines import Phase, PipelineRecord, StageRecord
+from eldric.controller.registry import Node, Registry
+from eldric.errors import AlreadyExists, NotFound
+from eldric.v1 import common_pb2, pipeline_pb2, stage_pb2
+
+SERVING, BROKEN, LOADED, LOADING = StageState.SERVING, StageState.BROKEN, StageState.LOADED, StageState.LOADING
+
+
+def stage(index: int, worker: str, incarnation: int = 7) -> StageRecord:
+    return StageRecord(index, worker, incarnation, index, index + 1, 100, 20, 3, 200)
+
+
+def record(*workers: str, phase: Phase = Phase.RUNNING, epoch: int = 1, name: str = "m") -> PipelineRecord:
+    stages = tuple(stage(index, worker) for index, worker in enumerate(workers))
+    messages = pipeline_pb2.DeployRequest(), common_pb2.StageOptions(), stage_pb2.ModelSource()
+    return PipelineRecord(f"id-{name}", name, "model", phase, epoch, stages, 0.0, *messages, "zmq")
+
+
+class World:
+    """A registry and deployments together; workers report as they are told."""
+
+    def __init__(self, *workers: str) -> None:
+        self.registry = Registry(1, 1.0, 3.0)
+        self.deployments = Deployments(self.registry.get, 1.0)
+        self.links: dict[str, int] = {}
+        self.sequence = 0
+        for worker in workers:
+            self.join(worker)
+
+    def join(self, worker: str, incarnation: int = 7) -> list[Change]:
+        info = NodeInfo("worker", worker, f"{worker}:1", "", "0", 1, 1, incarnation)
+        self.registry.register(info, 0.0, 0.0)
+        self.links[worker] = self.registry.link_opened(info.id, incarnation)
+        return self.deployments.node_changed(info.id)
+
+    def beat(self, worker: str, *states: StageState, epoch: int = 1, message: str = "", first: int = 0) -> list[Change]:
+        """The worker reports its stages of pipeline m, from index `first` on."""
+        self.sequence += 1
+        node = self.node(worker)
+        reports = [
+            StageReport(StageKey("id-m", epoch, index), state, message, Memory(kv=150))
+            for index, state in enumerate(states, start=first)
+        ]
+        self.registry.beat(node.id, node.info.incarnation, self.sequence, 0.0, stages=reports)
+        return self.deployments.beaten(node.id)
+
+    def lose(self, worker: str) -> list[Change]:
+        node = self.node(worker)
+        self.registry.link_closed(node.id, self.links[worker])
+        self.registry.probed(node.id, node.info.incarnation, False, 0.0)
+        return self.deployments.node_changed(node.id)
+
+    def node(self, worker: str) -> Node:
+        found = self.registry.get(f"worker/{worker}")
+        assert found is not None
+        return found
+
+    def run(self, *workers: str) -> Deployment:
+        """A pipeline m with a stage on each worker, all serving."""
+        self.deployments.add(record(*workers))
+        for index, worker in enumerate(workers):
+            self.beat(worker, SERVING, first=index)
+        return self.deployments.find("m")
+
+    def wanted(self, worker: str) -> list[Wanted]:
+        return self.deployments.wanted(f"worker/{worker}")
+
+
+def test_a_pipeline_is_ready_once_all_its_stages_serve() -> None:
+    world = World("a", "b")
+    running = world.run("a", "b")
+    assert (running.state, running.message) == (PipelineState.READY, "")
+    assert world.wanted("a") == [Wanted(StageKey("id-m", 1, 0), degraded=False)]
+
+
+def test_a_lost_worker_degrades_its_pipeline_and_every_worker_is_told_at_once() -> None:
+    world = World("a", "b", "c")
+    running = world.run("a", "b")
+    changes = world.lose("b")
+    assert changes == [PipelineChanged("id-m"), WantedChanged("worker/a"), WantedChanged("worker/b")]
+    assert (running.state, running.message) == (PipelineState.DEGRADED, "b is lost: its process is gone")
+    assert world.wanted("a")[0].degraded
+    assert world.lose("c") == []
+
+
+def test_the_same_process_that_comes_back_makes_it_ready_again() -> None:
+    world = World("a", "b")
+    running = world.run("a", "b")
+    world.lose("b")
+    world.beat("b", SERVING, first=1)
+    assert (running.state, running.message) == (PipelineState.READY, "")
+    assert not world.wanted("a")[0].degraded
+
+
+def test_another_process_under_the_workers_name_does_not() -> None:
+    world = World("a", "b")
+    running = world.run("a", "b")
+    world.join("b", incarnation=8)
+    world.beat("b")
+    assert (running.state, running.message) == (PipelineState.DEGRADED, "b restarted and lost its stage")
+
+
+def test_a_worker_that_leaves_degrades_its_pipeline() -> None:
+    world = World("a", "b")
+    running = world.run("a", "b")
+    world.registry.deregister("worker/b")
+    world.deployments.node_changed("worker/b")
+    assert running.message == "b left the cluster"
+
+
+def test_a_stage_that_two_beats_in_a_row_do_not_name_is_missing() -> None:
+    world = World("a", "b")
+    running = world.run("a", "b")
+    assert world.beat("b") == []  # this beat may be older than the stage
+    assert running.state is PipelineState.READY
+    world.beat("b")
+    assert (running.state, running.message) == (PipelineState.DEGRADED, "b holds its stage no longer")
+
+
+def test_a_missing_worker_is_named_before_the_neighbours_that_broke_for_want_of_it() -> None:
+    world = World("a", "b")
+    running = world.run("a", "b")
+    world.beat("a", BROKEN, message="lost peer b")
+    assert running.message == "stage 0 on a: lost peer b"
+    world.lose("b")
+    assert running.message == "b is lost: its process is gone"
+
+
+def test_a_broken_ring_whose_stages_are_all_there_is_connected_again_ever_more_rarely() -> None:
+    world = World("a", "b")
+    running = world.run("a", "b")
+    world.beat("a", BROKEN)
+    assert world.wanted("b")[0].degraded
+    tried = []
+    for quarter in range(200):
+        now = quarter / 4
+        changes = world.deployments.tick(now)
+        if Mend("id-m") in changes:
+            assert not world.wanted("a")[0].degraded  # or the head would break its new ring at once
+            tried.append(now)
+    gaps = [round(after - before) for before, after in pairwise(tried)]
+    assert tried[0] == 1.0 and gaps[:3] == [4, 6, 10]
+    world.beat("a", SERVING)
+    assert running.state is PipelineState.READY
+    assert not any(Mend("id-m") in world.deployments.tick(100.0 + second) for second in range(60))
+
+
+def test_a_ring_with_a_missing_stage_is_not_connected_again() -> None:
+    world = World("a", "b")
+    world.run("a", "b")
+    world.lose("b")
+    world.beat("a", BROKEN)
+    assert not any(Mend("id-m") in world.deployments.tick(float(second)) for second in range(60))
+
+
+def test_a_restarted_controller_waits_for_every_stage_and_withdraws_nothing_meanwhile() -> None:
+    world = World()
+    world.deployments.add(record("a", "b"), settle_by=5.0)
+    kept = world.deployments.find("m")
+    assert kept.state is PipelineState.DEPLOYING
+    assert kept.message == "the controller restarted: waiting for a, waiting for b"
+    world.join("a")
+    world.beat("a", SERVING)
+    assert (kept.progress, world.wanted("a")[0].degraded) == (0.5, False)
+    world.join("b")
+    assert kept.state is PipelineState.DEPLOYING
+    world.beat("b", SERVING, first=1)
+    assert (kept.state, kept.message) == (PipelineState.READY, "")
+
+
+def test_a_restarted_controller_gives_up_waiting_for_a_worker() -> None:
+    world = World()
+    world.deployments.add(record("a", "b"), settle_by=5.0)
+    world.join("a")
+    world.beat("a", SERVING)
+    assert world.deployments.tick(4.9) == []
+    assert PipelineChanged("id-m") in world.deployments.tick(5.0)
+    kept = world.deployments.find("m")
+    assert (kept.state, kept.message) == (PipelineState.DEGRADED, "b left the cluster")
+
+
+def test_a_restarted_controller_sees_at_once_that_a_worker_restarted_too() -> None:
+    world = World()
+    world.deployments.add(record("a", "b"), settle_by=5.0)
+    world.join("b", incarnation=9)
+    assert world.deployments.find("m").message == "b restarted and lost its stage"
+
+
+def test_a_stage_that_nobody_wants_is_an_orphan_now_and_every_fifth_beat() -> None:
+    world = World("a")
+    orphan = Orphan("worker/a", StageKey("id-m", 1, 0))
+    found = [orphan in world.beat("a", SERVING) for _ in range(11)]
+    assert [beat for beat, is_orphan in enumerate(found) if is_orphan] == [0, 5, 10]
+    assert orphan not in world.beat("a", StageState.UNLOADING)
+
+
+def test_stages_of_a_deploy_and_of_a_rebalance_in_progress_are_wanted() -> None:
+    world = World("a", "b")
+    world.deployments.add(record("a", phase=Phase.DEPLOYING))
+    assert world.beat("a", LOADING) == []
+    world.deployments.update(replace(record("a"), next_stages=(stage(0, "b"),)))
+    assert world.wanted("b") == [Wanted(StageKey("id-m", 2, 0), degraded=False)]
+    assert world.beat("b", LOADED, epoch=2) == []
+    assert Orphan("worker/b", StageKey("id-m", 1, 0)) in world.beat("b", LOADED, epoch=1)
+
+
+def test_an_undeploying_pipeline_wants_nothing_and_its_workers_hear_it() -> None:
+    world = World("a")
+    world.run("a")
+    assert WantedChanged("worker/a") in world.deployments.update(record("a", phase=Phase.UNDEPLOYING))
+    assert world.wanted("a") == []
+    assert world.deployments.find("m").state is PipelineState.UNDEPLOYING
+    removed = world.deployments.remove("id-m")
+    assert isinstance(removed[0], PipelineRemoved)
+    with pytest.raises(NotFound, match="there is no pipeline 'm'; there are: none"):
+        world.deployments.find("m")
+
+
+def test_a_switch_to_another_epoch_forgets_what_was_missing() -> None:
+    world = World("a", "b")
+    running = world.run("a", "b")
+    world.lose("b")
+    world.beat("a", SERVING, epoch=2)
+    world.deployments.update(record("a", epoch=2))
+    assert (running.state, running.record.epoch) == (PipelineState.READY, 2)
+
+
+def test_a_name_is_given_once() -> None:
+    world = World("a")
+    world.run("a")
+    with pytest.raises(AlreadyExists, match="there is a pipeline 'm' \\(ready\\): undeploy it first"):
+        world.deployments.add(replace(record("a"), id="other"))
+
+
+def test_memory_is_taken_by_the_promise_until_the_report_and_by_strays_too() -> None:
+    world = World("a")
+    committed = world.deployments.committed_bytes
+    world.deployments.add(record("a", phase=Phase.DEPLOYING))
+    assert committed(world.node("a")) == 200
+    world.beat("a", LOADING)
+    assert committed(world.node("a")) == 200
+    world.beat("a", SERVING)
+    assert committed(world.node("a")) == 150
+    assert committed(world.node("a"), without="id-m") == 0
+    world.beat("a", SERVING, SERVING)
+    assert committed(world.node("a")) == 300
+    world.join("a", incarnation=8)
+    assert committed(world.node("a")) == 0
+
+
+def test_progress_of_a_deploy_is_news() -> None:
+    world = World("a")
+    world.deployments.add(record("a", phase=Phase.DEPLOYING))
+    assert world.deployments.note("id-m", "loading", 0.5) == [PipelineChanged("id-m")]
+    assert world.deployments.find("m").progress == 0.5
+    assert world.deployments.note("gone", "loading", 0.5) == []
