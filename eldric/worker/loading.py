@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from eldric.engine.errors import EngineError
+from eldric.engine.errors import LoadCancelled
 from eldric.engine.ggml.weights import WeightsMode
 from eldric.engine.gguf import ModelFile
 from eldric.engine.schedule import ScheduleConfig, Scheduler
@@ -37,12 +37,6 @@ WEIGHTS_MODES: dict[str, WeightsMode] = {"auto": "auto", "mapped": "mapped", "re
 KV_TYPES: dict[str, KVType] = {"f16": "f16", "f32": "f32"}
 
 Choice = TypeVar("Choice")
-
-
-class LoadCancelled(EngineError):
-    """The load was given up by whoever asked for it."""
-
-    status = "CANCELLED"
 
 
 @dataclass(slots=True)

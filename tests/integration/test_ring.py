@@ -1,0 +1,171 @@
+"""The spine: stages in a ring give the tokens that one stage gives, and the reference's."""
+
+import asyncio
+import threading
+
+import numpy as np
+import pytest
+
+from eldric.engine.gguf import ModelFile
+from eldric.engine.tokenizer import Tokenizer
+from eldric.errors import InvalidRequest, PipelineDegraded, QueueIsFull
+from eldric.v1 import inference_pb2, sampling_pb2
+from eldric.worker.commands import Stop
+from tests.llama_reference import LlamaReference
+from tests.models import smollm2, storyteller
+from tests.rings import PIPELINE, even, ring
+
+TOKENS = 24
+
+#: The reference is built for another instruction set, so its logits differ in the last bits, and a near tie may fall
+#: the other way. Each of our tokens must be the reference's best one within this, in logits.
+NEAR_TIE = 0.25
+
+
+def prompt_of(length: int, vocab_size: int = 800) -> list[int]:
+    return [int(token) for token in np.random.default_rng(length).integers(3, vocab_size, length)]
+
+
+def assert_follows(reference: LlamaReference, prompt: list[int], answer: list[int]) -> None:
+    """Every token of the answer is the one that the reference would choose there, near ties apart."""
+    logits = reference.logits([*prompt, *answer[:-1]])[len(prompt) - 1 :]
+    gaps = [float(row.max() - row[token]) for row, token in zip(logits, answer, strict=True)]
+    assert max(gaps) <= NEAR_TIE, f"gaps to the reference's choice: {[round(gap, 3) for gap in gaps]}"
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3, 6])
+async def test_any_number_of_stages_gives_the_references_tokens(stages: int) -> None:
+    lengths = (1, 5, 63, 64, 65, 255, 256, 257)
+    async with ring(storyteller(), even(storyteller(), stages)) as pipeline:
+        answers = [await pipeline.generate(prompt_of(length), TOKENS) for length in lengths]
+    with LlamaReference(storyteller(), 512) as reference:
+        for length, answer in zip(lengths, answers, strict=True):
+            expected, _ = reference.greedy(prompt_of(length), TOKENS)
+            assert answer == expected, f"prompt of {length} tokens"
+
+
+@pytest.mark.model
+async def test_a_real_chat_model_gives_the_references_tokens_over_three_stages() -> None:
+    with ModelFile.open(smollm2()) as model:
+        tokenizer = Tokenizer.from_metadata(model.metadata)
+    text = "<|im_start|>user\nList the days of the week.<|im_end|>\n<|im_start|>assistant\n"
+    prompt = tokenizer.encode(text, special=True)
+    async with ring(smollm2(), even(smollm2(), 3)) as pipeline:
+        answer = await pipeline.generate(prompt, 32)
+    with LlamaReference(smollm2(), 512) as reference:
+        assert_follows(reference, prompt, answer)
+
+
+async def test_sixteen_at_once_give_each_what_it_gives_alone() -> None:
+    prompts = [prompt_of(length) for length in (3, 9, 17, 40, 64, 70, 90, 130, 5, 33, 66, 12, 100, 128, 7, 200)]
+    async with ring(storyteller(), even(storyteller(), 2), slots=16) as pipeline:
+        together = await asyncio.gather(*(pipeline.generate(prompt, TOKENS) for prompt in prompts))
+        alone = [await pipeline.generate(prompt, TOKENS) for prompt in prompts]
+    assert together == alone
+
+
+async def test_more_requests_than_slots_wait_their_turn() -> None:
+    async with ring(storyteller(), even(storyteller(), 2), slots=2) as pipeline:
+        answers = await asyncio.gather(*(pipeline.generate(prompt_of(8), 8) for _ in range(12)))
+        assert len({tuple(answer) for answer in answers}) == 1
+
+
+async def test_the_same_seed_gives_the_same_draws_for_any_split() -> None:
+    sampling = sampling_pb2.SamplingParams(temperature=1.0, seed=7, top_k=50, repetition_penalty=1.2)
+    answers = []
+    for stages in (1, 3):
+        async with ring(storyteller(), even(storyteller(), stages)) as pipeline:
+            answers.append(await pipeline.generate(prompt_of(20), TOKENS, sampling=sampling))
+    assert answers[0] == answers[1]
+
+
+async def test_logprobs_come_with_the_tokens() -> None:
+    sampling = sampling_pb2.SamplingParams(temperature=0.0, logprobs=3)
+    async with ring(storyteller(), even(storyteller(), 2)) as pipeline:
+        events = [event async for event in pipeline.events(prompt_of(5), 2, sampling=sampling)]
+    tokens = [token for event in events for token in event.delta.tokens]
+    assert len(tokens) == 2
+    for token in tokens:
+        assert token.top[0].token == token.id and len(token.top) == 3
+        assert token.logprob == pytest.approx(token.top[0].logprob)
+
+
+async def test_cancelling_midway_frees_the_slot_for_the_next() -> None:
+    async with ring(storyteller(), even(storyteller(), 2), slots=1) as pipeline:
+        expected = await pipeline.generate(prompt_of(10), 8)
+        for _ in range(5):
+            events = pipeline.events(prompt_of(30), 400)
+            async for event in events:
+                if event.delta.tokens:
+                    break
+            await events.aclose()  # type: ignore[attr-defined]
+        assert await pipeline.generate(prompt_of(10), 8) == expected
+        head = pipeline.tables[0].find_head(PIPELINE)
+        await asyncio.wait_for(head.drained(), 5)
+
+
+async def test_a_lost_stage_ends_the_stream_with_an_error_that_says_so() -> None:
+    async with ring(storyteller(), even(storyteller(), 3)) as pipeline:
+        events = pipeline.events(prompt_of(30), 400)
+        async for event in events:
+            if event.delta.tokens:
+                break
+        [held] = list(pipeline.tables[1])
+        assert held.loaded is not None
+        held.loaded.thread.post(Stop())
+        with pytest.raises(PipelineDegraded, match="stage"):
+            async for _ in events:
+                pass
+        with pytest.raises(PipelineDegraded):
+            await pipeline.generate(prompt_of(3), 3)
+
+
+async def test_a_full_queue_is_refused_with_a_time_to_come_back() -> None:
+    async with ring(storyteller(), even(storyteller(), 1), slots=1) as pipeline:
+        head = pipeline.tables[0].find_head(PIPELINE)
+        head._limit = 1
+        events = pipeline.events(prompt_of(30), 400)
+        await anext(aiter(events))
+        with pytest.raises(QueueIsFull) as caught:
+            await pipeline.generate(prompt_of(3), 3)
+        assert caught.value.retry_after_s > 0
+        await events.aclose()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [([], "empty"), ([1] * 512, "512 tokens"), ([-1], "vocabulary"), ([839], "vocabulary")],
+)
+async def test_prompts_that_cannot_run_are_refused(prompt: list[int], message: str) -> None:
+    async with ring(storyteller(), even(storyteller(), 1)) as pipeline:
+        with pytest.raises(InvalidRequest, match=message):
+            await pipeline.generate(prompt, 3)
+
+
+async def test_usage_and_timings_are_reported() -> None:
+    async with ring(storyteller(), even(storyteller(), 2)) as pipeline:
+        events = [event async for event in pipeline.events(prompt_of(5), 7)]
+    finished = events[-1].finished
+    assert finished.reason == inference_pb2.LENGTH
+    assert (finished.usage.prompt_tokens, finished.usage.completion_tokens) == (5, 7)
+    assert finished.timings.prompt_ms > 0 and finished.timings.generation_ms > 0
+
+
+async def test_steps_can_be_followed_around_the_ring() -> None:
+    async with ring(storyteller(), even(storyteller(), 3)) as pipeline:
+        head = pipeline.tables[0].find_head(PIPELINE)
+        follower = head.follow()
+        first = asyncio.ensure_future(anext(follower))
+        await asyncio.sleep(0)
+        await pipeline.generate(prompt_of(5), 4)
+        step = await asyncio.wait_for(first, 5)
+        await follower.aclose()  # type: ignore[attr-defined]
+    assert [stage.stage for stage in step.stages] == [0, 1, 2]
+    times = [time for stage in step.stages for time in (stage.received_ns, stage.began_ns, stage.computed_ns)]
+    assert times == sorted(times) and step.returned_ns >= times[-1]
+
+
+async def test_nothing_is_left_after_unloading() -> None:
+    async with ring(storyteller(), even(storyteller(), 2)) as pipeline:
+        await pipeline.generate(prompt_of(5), 3)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("stage-")]

@@ -1,0 +1,119 @@
+"""A ring of stages in one process: real engine, real sockets, no nodes around it."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prometheus_client import CollectorRegistry
+
+from eldric.config import NodeConfig
+from eldric.engine.gguf import ModelFile
+from eldric.engine.spec import spec_of
+from eldric.v1 import common_pb2, inference_pb2, stage_pb2
+from eldric.worker.config import WorkerConfig
+from eldric.worker.inference_service import Answer, make_generation
+from eldric.worker.loading import StageLoader
+from eldric.worker.metrics import WorkerMetrics
+from eldric.worker.stages import StageTable
+
+PIPELINE = "p-test"
+
+
+@dataclass(slots=True)
+class TestRing:
+    """Stages of one pipeline, each in a table of its own, as if on a worker of its own."""
+
+    __test__ = False
+
+    tables: list[StageTable]
+    loaded: list[stage_pb2.Loaded]
+
+    async def generate(self, prompt: Sequence[int], count: int, **options: Any) -> list[int]:
+        """Token ids, greedily unless `options` (fields of GenerateRequest) say otherwise."""
+        events = [event async for event in self.events(prompt, count, **options)]
+        return [token.id for event in events for token in event.delta.tokens]
+
+    async def events(
+        self, prompt: Sequence[int], count: int, **options: Any
+    ) -> AsyncIterator[inference_pb2.GenerateEvent]:
+        request = inference_pb2.GenerateRequest(model=PIPELINE, max_tokens=count, **options)
+        request.tokens.ids.extend(prompt)
+        if "sampling" not in options:
+            request.sampling.temperature = 0.0
+        head = self.tables[0].find_head(PIPELINE)
+        generation = make_generation(request, head)
+        head.submit(generation)
+        answer = Answer(generation)
+        try:
+            async for happenings in generation.happenings():
+                for event in answer.events(happenings):
+                    yield event
+        finally:
+            if not answer.ended:
+                head.cancel(generation.sequence.id)
+
+
+@contextlib.asynccontextmanager
+async def ring(path: Path, layers: Sequence[int], **options: Any) -> AsyncIterator[TestRing]:
+    """layers: of each stage. options: fields of StageOptions."""
+    tables = [_table(path.parent) for _ in layers]
+    settings = common_pb2.StageOptions(**{"context": 512, "slots": 4, "threads": 1, "chunk": 64, **options})
+    starts = [sum(layers[:index]) for index in range(len(layers) + 1)]
+    requests = [
+        stage_pb2.LoadRequest(
+            pipeline_id=PIPELINE,
+            name=PIPELINE,
+            epoch=1,
+            index=index,
+            stage_count=len(layers),
+            layers=common_pb2.LayerRange(start=starts[index], end=starts[index + 1]),
+            source=source_of(path),
+            options=settings,
+        )
+        for index in range(len(layers))
+    ]
+    try:
+        loaded = [await table.load(request, lambda _: None) for table, request in zip(tables, requests, strict=True)]
+        await asyncio.gather(*(_connect(tables, loaded, index) for index in range(len(layers))))
+        yield TestRing(tables, loaded)
+    finally:
+        await asyncio.gather(*(table.close() for table in tables))
+
+
+def even(path: Path, stages: int) -> list[int]:
+    """Layers of so many stages, as equal as they can be."""
+    with ModelFile.open(path) as model:
+        count = spec_of(model).layers
+    return [count * (index + 1) // stages - count * index // stages for index in range(stages)]
+
+
+def source_of(path: Path) -> stage_pb2.ModelSource:
+    with ModelFile.open(path) as model:
+        return stage_pb2.ModelSource(
+            model=path.stem,
+            files=[
+                stage_pb2.ModelFile(path=part.name, size_bytes=size)
+                for part, size in zip(model.paths, model.file_sizes, strict=True)
+            ],
+            header_sha256=bytes.fromhex(model.header_sha256()),
+            folder=str(path.parent),
+        )
+
+
+def _table(folder: Path) -> StageTable:
+    node = NodeConfig("worker", "test", folder, controllers=("127.0.0.1:1",))
+    config = WorkerConfig(node, models=folder, threads=1)
+    return StageTable(config, StageLoader(config, WorkerMetrics(CollectorRegistry()), lambda: None))
+
+
+async def _connect(tables: Sequence[StageTable], loaded: Sequence[stage_pb2.Loaded], index: int) -> None:
+    count = len(tables)
+    request = stage_pb2.ConnectRequest(pipeline_id=PIPELINE, index=index, epoch=1)
+    if count > 1:
+        request.next.CopyFrom(loaded[(index + 1) % count].endpoint)
+        request.next_index = (index + 1) % count
+        request.allowed_keys.append(loaded[(index - 1) % count].endpoint.public_key)
+    await tables[index].connect(request)
