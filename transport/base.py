@@ -6,9 +6,9 @@ that it sends to; in a ring that is one of each. Frames of one link arrive in or
 Threads: `allow`, `wake` and `stats` may be called from any thread. All else is called by one thread at a time, the
 stage's compute thread; other threads reach it by handing something over and calling `wake`.
 
-Back-pressure: a link has a bounded number of frames and bytes under way, that is sent and not yet given out by the peer's
-`recv`. At the bound `send` blocks, then raises QueueFull. A thread that is blocked in `send` receives nothing, so a ring
-must have fewer steps under way than one link takes, or all stages may wait for each other.
+Back-pressure: a link has a bounded number of frames and bytes under way, that is sent and not yet given out by the
+peer's `recv`. At the bound `send` blocks, then raises QueueFull. A thread that is blocked in `send` receives nothing,
+so a ring must have fewer steps under way than one link takes, or all stages may wait for each other.
 
 Failing: a peer that closes, dies or falls silent is noticed without a call being made (at once when its connection
 closes, after `silence_s` when it does not), and then raised once by `recv` as PeerLost. Its link is dead for good:
@@ -24,6 +24,8 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import ClassVar, Self
 
+from eldric.transport.codec import encode_header, stamp
+from eldric.transport.errors import CorruptFrame
 from eldric.transport.filter import FrameFilter
 from eldric.transport.frame import MAX_PAYLOAD_BYTES, Frame, Header, Payload
 
@@ -80,7 +82,7 @@ class Link(ABC):
     def send(self, header: Header, payload: Payload = b"", timeout: float | None = None) -> None:
         """Send one frame. The payload is copied or gone when this returns, so its memory may be used again.
 
-        The link fills in pipeline, epoch, sender and serial. timeout: seconds to wait for room; None: no bound; 0: none.
+        The link fills in pipeline, epoch, sender and serial. timeout: seconds to wait for room (None: no bound).
         Raises QueueFull (nothing was sent), LinkClosed, and CorruptFrame for a frame that the peer would drop.
         """
 
@@ -116,6 +118,19 @@ class Transport(ABC):
             early_frames=self.options.queue_frames,
             early_bytes=self.options.queue_bytes,
         )
+        self._stamped = b""
+
+    def encode(self, header: Header, serial: int, payload: memoryview) -> bytes:
+        """A header to send with `payload`, complete with this sender's fields. For links.
+
+        Raises CorruptFrame, also before the first `set_epoch`.
+        """
+        if not self._stamped:
+            raise CorruptFrame("no epoch is set")
+        if payload.nbytes > self.options.max_payload_bytes or not payload.c_contiguous:
+            limit = self.options.max_payload_bytes
+            raise CorruptFrame(f"payload of {payload.nbytes} bytes is over {limit}, or not one piece of memory")
+        return encode_header(header, self._stamped, serial, payload.nbytes)
 
     @property
     def epoch(self) -> int:
@@ -131,7 +146,7 @@ class Transport(ABC):
     def listen(self, host: str = "127.0.0.1", port: int = 0) -> str:
         """Take connections on an address of this machine; port 0 picks a free one. Returns the address for peers.
 
-        A wildcard host ("0.0.0.0", "::") stays in the returned address: whoever publishes it puts a reachable one there.
+        A wildcard host ("0.0.0.0", "::") stays in the returned address: whoever publishes it puts a reachable one in.
         Raises ListenFailed.
         """
 
@@ -142,9 +157,10 @@ class Transport(ABC):
         Frames of a peer whose key is not among them any more are dropped, and its end is not reported.
         """
 
-    @abstractmethod
     def set_epoch(self, epoch: int) -> None:
         """Send with this epoch and let only its frames in, those included that came early. Links live on."""
+        self._stamped = stamp(self.pipeline_id, epoch, self.stage)
+        self.filter.set_epoch(epoch)
 
     @abstractmethod
     def connect(self, peer: Peer, timeout: float = 5.0) -> Link:
@@ -163,7 +179,7 @@ class Transport(ABC):
 
     @abstractmethod
     def wake(self) -> None:
-        """Make the current `recv`, or else the next one, return None soon. Any thread; wakes may merge; never blocks."""
+        """Make the current `recv`, or else the next one, return None. Any thread; never blocks; wakes may merge."""
 
     @property
     @abstractmethod

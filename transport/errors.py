@@ -6,6 +6,7 @@ TransportError              .status names a gRPC code, so that services map it w
 ├── PeerLost                a peer vanished: it closed, died or fell silent
 ├── LinkClosed              the link was closed or its peer is lost; make a new one in a new epoch
 ├── ConnectFailed           no link could be made in time: nobody there, or not with this key
+├── InvalidAddress          the text is no address of this transport
 ├── ListenFailed            the address cannot be listened on
 ├── TransportClosed         the transport was closed
 └── UnknownTransport        no transport of that scheme is installed, or two ends have none in common
@@ -55,8 +56,14 @@ class ConnectFailed(TransportError):
     status = "UNAVAILABLE"
 
 
+class InvalidAddress(TransportError):
+    """The text is no address of this transport. Says what one looks like."""
+
+    status = "INVALID_ARGUMENT"
+
+
 class ListenFailed(TransportError):
-    """The address is malformed, not of this machine, or in use."""
+    """The host is not of this machine, or the port is in use."""
 
     status = "UNAVAILABLE"
 

@@ -4,6 +4,7 @@ Whatever is dropped is counted by its reason; nothing that a peer sends raises.
 """
 
 from collections import deque
+from dataclasses import dataclass
 from enum import StrEnum
 
 from eldric.transport.codec import decode_frame, parse_header
@@ -24,6 +25,14 @@ class DropReason(StrEnum):
     STALE_EPOCH = "stale_epoch"
     EARLY_EPOCH = "early_epoch"  # a newer epoch, and as many as may wait do so already
     REPLAYED = "replayed"  # its serial was seen before
+
+
+@dataclass(slots=True, eq=False)
+class Sender:
+    """A link's other end, as the filter knows it."""
+
+    stage: int
+    serial: int = 0  # of the last frame that was looked at
 
 
 class FrameFilter:
@@ -48,19 +57,18 @@ class FrameFilter:
         self._early_frames, self._early_bytes = early_frames, early_bytes
         self._early: deque[Frame] = deque()
         self._released: deque[Frame] = deque()
-        self._serials: dict[int, int] = {}  # last serial let in, by sending stage, in this epoch
 
     def drop(self, reason: DropReason) -> None:
         self.dropped[reason] += 1
 
-    def admit(self, header: bytes, payload: memoryview, stage: int) -> Frame | None:
-        """The frame, or None when it was dropped or has to wait. stage: the sender, as its link said."""
+    def admit(self, header: bytes, payload: memoryview, sender: Sender) -> Frame | None:
+        """The frame, or None when it was dropped or has to wait. sender: of the link that it came by."""
         if payload.nbytes > self._max_payload_bytes:
             self.drop(DropReason.OVERSIZED)
             return None
         try:
             message = parse_header(header)
-            reason = self._sender_problem(message, stage)
+            reason = self._sender_problem(message, sender)
             if reason is not None:
                 self.drop(reason)
                 return None
@@ -68,17 +76,17 @@ class FrameFilter:
         except CorruptFrame:
             self.drop(DropReason.CORRUPT)
             return None
-        if frame.header.epoch != self.epoch:
+        sender.serial = message.serial
+        if message.epoch != self.epoch:
             self._hold(frame)
             return None
-        return self._once(frame)
+        return frame
 
     def set_epoch(self, epoch: int) -> None:
         """Let in frames of `epoch` only. Those of that epoch that came early are given by `released`."""
         if epoch == self.epoch:
             return
         self.epoch = epoch
-        self._serials.clear()
         waiting, self._early = [*self._released, *self._early], deque()
         self._released.clear()
         for frame in waiting:
@@ -89,19 +97,17 @@ class FrameFilter:
 
     def released(self) -> Frame | None:
         """The next frame that waited for this epoch."""
-        while self._released:
-            frame = self._once(self._released.popleft())
-            if frame is not None:
-                return frame
-        return None
+        return self._released.popleft() if self._released else None
 
-    def _sender_problem(self, message: frame_pb2.FrameHeader, stage: int) -> DropReason | None:
+    def _sender_problem(self, message: frame_pb2.FrameHeader, sender: Sender) -> DropReason | None:
         if message.protocol_version != PROTOCOL_VERSION:
             return DropReason.UNKNOWN_PROTOCOL
         if message.pipeline_id != self.pipeline_id:
             return DropReason.WRONG_PIPELINE
-        if message.from_stage != stage:
+        if message.from_stage != sender.stage:
             return DropReason.WRONG_STAGE
+        if message.serial <= sender.serial:
+            return DropReason.REPLAYED
         return None
 
     def _hold(self, frame: Frame) -> None:
@@ -114,11 +120,3 @@ class FrameFilter:
             self.drop(DropReason.EARLY_EPOCH)
         else:
             self._early.append(frame)
-
-    def _once(self, frame: Frame) -> Frame | None:
-        header = frame.header
-        if header.serial <= self._serials.get(header.from_stage, 0):
-            self.drop(DropReason.REPLAYED)
-            return None
-        self._serials[header.from_stage] = header.serial
-        return frame

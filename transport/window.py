@@ -1,4 +1,4 @@
-"""Back-pressure of one link: how much may be under way. Pure: the two ends of a window, and what they tell each other."""
+"""Back-pressure of one link: the two ends of the window that bounds what is under way. Pure."""
 
 from dataclasses import dataclass
 

@@ -129,8 +129,8 @@ class FrameHeader(_message.Message):
     from_stage: _builtins.int
     """Index of the sending stage in its pipeline, from 0. At most 4095."""
     serial: _builtins.int
-    """Grows with each frame that the stage sends, from 1, across links and epochs. A receiver drops a frame whose serial
-    is not above the last one from that stage in that epoch: it is a replay.
+    """Counts the frames of one link, from 1, across epochs. A receiver drops a frame whose serial is not above the last
+    one of that link: it is a replay.
     """
     kind: Global___FrameKind.ValueType
     lane: _builtins.int

@@ -1,0 +1,107 @@
+"""Frames over TCP by ZeroMQ, encrypted with CURVE (https://rfc.zeromq.org/spec/26/). The default transport.
+
+The receiving end is a ROUTER, the sending end a DEALER, whose other direction carries the receiver's grants: a full
+queue is a sender that waits, never a receiver that stopped reading, because one that stopped reading would miss
+heartbeats and be taken for dead. On the wire: a LinkHello (one part), then frames (two parts: header, payload) one
+way, LinkGrants (one part) the other.
+"""
+
+import logging
+from collections.abc import Collection
+
+import zmq
+
+from eldric.transport.addresses import join_address, resolve_local, split_address
+from eldric.transport.base import Link, Peer, Transport, TransportOptions, TransportStats
+from eldric.transport.errors import InvalidAddress, PeerLost, TransportClosed
+from eldric.transport.frame import PROTOCOL_VERSION, Frame
+from eldric.transport.zmq_guard import Guard, ZmqContext
+from eldric.transport.zmq_inbox import ZmqInbox
+from eldric.transport.zmq_link import ZmqLink, connect
+from eldric.v1 import frame_pb2
+
+logger = logging.getLogger(__name__)
+
+CURVE_KEY_CHARACTERS = 40  # 32 bytes in Z85
+
+
+class ZmqTransport(Transport):
+    """See the module. Each transport has a context, an I/O thread, a guard thread and a key pair of its own.
+
+    Make it before the stage's thread is pinned to cores: ZeroMQ's threads inherit the pinning.
+    """
+
+    scheme = "zmq"
+
+    def __init__(self, pipeline_id: str, stage: int, options: TransportOptions | None = None) -> None:
+        super().__init__(pipeline_id, stage, options)
+        self._keys = zmq.curve_keypair() if self.options.encrypt else None
+        self._links: list[ZmqLink] = []
+        self._closed = False
+        self._context: ZmqContext = zmq.Context()
+        self._guard = Guard(self._context, lambda key: self._inbox.is_allowed(key))
+        self._inbox = ZmqInbox(self._context, self._guard, self.filter, self.options, self._keys)
+        if self._keys is None:
+            logger.warning("tensor channel without encryption pipeline=%s stage=%d", pipeline_id, stage)
+
+    @property
+    def public_key(self) -> str:
+        return "" if self._keys is None else self._keys[0].decode()
+
+    def listen(self, host: str = "127.0.0.1", port: int = 0) -> str:
+        self._check_open()
+        endpoint = join_address("tcp", resolve_local(host), port)
+        return join_address(self.scheme, host, self._inbox.bind(endpoint))
+
+    def allow(self, keys: Collection[str]) -> None:
+        self._inbox.allow(keys)
+
+    def connect(self, peer: Peer, timeout: float = 5.0) -> Link:
+        """A good link to the very same peer is given again instead of a second one."""
+        self._check_open()
+        self._links = [link for link in self._links if link.closed is None]
+        for link in self._links:
+            if link.peer == peer:
+                return link
+        endpoint = join_address("tcp", *split_address(peer.address, self.scheme))
+        if self._keys is not None and len(peer.public_key) != CURVE_KEY_CHARACTERS:
+            raise InvalidAddress(f"{peer.public_key!r} is no CURVE key of {CURVE_KEY_CHARACTERS} Z85 characters")
+
+        def on_lost(reason: str) -> None:
+            self._inbox.lost(PeerLost(peer.stage, reason, inbound=False, public_key=peer.public_key))
+
+        socket, connection = connect(
+            self._context, self._guard, self.options, endpoint, peer, self._keys, timeout, on_lost
+        )
+        hello = frame_pb2.LinkHello(
+            protocol_version=PROTOCOL_VERSION, pipeline_id=self.pipeline_id, from_stage=self.stage
+        )
+        socket.send(hello.SerializeToString())
+        link = ZmqLink(peer, socket, connection, self.encode)
+        self._links.append(link)
+        return link
+
+    def recv(self, timeout: float | None = None) -> Frame | None:
+        self._check_open()
+        return self._inbox.recv(timeout)
+
+    def wake(self) -> None:
+        self._inbox.wake()
+
+    @property
+    def stats(self) -> TransportStats:
+        return self._inbox.stats
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        for link in self._links:
+            link.close()
+        self._inbox.close()
+        self._guard.stop()
+        self._context.term()  # waits for the links' frames to leave
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise TransportClosed(f"the transport of stage {self.stage} is closed")

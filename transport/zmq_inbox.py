@@ -1,0 +1,260 @@
+"""The receiving end of a ZeroMQ transport: one ROUTER for all peers that send to this stage."""
+
+import logging
+import math
+import secrets
+import time
+from collections import Counter, deque
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import zmq
+from google.protobuf.message import DecodeError
+
+from eldric.transport.base import TransportOptions, TransportStats
+from eldric.transport.errors import ListenFailed, PeerLost
+from eldric.transport.filter import DropReason, FrameFilter, Sender
+from eldric.transport.frame import MAX_HEADER_BYTES, MAX_INDEX, PROTOCOL_VERSION, Frame
+from eldric.transport.window import ReceiveWindow
+from eldric.transport.zmq_guard import (
+    HANDSHAKE_FAILURES,
+    Doorbell,
+    Guard,
+    ZmqContext,
+    ZmqKeys,
+    high_water_mark,
+    set_options,
+)
+from eldric.v1 import frame_pb2
+
+logger = logging.getLogger(__name__)
+
+COPY_BYTES = 64 * 1024  # payloads below are copied out of ZeroMQ's memory: cheaper than an object that holds it
+_MORE = zmq.RCVMORE
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class _Sender(Sender):
+    """A peer that is connected to us and said hello."""
+
+    routing_id: bytes
+    key: str
+    descriptor: int  # of its connection, as monitor events name it
+    window: ReceiveWindow
+    copy: bool = True  # whether its next payload is copied: as its last one should have been
+
+
+class ZmqInbox:
+    """Frames of all peers, the ends of lost ones, and wakes, in one place to wait at.
+
+    `wake`, `lost`, `allow` and `stats` may be called from any thread, all else by the transport's.
+    """
+
+    def __init__(
+        self, context: ZmqContext, guard: Guard, door: FrameFilter, options: TransportOptions, keys: ZmqKeys | None
+    ) -> None:
+        self._filter, self._options, self._encrypted = door, options, keys is not None
+        self._allowed: frozenset[str] = frozenset()
+        self._senders: dict[bytes, _Sender] = {}
+        self._by_descriptor: dict[int, _Sender] = {}
+        self._gone: deque[PeerLost | int] = deque()  # a lost peer, or the descriptor of a connection that ended
+        self._gone_early: Counter[int] = Counter()  # descriptors used again before their first end was reported
+        self._frames = self._bytes = self._refused_keys = self._refused_hellos = 0
+        self._woken = False
+        self._timeout_ms = -1
+        self._router = self._make_router(context, guard, keys)
+        self._bell_id = b"\1" + secrets.token_bytes(16)  # no peer can guess it, and so ring in our name
+        self._bell = Doorbell(context, zmq.DEALER, "inproc://inbox", self._bell_id)
+
+    def bind(self, endpoint: str) -> int:
+        """Listen; gives the port. Raises ListenFailed."""
+        try:
+            self._router.bind(endpoint)
+        except zmq.ZMQError as error:
+            raise ListenFailed(f"cannot listen on {endpoint}: {error}") from error
+        return int(str(self._router.get_string(zmq.LAST_ENDPOINT)).rpartition(":")[2])
+
+    def allow(self, keys: Collection[str]) -> None:
+        self._allowed = frozenset(keys)
+
+    def is_allowed(self, key: str) -> bool:
+        return key in self._allowed
+
+    def recv(self, timeout: float | None) -> Frame | None:
+        """As Transport.recv."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            frame = self._filter.released()
+            if frame is None:
+                routing_id = self._first_part(deadline)
+                if routing_id is None:
+                    self._raise_lost()
+                    if deadline is not None and time.monotonic() >= deadline:
+                        return None
+                    continue
+                if routing_id == self._bell_id:
+                    self._router.recv()
+                    if self._woken:
+                        self._woken = False
+                        return None
+                    continue
+                sender = self._senders.get(routing_id)
+                if sender is None:
+                    self._greet(routing_id)
+                    continue
+                frame = self._take(sender)
+            if frame is not None:
+                self._frames += 1
+                self._bytes += frame.payload.nbytes
+                return frame
+
+    def wake(self) -> None:
+        if not self._woken:  # else the bell that was rung then is still to be heard
+            self._woken = True
+            self._bell.ring()
+
+    def lost(self, peer: PeerLost) -> None:
+        """Report the end of a peer that we send to."""
+        self._gone.append(peer)
+        self._bell.ring()
+
+    @property
+    def stats(self) -> TransportStats:
+        return TransportStats(
+            frames=self._frames,
+            bytes=self._bytes,
+            peers=len(self._senders),
+            refused=self._refused_keys + self._refused_hellos,
+            dropped=dict(self._filter.dropped),
+        )
+
+    def close(self) -> None:
+        self._router.disable_monitor()
+        self._router.close()
+        self._bell.close()
+
+    def _make_router(self, context: ZmqContext, guard: Guard, keys: ZmqKeys | None) -> zmq.Socket[bytes]:
+        options = self._options
+        router = context.socket(zmq.ROUTER)
+        set_options(router, options.silence_s, linger_s=0)
+        router.rcvhwm = high_water_mark(options.queue_frames)
+        router.maxmsgsize = options.max_payload_bytes + MAX_HEADER_BYTES
+        if keys is not None:
+            router.curve_server = True
+            router.curve_publickey, router.curve_secretkey = keys
+            router.zap_domain = b"eldric"
+            router.zap_enforce_domain = True  # nobody gets in should the guard be gone
+        guard.watch(router, self._on_router_event)
+        router.bind("inproc://inbox")
+        return router
+
+    def _on_router_event(self, event: zmq.Event, value: int) -> None:
+        """In the guard's thread."""
+        if event in HANDSHAKE_FAILURES:
+            self._refused_keys += 1
+        elif event == zmq.EVENT_DISCONNECTED:
+            self._gone.append(value)
+            self._bell.ring()
+
+    def _first_part(self, deadline: float | None) -> bytes | None:
+        """The routing id of the next message; None at the deadline, or when a loss is to be reported first."""
+        timeout_ms = 0
+        if not self._gone:
+            timeout_ms = -1 if deadline is None else max(0, math.ceil((deadline - time.monotonic()) * 1000))
+        if timeout_ms != self._timeout_ms:
+            self._router.rcvtimeo = self._timeout_ms = timeout_ms
+        try:
+            return self._router.recv()
+        except zmq.Again:
+            return None
+
+    def _take(self, sender: _Sender) -> Frame | None:
+        """The rest of a message from a known sender. None when it is no frame for us, or not yet."""
+        router = self._router
+        header = router.recv()
+        if not router.get(_MORE):
+            self._filter.drop(DropReason.CORRUPT)
+            return None
+        payload = memoryview(router.recv() if sender.copy else router.recv(copy=False).buffer)
+        frame = None
+        if router.get(_MORE):
+            self._skip_parts()
+            self._filter.drop(DropReason.CORRUPT)
+        elif self._encrypted and sender.key not in self._allowed:
+            self._filter.drop(DropReason.UNKNOWN_PEER)
+        else:
+            frame = self._filter.admit(header, payload, sender)
+        sender.copy = payload.nbytes < COPY_BYTES
+        if sender.window.taken(payload.nbytes):
+            self._tell(sender.routing_id, sender.window.grant())
+        return frame
+
+    def _greet(self, routing_id: bytes) -> None:
+        """The first message of a connection: a hello, or nothing that we know."""
+        part = self._router.recv(copy=False)
+        if part.more:
+            self._skip_parts()
+            self._filter.drop(DropReason.UNKNOWN_PEER)
+            return
+        key = str(part.get("User-Id")) if self._encrypted else ""
+        if self._encrypted and key not in self._allowed:  # it was when it connected
+            self._filter.drop(DropReason.UNKNOWN_PEER)
+            return
+        try:
+            hello = frame_pb2.LinkHello.FromString(part.bytes)
+        except DecodeError:
+            self._filter.drop(DropReason.CORRUPT)
+            return
+        problem = self._hello_problem(hello)
+        if problem is not None:
+            self._refused_hellos += 1
+            logger.warning("link refused pipeline=%s: %s", self._filter.pipeline_id, problem)
+            self._tell(routing_id, frame_pb2.LinkGrant(refused=problem).SerializeToString())
+            return
+        window = ReceiveWindow(self._options.queue_frames, self._options.queue_bytes)
+        descriptor = int(part.get(zmq.SRCFD))
+        self._enter(
+            _Sender(stage=hello.from_stage, routing_id=routing_id, key=key, descriptor=descriptor, window=window)
+        )
+        self._tell(routing_id, window.grant())
+
+    def _hello_problem(self, hello: frame_pb2.LinkHello) -> str | None:
+        if hello.protocol_version != PROTOCOL_VERSION:
+            return f"protocol version {hello.protocol_version}, this stage speaks {PROTOCOL_VERSION}"
+        if hello.pipeline_id != self._filter.pipeline_id:
+            return f"pipeline {hello.pipeline_id!r}, this is a stage of {self._filter.pipeline_id!r}"
+        if hello.from_stage > MAX_INDEX:
+            return f"stage {hello.from_stage} is out of range"
+        return None
+
+    def _enter(self, sender: _Sender) -> None:
+        before = self._by_descriptor.get(sender.descriptor)
+        if before is not None:  # its end has still to be reported, under a number that means another one from now on
+            self._gone_early[sender.descriptor] += 1
+            self._leave(before)
+        self._senders[sender.routing_id] = self._by_descriptor[sender.descriptor] = sender
+
+    def _leave(self, sender: _Sender) -> None:
+        del self._senders[sender.routing_id], self._by_descriptor[sender.descriptor]
+        if not self._encrypted or sender.key in self._allowed:
+            reason = f"its connection closed, or it was silent for {self._options.silence_s:g} s"
+            self._gone.append(PeerLost(sender.stage, reason, inbound=True, public_key=sender.key))
+
+    def _raise_lost(self) -> None:
+        """Report the next peer that went away, unless it was nobody in particular."""
+        while self._gone:
+            gone = self._gone.popleft()
+            if isinstance(gone, PeerLost):
+                raise gone
+            if self._gone_early[gone] > 0:
+                self._gone_early[gone] -= 1
+            elif gone in self._by_descriptor:
+                self._leave(self._by_descriptor[gone])
+
+    def _skip_parts(self) -> None:
+        while self._router.get(_MORE):
+            self._router.recv()
+
+    def _tell(self, routing_id: bytes, grant: bytes) -> None:
+        """A ROUTER drops what cannot go out, and never waits. The next grant makes up for a lost one."""
+        self._router.send_multipart((routing_id, grant), zmq.NOBLOCK)
