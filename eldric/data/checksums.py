@@ -12,7 +12,7 @@ from typing import BinaryIO
 #: Called with the number of bytes done since the last call. May raise, which ends the work.
 Progress = Callable[[int], None]
 
-_PIECE_BYTES = 1 << 22
+_PIECE_BYTES = 1 << 20
 #: linux/fs.h: _IOW(0x94, 9, int)
 _FICLONE = 0x40049409
 

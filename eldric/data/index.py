@@ -55,7 +55,7 @@ class Index:
     def find(self, model: str) -> StoredModel | None:
         """A model by name, or None. Raises InvalidRequest for what is no name."""
         check_id(model)
-        if (self._folder / model / NAME).is_file():
+        if self._has_manifest(model):
             return self._load(model, _Place(model, imported=True))
         place = self._places().get(model)
         return self._load(model, place) if place else None
@@ -71,7 +71,7 @@ class Index:
         by_hand: dict[str, _Place] = {}
         for name, is_folder in names:
             with contextlib.suppress(InvalidRequest):
-                if is_folder and (self._folder / name / NAME).is_file():
+                if is_folder and self._has_manifest(name):
                     imported[check_id(name)] = _Place(name, imported=True)
                 elif not is_folder and name.endswith(".gguf") and name.isprintable() and not is_later_part(name):
                     kept = by_hand.setdefault(id_of(name), _Place(name, imported=False))
@@ -80,6 +80,10 @@ class Index:
         for model in imported.keys() & by_hand.keys():
             self._warn(by_hand[model].name, "has the name of an imported model")
         return {**by_hand, **imported}
+
+    def _has_manifest(self, name: str) -> bool:
+        """False, too, for a folder that may not be looked into."""
+        return os.path.isfile(self._folder / name / NAME)
 
     def _warn(self, name: str, why: str) -> None:
         if name not in self._warned:

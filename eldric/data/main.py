@@ -36,7 +36,7 @@ class DataWorker:
         metrics = DataMetrics(self.node.metrics)
         self._jobs = Jobs(config.jobs, config.queue)
         self._service = ModelStoreService(self.store, self._jobs, metrics)
-        self._health: tuple[bool, dict[str, Any]] = False, {}
+        self._problem = ""
         self._refreshing: asyncio.Task[None] | None = None
         self.node.service(
             self._service,
@@ -44,11 +44,17 @@ class DataWorker:
             model_store_pb2.DESCRIPTOR.services_by_name["ModelStore"],
         )
         self.node.routes([content_route(self._service.find, metrics.served_bytes.labels("content"))])
-        self.node.health(lambda: self._health)
+        self.node.health(self._look)
         self.node.on_start(self._start)
         self.node.on_drain(self._drain)
         self.node.on_stop(self._stop)
         self.member = Member(self.node)
+
+    def _look(self) -> tuple[bool, dict[str, Any]]:
+        """For /health: ready while the folder can be read."""
+        if self._problem:
+            return False, {"problem": self._problem}
+        return True, {"models": self._service.model_count}
 
     async def _start(self) -> None:
         await self._refresh()
@@ -61,12 +67,14 @@ class DataWorker:
 
     async def _refresh(self) -> None:
         try:
-            models = await self._service.refresh()
+            await self._service.refresh()
+            self._problem = ""
         except EldricError as error:
             log.warning("event=store_unreadable problem=%r", error.message)
-            self._health = False, {"problem": error.message}
-        else:
-            self._health = True, {"models": len(models)}
+            self._problem = error.message
+        except Exception:
+            log.exception("event=refresh_failed")
+            self._problem = "the store cannot be looked through: see this node's log"
 
     async def _drain(self) -> None:
         await self._jobs.close(JOB_GRACE_S)

@@ -32,6 +32,8 @@ class ModelStoreService(model_store_pb2_grpc.ModelStoreServicer):
     def __init__(self, store: ModelStore, jobs: Jobs, metrics: DataMetrics) -> None:
         self._store, self._jobs, self._metrics = store, jobs, metrics
         self._importer = Importer(store)
+        #: Models at the last look.
+        self.model_count = 0
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="data-read")
 
     async def find(self, model: str) -> StoredModel:
@@ -42,6 +44,7 @@ class ModelStoreService(model_store_pb2_grpc.ModelStoreServicer):
         """All models; the gauges follow. Raises NotReady when the folder cannot be read."""
         models = await self._in_thread(self._store.list)
         self._metrics.saw(models)
+        self.model_count = len(models)
         return models
 
     def close(self) -> None:

@@ -98,13 +98,13 @@ class ModelStore:
 
     def clean(self) -> None:
         """Deletes what killed imports and removals left behind, unless another process is importing right now."""
-        if not self._incoming.exists() and not self._removed.exists():
-            return
         try:
             with locked(self._lock_path, shared=False):
                 for left in [*_children(self._incoming), *_children(self._removed)]:
                     log.info("event=cleaned_up path=%s", left)
                     shutil.rmtree(left, ignore_errors=True)
+        except FileNotFoundError:
+            return  # nobody has imported anything here
         except OSError as error:
             log.info("event=clean_up_skipped reason=%r", str(error))
 

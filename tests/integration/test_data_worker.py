@@ -245,7 +245,7 @@ async def test_metrics_and_health_follow_the_store(served: Served) -> None:
     assert float(values["eldric_data_models"]) == 1
     assert float(values["eldric_data_stored_bytes"]) == storyteller().stat().st_size
     health = (await served.http.get("/health")).json()
-    assert health["ready"] is True and health["models"] == 0  # at its last look
+    assert health["ready"] is True and health["models"] == 1
 
 
 async def test_the_loop_is_free_while_a_large_file_is_imported(served: Served, tmp_path: Path) -> None:

@@ -296,6 +296,24 @@ def test_cleaning_leaves_the_import_of_another_process_alone(store: ModelStore) 
     assert not staged.exists()
 
 
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_what_may_not_be_read_does_not_hide_the_rest(store: ModelStore) -> None:
+    import_storyteller(store)
+    import_storyteller(store, "locked")
+    shutil.copy(storyteller(), store.folder / "unreadable.gguf")
+    (store.folder / "unreadable.gguf").chmod(0)
+    (store.folder / "locked").chmod(0)
+    (store.folder / ".eldric").chmod(0)
+    try:
+        problems = {model.id: model.problem for model in ModelStore(store.folder).list()}
+        store.clean()
+    finally:
+        (store.folder / ".eldric").chmod(0o700)
+        (store.folder / "locked").chmod(0o700)
+    assert problems.keys() == {"storyteller", "unreadable"}
+    assert "Permission denied" in problems["unreadable"]
+
+
 def test_a_folder_that_cannot_be_a_store_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(NotReady, match="cannot be used"):
