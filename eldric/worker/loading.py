@@ -14,7 +14,7 @@ from eldric.engine.spec import ModelSpec, spec_of
 from eldric.engine.stage import KVType, Stage, StageConfig
 from eldric.errors import InvalidRequest
 from eldric.transport.base import Transport, TransportOptions
-from eldric.transport.registry import transport_class
+from eldric.transport.registry import create
 from eldric.v1 import common_pb2, stage_pb2
 from eldric.worker.body_thread import BodyThread
 from eldric.worker.compute_thread import Place
@@ -199,9 +199,8 @@ class StageLoader:
         return LoadedStage(thread, head, endpoint, memory_use(stage.memory))
 
     def _transport(self, request: stage_pb2.LoadRequest) -> Transport:
-        make = transport_class(request.transport or DEFAULT_TRANSPORT)
         options = TransportOptions(silence_s=self._config.silence_s, encrypt=not request.insecure_tensors)
-        return make(request.pipeline_id, request.index, options)
+        return create(request.transport or DEFAULT_TRANSPORT, request.pipeline_id, request.index, options)
 
     def _schedule_config(self, options: common_pb2.StageOptions, stage: Stage) -> ScheduleConfig:
         return ScheduleConfig(
