@@ -12,6 +12,7 @@ import pytest
 from eldric.channels import call_errors
 from eldric.errors import DataLoss
 from eldric.security import Authority
+from eldric.security.access import RULES, Rule
 from eldric.v1 import model_store_pb2 as pb
 from tests.models import SmallLlama, storyteller, write_small_llama
 from tests.stores import Served, serving
@@ -153,3 +154,11 @@ def _without_certificate(authority: Authority) -> ssl.SSLContext:
     context.check_hostname = False
     context.load_verify_locations(cadata=authority.certificate_pem.decode())
     return context
+
+
+async def test_who_may_not_pull_gets_no_content(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    await served.add(storyteller(), "tale")
+    monkeypatch.setitem(RULES, "ModelStore/Pull", Rule(frozenset({"worker"})))
+    for kind, code in (("worker", 200), ("router", 403)):
+        async with served.client(served.authority.issue_identity(kind, "a").client_context()) as http:
+            assert (await http.get("/api/v1/models/tale/content")).status_code == code
