@@ -192,7 +192,7 @@ def _mix(word: int) -> int:
 
 def _draw(logits: Logits, params: SamplingParams, largest: float, at: float) -> int:
     """The token whose share of the probabilities, added up in the order of the ids, covers `at`, in [0, 1)."""
-    tokens = _candidates(logits, params, largest)
+    tokens = candidates(logits, params, largest)
     if tokens is None:
         weights = _weights(logits, largest, params.temperature)
         return _reach(weights, at * float(weights.sum(dtype=np.float64)), "right")
@@ -200,8 +200,10 @@ def _draw(logits: Logits, params: SamplingParams, largest: float, at: float) -> 
     return int(tokens[_reach(few_weights, at * float(few_weights.sum()), "right")])
 
 
-def _candidates(logits: Logits, params: SamplingParams, largest: float) -> Tokens | None:
-    """The ids that top-k, top-p and min-p leave, ascending; None for the whole vocabulary."""
+def candidates(logits: Logits, params: SamplingParams, largest: float) -> Tokens | None:
+    """The ids that top-k, top-p and min-p leave, ascending; None for the whole vocabulary. largest: the largest logit.
+    Of equal logits at the edge of what top-k or top-p leave, the lower ids stay.
+    """
     tokens: Tokens | None = None
     if 0 < params.top_k < len(logits):
         tokens = _best(logits, params.top_k)
