@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eldric.engine.errors import InvalidPrompt, InvalidSampling
@@ -64,6 +64,7 @@ tokens_of_all_kinds = st.lists(
 stop_strings = st.lists(st.text("ab c日é", min_size=1, max_size=4), max_size=4)
 
 
+@settings(deadline=None)
 @given(tokens_of_all_kinds, stop_strings, st.booleans())
 def test_pieces_add_up_to_the_decoded_text_before_the_first_stop(
     tokens: list[int], stop: list[str], at_start: bool
@@ -74,6 +75,7 @@ def test_pieces_add_up_to_the_decoded_text_before_the_first_stop(
     assert stream.stopped == stopped
 
 
+@settings(deadline=None)
 @given(st.text("abc é日😀", max_size=30), stop_strings, st.data())
 def test_the_cut_does_not_depend_on_how_the_text_was_split(text: str, stop: list[str], data: st.DataObject) -> None:
     split: list[int] = []
@@ -87,6 +89,7 @@ def test_the_cut_does_not_depend_on_how_the_text_was_split(text: str, stop: list
     assert collect(TextStream(TOKENIZER, stop), split) == cut_at_stop(text, stop)[0]
 
 
+@settings(deadline=None)
 @given(tokens_of_all_kinds, stop_strings)
 def test_nothing_delivered_has_to_be_taken_back(tokens: list[int], stop: list[str]) -> None:
     stream = TextStream(TOKENIZER, stop)

@@ -8,7 +8,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eldric.engine.errors import InvalidModel, InvalidPrompt, UnsupportedModel
@@ -200,6 +200,7 @@ def test_llama_3_takes_whole_words_before_merging(tmp_path: Path) -> None:
     assert whole not in Tokenizer.from_metadata(byte_level("gpt-2")).encode("a an", special=False)
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_decoding_gives_the_encoded_text_back(text: str) -> None:
     for tokenizer in ROUND_TRIP:
