@@ -118,7 +118,7 @@ class Heads:
         answers = await asyncio.gather(*calls, return_exceptions=True)
         return any(isinstance(each, inference_pb2.CancelResponse) and each.cancelled for each in answers)
 
-    def _stub(self, route: Route) -> inference_pb2_grpc.InferenceAsyncStub:
+    def _stub(self, route: Route) -> "inference_pb2_grpc.InferenceAsyncStub":
         return inference_pb2_grpc.InferenceStub(self._channels.to(route.head_address, "worker", route.head_name))
 
 

@@ -8,7 +8,7 @@ ignored, as llama.cpp does; those that are known and would change the answer, bu
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 from pydantic_core import PydanticCustomError
 
 from eldric.errors import InvalidRequest
@@ -58,10 +58,19 @@ def _as_prompts(value: Any) -> Any:
     )
 
 
+def _as_bias(value: Any) -> Any:
+    if isinstance(value, dict) and len(value) > MAX_LOGIT_BIAS:
+        raise PydanticCustomError("wrong_bias", f"at most {MAX_LOGIT_BIAS} tokens")
+    if isinstance(value, dict) and not all(key.isascii() and key.isdigit() and len(key) < 10 for key in value):
+        raise PydanticCustomError("wrong_bias", "token ids as keys")
+    return value
+
+
 def _are(kind: type, value: Any) -> bool:
     return isinstance(value, list) and all(type(each) is kind for each in value)
 
 
+Bias = Annotated[float, Field(ge=-100, le=100)]
 Penalty = Annotated[float, Field(ge=-10, le=10)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
@@ -87,7 +96,7 @@ class GenerationBody(_Body):
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    stop: Annotated[Annotated[list[str], FailFast()] | None, BeforeValidator(_as_stop)] = None
+    stop: Annotated[Annotated[list[str], Field(fail_fast=True)] | None, BeforeValidator(_as_stop)] = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
@@ -98,7 +107,7 @@ class GenerationBody(_Body):
     repeat_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
     repeat_last_n: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
-    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], FailFast()] | None = None
+    logit_bias: Annotated[dict[str, Bias] | None, BeforeValidator(_as_bias)] = None
     ignore_eos: bool | None = None
 
     @field_validator("stop")
@@ -110,15 +119,6 @@ class GenerationBody(_Body):
             return list(check_stop(value))
         except InvalidRequest as error:
             raise PydanticCustomError("wrong_stop", "{reason}", {"reason": str(error)}) from None
-
-    @field_validator("logit_bias")
-    @classmethod
-    def _check_bias(cls, value: dict[str, float] | None) -> dict[str, float] | None:
-        if value and len(value) > MAX_LOGIT_BIAS:
-            raise PydanticCustomError("wrong_bias", f"at most {MAX_LOGIT_BIAS} tokens")
-        if value and not all(key.isascii() and key.isdigit() and len(key) < 10 for key in value):
-            raise PydanticCustomError("wrong_bias", "token ids as keys")
-        return value
 
     @property
     def choices(self) -> int:
@@ -154,7 +154,7 @@ class GenerationBody(_Body):
 
 
 class ChatBody(GenerationBody):
-    messages: Annotated[list[Message], FailFast(), Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     max_tokens: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
     logprobs: bool | None = None
@@ -203,7 +203,7 @@ class TokenizeBody(_Body):
 
 class DetokenizeBody(_Body):
     model: str | None = None
-    tokens: Annotated[list[TokenId], FailFast()]
+    tokens: Annotated[list[TokenId], Field(fail_fast=True)]
 
 
 def _is_empty(value: Any) -> bool:

@@ -150,7 +150,7 @@ class Pipelines:
         infos = self.infos()
         ready = self.synchronised and (not infos or any(info.state == READY for info in infos))
         details: dict[str, object] = {
-            "controller": "known" if self.synchronised else "not reached yet",
+            "synchronised": self.synchronised,
             "pipelines": [
                 {"name": info.name, "model": info.model, "state": state_name(info), "progress": info.progress}
                 for info in infos

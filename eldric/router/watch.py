@@ -75,7 +75,7 @@ class PipelineWatcher:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _watch(self, stub: pipeline_pb2_grpc.PipelineAsyncStub) -> None:
+    async def _watch(self, stub: "pipeline_pb2_grpc.PipelineAsyncStub") -> None:
         async for event in stub.Watch(pipeline_pb2.WatchPipelinesRequest()):
             if event.removed:
                 self._pipelines.remove(event.pipeline.id)
@@ -83,7 +83,7 @@ class PipelineWatcher:
                 self._pipelines.update(event.pipeline)
                 self._changed(event.pipeline)
 
-    async def _list(self, stub: pipeline_pb2_grpc.PipelineAsyncStub) -> None:
+    async def _list(self, stub: "pipeline_pb2_grpc.PipelineAsyncStub") -> None:
         while True:
             asked = self._pipelines.begin_listing()
             answer = await stub.Status(pipeline_pb2.PipelineStatusRequest(), timeout=LIST_TIMEOUT_S)
