@@ -24,7 +24,15 @@ def split_address(address: str, scheme: str) -> HostPort:
         host, port = parts.hostname, parts.port
     except ValueError as error:
         raise InvalidAddress(f"{address!r} is no address: {error}") from error
-    if parts.scheme != scheme or not host or not port or parts.path or parts.query or parts.username is not None:
+    if (
+        parts.scheme != scheme
+        or not host
+        or not port
+        or parts.path
+        or parts.query
+        or parts.fragment
+        or parts.username is not None
+    ):
         raise InvalidAddress(f"{address!r} is no address of the form {scheme}://host:port")
     return HostPort(host, port)
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from eldric.v1 import frame_pb2
 
 FIRST_WINDOW_FRAMES = 8
-FIRST_WINDOW_BYTES = 16 * 1024 * 1024
+FIRST_WINDOW_BYTES = 64 * 1024 * 1024
 
 
 @dataclass(slots=True)

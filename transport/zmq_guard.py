@@ -24,7 +24,8 @@ ZmqContext = zmq.Context[zmq.Socket[bytes]]
 ZmqKeys = tuple[bytes, bytes]  # public, secret; Z85
 
 WATCHED_EVENTS = (
-    zmq.EVENT_HANDSHAKE_SUCCEEDED
+    zmq.EVENT_ACCEPTED
+    | zmq.EVENT_HANDSHAKE_SUCCEEDED
     | zmq.EVENT_HANDSHAKE_FAILED_AUTH
     | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
     | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
@@ -59,7 +60,7 @@ def high_water_mark(queue_frames: int) -> int:
     return 2 * (max(queue_frames, FIRST_WINDOW_FRAMES) + 2)
 
 
-#: Called in the guard's thread with an event and its value (for DISCONNECTED: the file descriptor).
+#: Called in the guard's thread with an event and its value (for ACCEPTED and DISCONNECTED: the file descriptor).
 OnEvent = Callable[[zmq.Event, int], None]
 
 
@@ -92,6 +93,7 @@ class Guard:
         self._context = context
         self._allowed = allowed
         self._new: SimpleQueue[tuple[zmq.Socket[bytes], OnEvent]] = SimpleQueue()
+        self._waiting: SimpleQueue[threading.Event] = SimpleQueue()
         self._names = count()
         self._stop = False
         self._zap = context.socket(zmq.REP)
@@ -112,6 +114,14 @@ class Guard:
         self._new.put((monitor, on_event))
         self._doorbell.ring()
 
+    def catch_up(self) -> None:
+        """Return once every event that happened before this call was given to its watcher."""
+        done = threading.Event()
+        self._waiting.put(done)
+        self._doorbell.ring()
+        while not done.wait(1) and self._thread.is_alive():
+            pass
+
     def stop(self) -> None:
         """End the thread; sockets that are still watched are watched no more."""
         self._stop = True
@@ -129,31 +139,42 @@ class Guard:
                     self._answer()
                 elif socket is self._calls:
                     self._calls.recv()
-                    self._watch_new(poller)
-                else:
+                    self._serve_calls(poller)
+                elif socket in self._watched:
                     self._report(socket, poller)
-        self._watch_new(poller)
+        self._serve_calls(poller)
         for socket in (self._zap, self._calls, *self._watched):
             socket.close(linger=0)
 
-    def _watch_new(self, poller: zmq.Poller) -> None:
+    def _serve_calls(self, poller: zmq.Poller) -> None:
         while not self._new.empty():
             monitor, on_event = self._new.get()
             self._watched[monitor] = on_event
             poller.register(monitor, zmq.POLLIN)
+        while not self._waiting.empty():
+            done = self._waiting.get()
+            for monitor in tuple(self._watched):
+                while self._report(monitor, poller):
+                    pass
+            done.set()
 
-    def _report(self, monitor: zmq.Socket[bytes], poller: zmq.Poller) -> None:
-        message = parse_monitor_message(monitor.recv_multipart())
+    def _report(self, monitor: zmq.Socket[bytes], poller: zmq.Poller) -> bool:
+        """Give the monitor's next event to its watcher. False when there is none, or never will be."""
+        try:
+            message = parse_monitor_message(monitor.recv_multipart(zmq.NOBLOCK))
+        except zmq.Again:
+            return False
         event = zmq.Event(message["event"])
         if event == zmq.EVENT_MONITOR_STOPPED:
             poller.unregister(monitor)
             del self._watched[monitor]
             monitor.close(linger=0)
-            return
+            return False
         try:
             self._watched[monitor](event, message["value"])
         except Exception:  # a guard that dies would let every later loss go unseen
             logger.exception("watcher failed event=%s", event.name)
+        return True
 
     def _answer(self) -> None:
         request = self._zap.recv_multipart()

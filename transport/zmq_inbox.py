@@ -4,7 +4,7 @@ import logging
 import math
 import secrets
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -39,7 +39,7 @@ class _Sender(Sender):
 
     routing_id: bytes
     key: str
-    descriptor: int  # of its connection, as monitor events name it
+    connection: int  # numbered by _on_router_event
     window: ReceiveWindow
     copy: bool = True  # whether its next payload is copied: as its last one should have been
 
@@ -56,13 +56,15 @@ class ZmqInbox:
         self._filter, self._options, self._encrypted = door, options, keys is not None
         self._allowed: frozenset[str] = frozenset()
         self._senders: dict[bytes, _Sender] = {}
-        self._by_descriptor: dict[int, _Sender] = {}
-        self._gone: deque[PeerLost | int] = deque()  # a lost peer, or the descriptor of a connection that ended
-        self._gone_early: Counter[int] = Counter()  # descriptors used again before their first end was reported
+        self._by_connection: dict[int, _Sender] = {}
+        self._gone: deque[PeerLost | int] = deque()  # lost peers, and numbers of connections that ended
+        self._accepted = 0
+        self._connections: dict[int, int] = {}  # last connection of each file descriptor. By the guard's thread
         self._frames = self._bytes = self._refused_keys = self._refused_hellos = 0
+        self._guard = guard
         self._woken = False
         self._timeout_ms = -1
-        self._router = self._make_router(context, guard, keys)
+        self._router = self._make_router(context, keys)
         self._bell_id = b"\1" + secrets.token_bytes(16)  # no peer can guess it, and so ring in our name
         self._bell = Doorbell(context, zmq.DEALER, "inproc://inbox", self._bell_id)
 
@@ -133,7 +135,7 @@ class ZmqInbox:
         self._router.close()
         self._bell.close()
 
-    def _make_router(self, context: ZmqContext, guard: Guard, keys: ZmqKeys | None) -> zmq.Socket[bytes]:
+    def _make_router(self, context: ZmqContext, keys: ZmqKeys | None) -> zmq.Socket[bytes]:
         options = self._options
         router = context.socket(zmq.ROUTER)
         set_options(router, options.silence_s, linger_s=0)
@@ -144,7 +146,7 @@ class ZmqInbox:
             router.curve_publickey, router.curve_secretkey = keys
             router.zap_domain = b"eldric"
             router.zap_enforce_domain = True  # nobody gets in should the guard be gone
-        guard.watch(router, self._on_router_event)
+        self._guard.watch(router, self._on_router_event)
         router.bind("inproc://inbox")
         return router
 
@@ -152,8 +154,11 @@ class ZmqInbox:
         """In the guard's thread."""
         if event in HANDSHAKE_FAILURES:
             self._refused_keys += 1
+        elif event == zmq.EVENT_ACCEPTED:
+            self._accepted += 1
+            self._connections[value] = self._accepted
         elif event == zmq.EVENT_DISCONNECTED:
-            self._gone.append(value)
+            self._gone.append(self._connections.get(value, 0))
             self._bell.ring()
 
     def _first_part(self, deadline: float | None) -> bytes | None:
@@ -212,9 +217,10 @@ class ZmqInbox:
             self._tell(routing_id, frame_pb2.LinkGrant(refused=problem).SerializeToString())
             return
         window = ReceiveWindow(self._options.queue_frames, self._options.queue_bytes)
-        descriptor = int(part.get(zmq.SRCFD))
+        self._guard.catch_up()  # or the descriptor may still stand for the connection that had it before
+        connection = self._connections[int(part.get(zmq.SRCFD))]
         self._enter(
-            _Sender(stage=hello.from_stage, routing_id=routing_id, key=key, descriptor=descriptor, window=window)
+            _Sender(stage=hello.from_stage, routing_id=routing_id, key=key, connection=connection, window=window)
         )
         self._tell(routing_id, window.grant())
 
@@ -228,14 +234,13 @@ class ZmqInbox:
         return None
 
     def _enter(self, sender: _Sender) -> None:
-        before = self._by_descriptor.get(sender.descriptor)
-        if before is not None:  # its end has still to be reported, under a number that means another one from now on
-            self._gone_early[sender.descriptor] += 1
+        before = self._by_connection.get(sender.connection)
+        if before is not None:  # it had gone by the time it was greeted, and was given its successor's number
             self._leave(before)
-        self._senders[sender.routing_id] = self._by_descriptor[sender.descriptor] = sender
+        self._senders[sender.routing_id] = self._by_connection[sender.connection] = sender
 
     def _leave(self, sender: _Sender) -> None:
-        del self._senders[sender.routing_id], self._by_descriptor[sender.descriptor]
+        del self._senders[sender.routing_id], self._by_connection[sender.connection]
         if not self._encrypted or sender.key in self._allowed:
             reason = f"its connection closed, or it was silent for {self._options.silence_s:g} s"
             self._gone.append(PeerLost(sender.stage, reason, inbound=True, public_key=sender.key))
@@ -246,10 +251,8 @@ class ZmqInbox:
             gone = self._gone.popleft()
             if isinstance(gone, PeerLost):
                 raise gone
-            if self._gone_early[gone] > 0:
-                self._gone_early[gone] -= 1
-            elif gone in self._by_descriptor:
-                self._leave(self._by_descriptor[gone])
+            if gone in self._by_connection:
+                self._leave(self._by_connection[gone])
 
     def _skip_parts(self) -> None:
         while self._router.get(_MORE):

@@ -506,7 +506,7 @@ Global___LinkHello: _TypeAlias = LinkHello  # noqa: Y015
 class LinkGrant(_message.Message):
     """Answers a hello, and comes again as the receiver takes frames. A sender may send while it has fewer than window_frames
     and fewer than window_bytes under way (sent and not taken), so that one frame larger than the window still gets
-    through. Until the first grant the window is 8 frames and 16 MiB.
+    through. Until the first grant the window is 8 frames and 64 MiB.
     """
 
     DESCRIPTOR: _descriptor.Descriptor

@@ -1,0 +1,44 @@
+"""Transports for tests: made in pairs, closed at the end, with frames that say their number."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+from eldric.transport import registry
+from eldric.transport.base import Link, Peer, Transport, TransportOptions
+from eldric.transport.frame import Frame, FrameKind, Header
+
+PIPELINE = "pipeline-1"
+QUICK = TransportOptions(silence_s=0.6, linger_s=0.5)
+
+
+def make_transport(scheme: str, stage: int, options: TransportOptions = QUICK, pipeline: str = PIPELINE) -> Transport:
+    """A transport in epoch 1."""
+    transport = registry.create(scheme, pipeline, stage, options)
+    transport.set_epoch(1)
+    return transport
+
+
+def peer_of(transport: Transport, address: str) -> Peer:
+    return Peer(address, transport.public_key, transport.stage)
+
+
+@contextmanager
+def linked(scheme: str, options: TransportOptions = QUICK) -> Iterator[tuple[Transport, Link, Transport]]:
+    """Stage 0, its link to stage 1, and stage 1."""
+    with ExitStack() as stack:
+        sender = stack.enter_context(make_transport(scheme, 0, options))
+        receiver = stack.enter_context(make_transport(scheme, 1, options))
+        receiver.allow([sender.public_key])
+        yield sender, sender.connect(peer_of(receiver, receiver.listen())), receiver
+
+
+def numbered(number: int) -> Header:
+    """A header that carries a number."""
+    return Header(kind=FrameKind.PROBE, step=number)
+
+
+def receive(transport: Transport, timeout: float = 5.0) -> Frame:
+    """The next frame, which must come."""
+    frame = transport.recv(timeout)
+    assert frame is not None, f"no frame in {timeout} s; {transport.stats}"
+    return frame
