@@ -127,6 +127,8 @@ class Deployments:
         deployment = self._all[record.id]
         before, deployment.record, deployment.message = deployment.record, record, message
         self._index()
+        if record.phase is Phase.RUNNING and not record.next_stages:
+            deployment.progress = 1.0
         if record.epoch != before.epoch or record.phase is not before.phase:
             deployment.absent, deployment.mend_at, deployment.mending_until = {}, None, None
         changes = [PipelineChanged(record.id), *self._evaluate(deployment), *_workers(before), *_workers(record)]

@@ -1,0 +1,28 @@
+"""Settings of a controller."""
+
+from dataclasses import dataclass
+
+from eldric.config import NodeConfig
+from eldric.errors import InvalidRequest
+
+
+@dataclass(frozen=True, slots=True)
+class ControllerConfig:
+    """How the controller watches over its nodes. The join port is among the node's settings."""
+
+    node: NodeConfig
+    beat_interval_ms: int = 1000  # between two beats of a node
+    lease_ms: int = 3000  # a node that is silent for longer is lost
+    probe_ms: int = 200  # deadline of the probe of a suspect node
+    settle_ms: int = 8000  # after a start, workers of running pipelines may take so long to report
+    load_idle_s: float = 120.0  # a stage whose load says nothing for so long has failed
+    call_s: float = 15.0  # deadline of the other calls to workers and data workers
+
+    def __post_init__(self) -> None:
+        if not 10 <= self.beat_interval_ms < self.lease_ms:
+            raise InvalidRequest(
+                f"beat_interval_ms is {self.beat_interval_ms} and lease_ms {self.lease_ms}: "
+                "the interval is at least 10 and the lease longer than it"
+            )
+        if min(self.probe_ms, self.load_idle_s, self.call_s) <= 0 or self.settle_ms < 0:
+            raise InvalidRequest("probe_ms, load_idle_s and call_s must be positive, settle_ms not negative")

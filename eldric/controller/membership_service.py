@@ -1,0 +1,64 @@
+"""Membership: join tokens and certificates."""
+
+import asyncio
+import time
+
+from cryptography.x509.oid import NameOID
+
+from eldric.controller.cluster import Cluster
+from eldric.controller.state import Store
+from eldric.errors import AlreadyExists, InvalidRequest, PermissionDenied
+from eldric.names import IDENTITY_KINDS, check_name
+from eldric.security import Authority, JoinToken, caller_of, new_token
+from eldric.security.certificates import read_csr
+from eldric.security.tokens import DEFAULT_LIFETIME_S
+from eldric.v1 import membership_pb2, membership_pb2_grpc
+
+
+class MembershipService(membership_pb2_grpc.MembershipServicer):
+    """Join is open to strangers, on the join port; the other calls need a certificate."""
+
+    def __init__(self, authority: Authority, store: Store, cluster: Cluster) -> None:
+        self._authority = authority
+        self._store = store
+        self._cluster = cluster
+
+    async def Join(self, request: membership_pb2.JoinRequest, context: object) -> membership_pb2.Certificate:
+        """The token is used up only once the certificate is made; a name that is in use now is refused."""
+        token = JoinToken.parse(request.token)
+        now = time.time()
+        await self._store.check_token(token, request.kind, now)
+        check_name(request.name)
+        node = self._cluster.registry.get(f"{request.kind}/{request.name}")
+        if node is not None and node.is_alive:
+            raise AlreadyExists(f"{node.id} is a member that is running: choose another name")
+        certificate = await self._issue(request.csr, request.kind, request.name)
+        await self._store.use_token(token, request.kind, now)
+        return certificate
+
+    async def Renew(self, request: membership_pb2.RenewRequest, context: object) -> membership_pb2.Certificate:
+        caller = caller_of(context)
+        names = read_csr(request.csr)[0].subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+        if names and names[0].value != caller.node_id[:64]:
+            raise PermissionDenied(f"{caller.node_id} asks for a certificate of {names[0].value!r}")
+        return await self._issue(request.csr, caller.kind, caller.name)
+
+    async def CreateToken(
+        self, request: membership_pb2.CreateTokenRequest, context: object
+    ) -> membership_pb2.CreateTokenResponse:
+        if request.kind and request.kind not in IDENTITY_KINDS:
+            raise InvalidRequest(f"{request.kind!r} is no kind of node; kinds are {', '.join(IDENTITY_KINDS)}")
+        now = time.time()
+        token, record = new_token(
+            self._authority.sha256,
+            now=now,
+            lifetime_s=request.lifetime_s or DEFAULT_LIFETIME_S,
+            uses=None if request.unlimited else request.uses or 1,
+            kind=request.kind,
+        )
+        await self._store.add_token(record, now)
+        return membership_pb2.CreateTokenResponse(token=token.format())
+
+    async def _issue(self, csr: bytes, kind: str, name: str) -> membership_pb2.Certificate:
+        certificate = await asyncio.to_thread(self._authority.issue, csr, kind, name)
+        return membership_pb2.Certificate(certificate=certificate, authority=self._authority.certificate_pem)

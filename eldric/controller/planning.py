@@ -1,0 +1,95 @@
+"""From a request to a plan: looks the model up, asks the planner, and makes records of what it says."""
+
+import re
+import time
+from dataclasses import dataclass
+
+from eldric import PROTOCOL
+from eldric.controller import convert
+from eldric.controller.cluster import Cluster
+from eldric.controller.costs import ModelShape
+from eldric.controller.models import Models
+from eldric.controller.pipelines import Phase, PipelineRecord, StageRecord
+from eldric.controller.planner import Order, Plan, plan
+from eldric.errors import InvalidRequest
+from eldric.v1 import pipeline_pb2, stage_pb2
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A request that was checked, and the model that it names."""
+
+    request: pipeline_pb2.DeployRequest
+    name: str
+    shape: ModelShape
+    order: Order
+    source: stage_pb2.ModelSource
+
+
+def pipeline_name(request: pipeline_pb2.DeployRequest) -> str:
+    """The name that a request's pipeline gets. Raises InvalidRequest."""
+    if not request.model:
+        raise InvalidRequest("the request names no model")
+    name = request.name or request.model
+    if not _NAME.fullmatch(name):
+        raise InvalidRequest(
+            f"{name[:200]!r} is no name for a pipeline: use letters, digits, '-', '_', '.' and ':', "
+            "a letter or digit first, at most 128 characters"
+        )
+    return name
+
+
+class Planning:
+    """Plans over the cluster as it is at the moment of the call."""
+
+    def __init__(self, cluster: Cluster, models: Models) -> None:
+        self._cluster = cluster
+        self._models = models
+
+    async def prepare(self, request: pipeline_pb2.DeployRequest) -> Prepared:
+        """Raises InvalidRequest, and what looking the model up raises."""
+        name = pipeline_name(request)
+        metadata = await self._models.find(request.model)
+        shape = convert.model_shape(metadata)
+        return Prepared(request, name, shape, convert.order_of(request, shape), metadata.source)
+
+    def plan(self, prepared: Prepared, *, without: str = "") -> Plan:
+        """Raises what the planner raises. `without`: as if the pipeline of this id took no memory."""
+        return plan(self._cluster.worker_views(without), prepared.shape, prepared.order, PROTOCOL)
+
+    def stages(self, made: Plan) -> tuple[StageRecord, ...]:
+        """The stages of a plan, each on the process that its worker is now."""
+        records = []
+        for stage in made.stages:
+            node = self._cluster.registry.get(f"worker/{stage.worker}")
+            records.append(
+                StageRecord(
+                    index=stage.index,
+                    worker=stage.worker,
+                    incarnation=node.info.incarnation if node is not None else 0,
+                    start=stage.start,
+                    end=stage.end,
+                    weights_bytes=stage.weights_bytes,
+                    kv_bytes=stage.kv_bytes,
+                    compute_bytes=stage.compute_bytes,
+                    limit_bytes=stage.limit_bytes,
+                )
+            )
+        return tuple(records)
+
+    def record(self, pipeline_id: str, prepared: Prepared, made: Plan) -> PipelineRecord:
+        return PipelineRecord(
+            id=pipeline_id,
+            name=prepared.name,
+            model=prepared.request.model,
+            phase=Phase.DEPLOYING,
+            epoch=1,
+            stages=self.stages(made),
+            created_at=time.time(),
+            request=prepared.request,
+            options=convert.options_message(made.options),
+            source=prepared.source,
+            transport=made.transport,
+        )
