@@ -108,7 +108,9 @@ class Library:
                 if score := getattr(variant, "ggml_backend_score", None):
                     scores.append((score(), path))
         best, path = max(scores, default=(0, None))
+        self.cpu_variant = ""  # as its file is named, such as "zen4"; empty when the library has only one
         if best > 0 and path is not None:
+            self.cpu_variant = path.stem.rpartition("cpu-")[2]
             log.debug("cpu_variant=%s score=%d", path.name, best)
             self.api.ggml_backend_load(str(path).encode())
         if not any(device.kind == "cpu" for device in self.devices(accelerators=False)):
