@@ -69,6 +69,6 @@ class _Health(health.aio.HealthServicer):  # type: ignore[misc]  # grpc_health h
         status = health_pb2.HealthCheckResponse
         await self.set("", status.SERVING if ready else status.NOT_SERVING)
 
-    async def Check(self, request: Any, context: Any) -> Any:  # noqa: N802 (grpc's name)
+    async def Check(self, request: Any, context: Any) -> Any:
         await self.refresh()
         return await super().Check(request, context)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from prometheus_client import CollectorRegistry
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import BaseRoute, Route
@@ -52,7 +53,7 @@ def make_app(
     readiness: Readiness,
     services: Sequence[Service],
     routes: Sequence[BaseRoute],
-) -> ASGIApp:
+) -> Starlette:
     """The ASGI application of a node."""
     document = describe(f"Eldric {config.kind}", [each.descriptor for each in services])
     html = page(document)
@@ -68,7 +69,7 @@ def make_app(
         return HTMLResponse(html)
 
     face = RestFace(guard)
-    app = Starlette(
+    return Starlette(
         routes=[
             *routes,
             Route("/health", readiness.answer),
@@ -77,9 +78,9 @@ def make_app(
             Route("/docs", show_docs),
             *(route for each in services for route in face.routes(each.servicer, each.descriptor)),
         ],
+        middleware=[Middleware(_Errors)],
         exception_handlers={HTTPException: _http_exception},
     )
-    return _Errors(app)
 
 
 async def _http_exception(request: Request, error: Exception) -> Response:
@@ -111,7 +112,6 @@ class _Errors:
         try:
             await self._app(scope, receive, watched)
         except Exception as error:
-            failure = failure_of(error, str(scope.get("path")))
             if begun:
                 raise
-            await error_response(failure)(scope, receive, send)
+            await error_response(failure_of(error, str(scope.get("path"))))(scope, receive, send)
