@@ -15,6 +15,10 @@ closes, after `silence_s` when it does not), and then raised once by `recv` as P
 `send` raises LinkClosed, and nothing is sent again to whoever may listen there next. Frames under way are lost. The
 pipeline goes on with a new epoch and new links.
 
+Epochs: a stage enters one with `allow`, `set_epoch`, `connect`, in this order, whatever its neighbours have done so
+far. Their frames of the new epoch wait for it. A link belongs to the epoch of the last `connect` that gave it; the end
+of a link of an older epoch is not reported, so neighbours that leave the ring or change places disturb nobody.
+
 Closing: what was sent before `close` is still delivered, for at most `linger_s`; the peers then see PeerLost.
 """
 
@@ -28,6 +32,7 @@ from eldric.transport.codec import encode_header, stamp
 from eldric.transport.errors import CorruptFrame
 from eldric.transport.filter import FrameFilter
 from eldric.transport.frame import MAX_PAYLOAD_BYTES, Frame, Header, Payload
+from eldric.transport.losses import Losses
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +83,15 @@ class Link(ABC):
     def __init__(self, peer: Peer) -> None:
         self.peer = peer
 
+    @property
+    @abstractmethod
+    def epoch(self) -> int:
+        """The epoch that it belongs to."""
+
+    @abstractmethod
+    def confirm(self, epoch: int) -> None:
+        """Go on in a new epoch, and let the peer know. Called by Transport.connect."""
+
     @abstractmethod
     def send(self, header: Header, payload: Payload = b"", timeout: float | None = None) -> None:
         """Send one frame. The payload is copied or gone when this returns, so its memory may be used again.
@@ -118,7 +132,18 @@ class Transport(ABC):
             early_frames=self.options.queue_frames,
             early_bytes=self.options.queue_bytes,
         )
+        self.losses = Losses()
+        self._links: list[Link] = []
         self._stamped = b""
+
+    def _linked(self, peer: Peer) -> Link | None:
+        """The good link to that very peer, confirmed for this epoch. For `connect`."""
+        self._links = [link for link in self._links if link.closed is None]
+        for link in self._links:
+            if link.peer == peer:
+                link.confirm(self.epoch)
+                return link
+        return None
 
     def encode(self, header: Header, serial: int, payload: memoryview) -> bytes:
         """A header to send with `payload`, complete with this sender's fields. For links.
@@ -158,15 +183,23 @@ class Transport(ABC):
         """
 
     def set_epoch(self, epoch: int) -> None:
-        """Send with this epoch and let only its frames in, those included that came early. Links live on."""
+        """Send with this epoch and let only its frames in, those included that came early.
+
+        Links stay open for `connect` to give them again; those that it did not give in the epoch before are closed.
+        """
         self._stamped = stamp(self.pipeline_id, epoch, self.stage)
+        for link in self._links:
+            if link.epoch < self.epoch:
+                link.close()
         self.filter.set_epoch(epoch)
+        self.losses.set_epoch(epoch)
 
     @abstractmethod
     def connect(self, peer: Peer, timeout: float = 5.0) -> Link:
-        """Make a link, trying again until the timeout, as the peer may not listen or not allow this key yet.
+        """A link to `peer`: the one that there is, if it is good, else a new one.
 
-        Returns once the peer has proven its key and accepted ours. The peer's thread need not be receiving.
+        Tries again until the timeout, as the peer may not listen or not allow this key yet. Returns once the peer has
+        proven its key and accepted ours. The peer's thread need not be receiving.
         Raises ConnectFailed with the last try's reason.
         """
 

@@ -32,7 +32,7 @@ class QueueFull(TransportError):
 
 
 class PeerLost(TransportError):
-    """A peer vanished. Raised once by `recv` for each peer that is lost, after the frames that had come from it.
+    """A peer of this epoch vanished. Raised once by `recv` for each link that it ends, after the frames that had come.
 
     stage: index of its stage. inbound: whether it sent to us (else we sent to it). public_key: its transport's key.
     """

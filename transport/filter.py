@@ -32,6 +32,7 @@ class Sender:
     """A link's other end, as the filter knows it."""
 
     stage: int
+    epoch: int = 0  # that its link was made or confirmed in
     serial: int = 0  # of the last frame that was looked at
 
 

@@ -15,6 +15,8 @@ from eldric.transport.errors import ConnectFailed, LinkClosed, ListenFailed, Pee
 from eldric.transport.filter import DropReason, Sender
 from eldric.transport.frame import Frame, Header, Payload
 
+_HUNG_UP = "its connection closed"
+
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class _Wire(Sender):
@@ -63,9 +65,10 @@ class _Arrival(NamedTuple):
 
 
 class _Hangup(NamedTuple):
-    """The sender let go of the wire. Lies in the queue behind what it had sent."""
+    """The other end let go of the wire. Lies in the queue behind what had been sent."""
 
     wire: _Wire
+    lost: PeerLost
 
 
 class InprocLink(Link):
@@ -97,9 +100,18 @@ class InprocLink(Link):
             wire.sent(view.nbytes)
             self._receiver.deliver(_Arrival(wire, data, memoryview(view.tobytes())))
 
+    @property
+    def epoch(self) -> int:
+        return self._wire.epoch
+
+    def confirm(self, epoch: int) -> None:
+        self._wire.epoch = epoch
+
     def close(self) -> None:
-        if self._wire.close("it was closed by this end"):
-            self._receiver.deliver(_Hangup(self._wire))
+        wire = self._wire
+        if wire.close("it was closed by this end"):
+            key = wire.source.public_key
+            self._receiver.deliver(_Hangup(wire, PeerLost(wire.stage, _HUNG_UP, inbound=True, public_key=key)))
 
 
 class InprocTransport(Transport):
@@ -115,9 +127,8 @@ class InprocTransport(Transport):
         super().__init__(pipeline_id, stage, options)
         self._key = secrets.token_hex(16) if self.options.encrypt else ""
         self._allowed: frozenset[str] = frozenset()
-        self._queue: SimpleQueue[_Arrival | _Hangup | PeerLost | None] = SimpleQueue()  # None: wake up
+        self._queue: SimpleQueue[_Arrival | _Hangup | None] = SimpleQueue()  # None: wake up
         self._inbound: list[_Wire] = []
-        self._links: list[InprocLink] = []
         self._frames = self._bytes = self._refused = 0
         self._closed = self._woken = False
 
@@ -143,12 +154,10 @@ class InprocTransport(Transport):
             self._changed.notify_all()
 
     def connect(self, peer: Peer, timeout: float = 5.0) -> Link:
-        """A good link to the very same peer is given again instead of a second one."""
         self._check_open()
-        self._links = [link for link in self._links if link.closed is None]
-        for link in self._links:
-            if link.peer == peer:
-                return link
+        good = self._linked(peer)
+        if good is not None:
+            return good
         place = split_address(peer.address, self.scheme)
         with self._changed:
             self._changed.wait_for(lambda: not self._connect_problem(place, peer), timeout)
@@ -166,6 +175,9 @@ class InprocTransport(Transport):
             self._check_open()
             frame = self.filter.released()
             if frame is None:
+                lost = self.losses.take()
+                if lost is not None:
+                    raise lost
                 left_s = None if deadline is None else max(0.0, deadline - time.monotonic())
                 try:
                     item = self._queue.get(timeout=left_s)
@@ -174,15 +186,16 @@ class InprocTransport(Transport):
                 if item is None:
                     self._woken = False
                     return None
-                if isinstance(item, PeerLost):
-                    raise item
-                frame = self._take(item)
+                if isinstance(item, _Hangup):
+                    self._hang_up(item)
+                else:
+                    frame = self._take(item)
             if frame is not None:
                 self._frames += 1
                 self._bytes += frame.payload.nbytes
                 return frame
 
-    def deliver(self, item: _Arrival | _Hangup | PeerLost) -> None:
+    def deliver(self, item: _Arrival | _Hangup) -> None:
         """Put something into this transport's queue. For the other ends of its wires; any thread."""
         self._queue.put(item)
 
@@ -212,8 +225,9 @@ class InprocTransport(Transport):
         for link in self._links:
             link.close()
         for wire in inbound:
-            if wire.close("its connection closed"):
-                wire.source.deliver(PeerLost(self.stage, "its connection closed", inbound=False, public_key=self._key))
+            if wire.close(_HUNG_UP):
+                lost = PeerLost(self.stage, _HUNG_UP, inbound=False, public_key=self._key)
+                wire.source.deliver(_Hangup(wire, lost))
 
     def _check_open(self) -> None:
         if self._closed:
@@ -236,6 +250,7 @@ class InprocTransport(Transport):
         options = self.options
         wire = _Wire(
             stage=source.stage,
+            epoch=source.epoch,
             peer=peer,
             source=source,
             max_frames=options.queue_frames,
@@ -248,18 +263,18 @@ class InprocTransport(Transport):
             self._inbound.append(wire)
         return wire
 
-    def _take(self, item: _Arrival | _Hangup) -> Frame | None:
-        wire = item.wire
-        allowed = self._is_allowed(wire.source.public_key)
-        if isinstance(item, _Hangup):
-            with self._changed:
-                self._inbound.remove(wire)
-            if allowed:
-                key = wire.source.public_key
-                raise PeerLost(wire.stage, "its connection closed", inbound=True, public_key=key)
-            return None
-        wire.taken(item.payload.nbytes)
-        if not allowed:
+    def _take(self, arrival: _Arrival) -> Frame | None:
+        wire = arrival.wire
+        wire.taken(arrival.payload.nbytes)
+        if not self._is_allowed(wire.source.public_key):
             self.filter.drop(DropReason.UNKNOWN_PEER)
             return None
-        return self.filter.admit(item.header, item.payload, wire)
+        return self.filter.admit(arrival.header, arrival.payload, wire)
+
+    def _hang_up(self, hangup: _Hangup) -> None:
+        wire, lost = hangup
+        if lost.inbound:
+            with self._changed:
+                self._inbound = [other for other in self._inbound if other is not wire]
+        if not lost.inbound or self._is_allowed(lost.public_key):
+            self.losses.add(lost, wire)

@@ -17,7 +17,7 @@ from eldric.transport.errors import InvalidAddress, PeerLost, TransportClosed
 from eldric.transport.frame import PROTOCOL_VERSION, Frame
 from eldric.transport.zmq_guard import Guard, ZmqContext
 from eldric.transport.zmq_inbox import ZmqInbox
-from eldric.transport.zmq_link import ZmqLink, connect
+from eldric.transport.zmq_link import Connection, ZmqLink, connect
 from eldric.v1 import frame_pb2
 
 logger = logging.getLogger(__name__)
@@ -36,11 +36,10 @@ class ZmqTransport(Transport):
     def __init__(self, pipeline_id: str, stage: int, options: TransportOptions | None = None) -> None:
         super().__init__(pipeline_id, stage, options)
         self._keys = zmq.curve_keypair() if self.options.encrypt else None
-        self._links: list[ZmqLink] = []
         self._closed = False
         self._context: ZmqContext = zmq.Context()
         self._guard = Guard(self._context, lambda key: self._inbox.is_allowed(key))
-        self._inbox = ZmqInbox(self._context, self._guard, self.filter, self.options, self._keys)
+        self._inbox = ZmqInbox(self._context, self._guard, self.filter, self.losses, self.options, self._keys)
         if self._keys is None:
             logger.warning("tensor channel without encryption pipeline=%s stage=%d", pipeline_id, stage)
 
@@ -57,18 +56,18 @@ class ZmqTransport(Transport):
         self._inbox.allow(keys)
 
     def connect(self, peer: Peer, timeout: float = 5.0) -> Link:
-        """A good link to the very same peer is given again instead of a second one."""
         self._check_open()
-        self._links = [link for link in self._links if link.closed is None]
-        for link in self._links:
-            if link.peer == peer:
-                return link
+        good = self._linked(peer)
+        if good is not None:
+            return good
         endpoint = join_address("tcp", *split_address(peer.address, self.scheme))
         if self._keys is not None and len(peer.public_key) != CURVE_KEY_CHARACTERS:
             raise InvalidAddress(f"{peer.public_key!r} is no CURVE key of {CURVE_KEY_CHARACTERS} Z85 characters")
 
-        def on_lost(reason: str) -> None:
-            self._inbox.lost(PeerLost(peer.stage, reason, inbound=False, public_key=peer.public_key))
+        def on_lost(connection: Connection, reason: str) -> None:
+            lost = PeerLost(peer.stage, reason, inbound=False, public_key=peer.public_key)
+            self.losses.add(lost, connection)
+            self._inbox.look()
 
         socket, connection = connect(
             self._context, self._guard, self.options, endpoint, peer, self._keys, timeout, on_lost
@@ -76,8 +75,8 @@ class ZmqTransport(Transport):
         hello = frame_pb2.LinkHello(
             protocol_version=PROTOCOL_VERSION, pipeline_id=self.pipeline_id, from_stage=self.stage
         )
-        socket.send(hello.SerializeToString())
-        link = ZmqLink(peer, socket, connection, self.encode)
+        link = ZmqLink(peer, socket, connection, hello, self.encode)
+        link.confirm(self.epoch)
         self._links.append(link)
         return link
 

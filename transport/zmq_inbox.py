@@ -15,6 +15,7 @@ from eldric.transport.base import TransportOptions, TransportStats
 from eldric.transport.errors import ListenFailed, PeerLost
 from eldric.transport.filter import DropReason, FrameFilter, Sender
 from eldric.transport.frame import MAX_HEADER_BYTES, MAX_INDEX, PROTOCOL_VERSION, Frame
+from eldric.transport.losses import Losses
 from eldric.transport.window import ReceiveWindow
 from eldric.transport.zmq_guard import (
     HANDSHAKE_FAILURES,
@@ -47,21 +48,27 @@ class _Sender(Sender):
 class ZmqInbox:
     """Frames of all peers, the ends of lost ones, and wakes, in one place to wait at.
 
-    `wake`, `lost`, `allow` and `stats` may be called from any thread, all else by the transport's.
+    `wake`, `look`, `allow` and `stats` may be called from any thread, all else by the transport's.
     """
 
     def __init__(
-        self, context: ZmqContext, guard: Guard, door: FrameFilter, options: TransportOptions, keys: ZmqKeys | None
+        self,
+        context: ZmqContext,
+        guard: Guard,
+        door: FrameFilter,
+        losses: Losses,
+        options: TransportOptions,
+        keys: ZmqKeys | None,
     ) -> None:
-        self._filter, self._options, self._encrypted = door, options, keys is not None
+        self._guard, self._filter, self._losses = guard, door, losses
+        self._options, self._encrypted = options, keys is not None
         self._allowed: frozenset[str] = frozenset()
         self._senders: dict[bytes, _Sender] = {}
         self._by_connection: dict[int, _Sender] = {}
-        self._gone: deque[PeerLost | int] = deque()  # lost peers, and numbers of connections that ended
+        self._ended: deque[int] = deque()  # connections
         self._accepted = 0
         self._connections: dict[int, int] = {}  # last connection of each file descriptor. By the guard's thread
         self._frames = self._bytes = self._refused_keys = self._refused_hellos = 0
-        self._guard = guard
         self._woken = False
         self._timeout_ms = -1
         self._router = self._make_router(context, keys)
@@ -115,9 +122,8 @@ class ZmqInbox:
             self._woken = True
             self._bell.ring()
 
-    def lost(self, peer: PeerLost) -> None:
-        """Report the end of a peer that we send to."""
-        self._gone.append(peer)
+    def look(self) -> None:
+        """Make recv look at the losses. Any thread."""
         self._bell.ring()
 
     @property
@@ -158,13 +164,13 @@ class ZmqInbox:
             self._accepted += 1
             self._connections[value] = self._accepted
         elif event == zmq.EVENT_DISCONNECTED:
-            self._gone.append(self._connections.get(value, 0))
+            self._ended.append(self._connections.get(value, 0))
             self._bell.ring()
 
     def _first_part(self, deadline: float | None) -> bytes | None:
         """The routing id of the next message; None at the deadline, or when a loss is to be reported first."""
         timeout_ms = 0
-        if not self._gone:
+        if not self._ended and not self._losses:
             timeout_ms = -1 if deadline is None else max(0, math.ceil((deadline - time.monotonic()) * 1000))
         if timeout_ms != self._timeout_ms:
             self._router.rcvtimeo = self._timeout_ms = timeout_ms
@@ -178,7 +184,7 @@ class ZmqInbox:
         router = self._router
         header = router.recv()
         if not router.get(_MORE):
-            self._filter.drop(DropReason.CORRUPT)
+            self._greet_again(sender, header)
             return None
         payload = memoryview(router.recv() if sender.copy else router.recv(copy=False).buffer)
         frame = None
@@ -220,9 +226,27 @@ class ZmqInbox:
         self._guard.catch_up()  # or the descriptor may still stand for the connection that had it before
         connection = self._connections[int(part.get(zmq.SRCFD))]
         self._enter(
-            _Sender(stage=hello.from_stage, routing_id=routing_id, key=key, connection=connection, window=window)
+            _Sender(
+                stage=hello.from_stage,
+                epoch=hello.epoch,
+                routing_id=routing_id,
+                key=key,
+                connection=connection,
+                window=window,
+            )
         )
         self._tell(routing_id, window.grant())
+
+    def _greet_again(self, sender: _Sender, data: bytes) -> None:
+        """A known sender's link goes on in a new epoch."""
+        try:
+            hello = frame_pb2.LinkHello.FromString(data)
+        except DecodeError:
+            hello = frame_pb2.LinkHello()
+        if self._hello_problem(hello) is None and hello.from_stage == sender.stage:
+            sender.epoch = hello.epoch
+        else:
+            self._filter.drop(DropReason.CORRUPT)
 
     def _hello_problem(self, hello: frame_pb2.LinkHello) -> str | None:
         if hello.protocol_version != PROTOCOL_VERSION:
@@ -243,16 +267,17 @@ class ZmqInbox:
         del self._senders[sender.routing_id], self._by_connection[sender.connection]
         if not self._encrypted or sender.key in self._allowed:
             reason = f"its connection closed, or it was silent for {self._options.silence_s:g} s"
-            self._gone.append(PeerLost(sender.stage, reason, inbound=True, public_key=sender.key))
+            self._losses.add(PeerLost(sender.stage, reason, inbound=True, public_key=sender.key), sender)
 
     def _raise_lost(self) -> None:
-        """Report the next peer that went away, unless it was nobody in particular."""
-        while self._gone:
-            gone = self._gone.popleft()
-            if isinstance(gone, PeerLost):
-                raise gone
-            if gone in self._by_connection:
-                self._leave(self._by_connection[gone])
+        """Report the next peer of this epoch that went away, if there is one."""
+        while self._ended:
+            sender = self._by_connection.get(self._ended.popleft())
+            if sender is not None:
+                self._leave(sender)
+        lost = self._losses.take()
+        if lost is not None:
+            raise lost
 
     def _skip_parts(self) -> None:
         while self._router.get(_MORE):

@@ -4,6 +4,7 @@ import math
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 import zmq
 from google.protobuf.message import DecodeError
@@ -23,10 +24,11 @@ RETRY_S = 0.05  # between two tries to connect
 class Connection:
     """What the guard saw of a link's connection. Written by the guard's thread, read by the link's."""
 
-    def __init__(self, silence_s: float, on_lost: Callable[[str], None]) -> None:
+    def __init__(self, silence_s: float, on_lost: "OnLost") -> None:
         self.settled = threading.Event()  # connected, or closed
         self.connected = False
         self.closed: str | None = None
+        self.epoch = 0  # of the link
         self._silence_s = silence_s
         self._on_lost = on_lost
 
@@ -36,7 +38,7 @@ class Connection:
         elif self.closed is None:
             self.closed = self._reason(event)
             if self.connected:
-                self._on_lost(self.closed)
+                self._on_lost(self, self.closed)
         self.settled.set()
 
     def _reason(self, event: zmq.Event) -> str:
@@ -49,6 +51,10 @@ class Connection:
         return "nobody listens there"
 
 
+#: Called in the guard's thread with a connection that was good, and why it is no more.
+OnLost = Callable[[Connection, str], None]
+
+
 class ZmqLink(Link):
     """A connected link. `encode` is Transport.encode of the transport that it belongs to."""
 
@@ -57,12 +63,22 @@ class ZmqLink(Link):
         peer: Peer,
         socket: zmq.Socket[bytes],
         connection: Connection,
+        hello: frame_pb2.LinkHello,
         encode: Callable[[Header, int, memoryview], bytes],
     ) -> None:
         super().__init__(peer)
-        self._socket, self._connection, self._encode = socket, connection, encode
+        self._socket, self._connection, self._hello, self._encode = socket, connection, hello, encode
         self._window = SendWindow()
         self._look_at = FIRST_WINDOW_FRAMES // 4  # look for grants when that many frames were sent
+
+    @property
+    def epoch(self) -> int:
+        return self._connection.epoch
+
+    def confirm(self, epoch: int) -> None:
+        self._connection.epoch = self._hello.epoch = epoch
+        with suppress(zmq.Again):  # the connection has just gone
+            self._socket.send(self._hello.SerializeToString(), zmq.NOBLOCK)
 
     @property
     def closed(self) -> str | None:
@@ -146,7 +162,7 @@ def connect(
     peer: Peer,
     keys: ZmqKeys | None,
     timeout: float,
-    on_lost: Callable[[str], None],
+    on_lost: OnLost,
 ) -> tuple[zmq.Socket[bytes], Connection]:
     """A DEALER whose one connection has passed the handshake. Tries again until `timeout`; raises ConnectFailed."""
     deadline = time.monotonic() + timeout

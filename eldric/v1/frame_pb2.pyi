@@ -476,27 +476,33 @@ Global___SequenceClose: _TypeAlias = SequenceClose  # noqa: Y015
 
 @_typing.final
 class LinkHello(_message.Message):
-    """The first message on a link, for transports whose connections do not say who is at the other end."""
+    """The first message on a link, and again when the link goes on in a new epoch. For transports whose connections do not
+    say who is at the other end.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     PROTOCOL_VERSION_FIELD_NUMBER: _builtins.int
     PIPELINE_ID_FIELD_NUMBER: _builtins.int
     FROM_STAGE_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     pipeline_id: _builtins.str
     from_stage: _builtins.int
-    """Index of the stage that will send on this link."""
+    """Index of the stage that will send on this link. Stays the same."""
+    epoch: _builtins.int
+    """The sender's epoch. The end of a link of an older epoch than the receiver's is of no interest to it."""
     def __init__(
         self,
         *,
         protocol_version: _builtins.int = ...,
         pipeline_id: _builtins.str = ...,
         from_stage: _builtins.int = ...,
+        epoch: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["from_stage", b"from_stage", "pipeline_id", b"pipeline_id", "protocol_version", b"protocol_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "from_stage", b"from_stage", "pipeline_id", b"pipeline_id", "protocol_version", b"protocol_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -342,6 +342,65 @@ def test_stale_epoch_is_dropped_and_a_newer_one_waits(scheme: str) -> None:
         assert [receive(receiver).header.step, receive(receiver).header.step] == [2, 3]
 
 
+def test_end_of_a_neighbour_that_left_the_ring_is_not_reported(scheme: str) -> None:
+    with linked(scheme) as (first, _, leaving), make_transport(scheme, 2) as last:
+        last.allow([first.public_key])
+        first.set_epoch(2)
+        link = first.connect(peer_of(last, last.listen()))
+        leaving.close()
+        assert first.recv(0.2) is None
+        last.set_epoch(2)
+        link.send(numbered(1))
+        assert receive(last).header.step == 1
+
+
+def test_link_of_an_older_epoch_may_end_unnoticed(scheme: str) -> None:
+    with linked(scheme) as (sender, _, receiver):
+        assert receiver.recv(SHORT) is None
+        receiver.set_epoch(2)
+        sender.close()
+        assert receiver.recv(0.2) is None
+        assert receiver.stats.peers == 0
+
+
+def test_link_that_goes_on_in_a_new_epoch_is_missed_when_it_ends(scheme: str) -> None:
+    with make_transport(scheme, 0) as sender, make_transport(scheme, 1) as receiver:
+        receiver.allow([sender.public_key])
+        peer = peer_of(receiver, receiver.listen())
+        link = sender.connect(peer)
+        for epoch in (2, 3, 4):
+            receiver.set_epoch(epoch)
+            sender.set_epoch(epoch)
+            assert sender.connect(peer) is link
+            assert receiver.recv(SHORT) is None
+        link.send(numbered(1))
+        assert receive(receiver).header.epoch == 4
+        sender.close()
+        with pytest.raises(PeerLost):
+            receiver.recv(5)
+
+
+def test_loss_in_an_epoch_that_is_still_to_come_waits_for_it(scheme: str) -> None:
+    with make_transport(scheme, 0) as sender, make_transport(scheme, 1) as receiver:
+        receiver.allow([sender.public_key])
+        sender.set_epoch(2)
+        sender.connect(peer_of(receiver, receiver.listen())).send(numbered(1))
+        sender.close()
+        assert receiver.recv(0.2) is None
+        receiver.set_epoch(2)
+        assert receive(receiver).header.step == 1
+        with pytest.raises(PeerLost):
+            receiver.recv(5)
+
+
+def test_link_that_no_epoch_asked_for_is_closed(scheme: str) -> None:
+    with linked(scheme) as (sender, link, _):
+        sender.set_epoch(2)
+        assert link.closed is None  # connect may still ask for it
+        sender.set_epoch(3)
+        assert link.closed is not None
+
+
 def test_frame_that_a_peer_would_drop_is_not_sent(scheme: str) -> None:
     with linked(scheme, replace(QUICK, max_payload_bytes=1000)) as (_, link, receiver):
         for header, payload in (

@@ -183,6 +183,22 @@ def test_garbage_on_the_port_does_nothing(encrypt: bool) -> None:
         assert receiver.stats.frames == 0
 
 
+def test_connections_that_came_and_went_are_not_mixed_up_with_a_good_one() -> None:
+    """File descriptors are used again at once; ends of strangers are in the queue when the good peer says hello."""
+    with make_transport("zmq", 0) as sender, make_transport("zmq", 1) as receiver:
+        peer = peer_of(receiver, receiver.listen())
+        host, _, port = peer.address.removeprefix("zmq://").rpartition(":")
+        for _ in range(30):
+            socket.create_connection((host, int(port))).close()
+        receiver.allow([sender.public_key])
+        sender.connect(peer).send(numbered(1))
+        assert receive(receiver).header.step == 1
+        assert receiver.recv(0.2) is None
+        sender.close()
+        with pytest.raises(PeerLost):
+            receiver.recv(5)
+
+
 @contextmanager
 def raw_peer(place: Place, kind: int, options: dict[str, bytes]) -> Iterator["zmq.Socket[bytes]"]:
     with zmq.Context() as context, context.socket(kind) as peer:
@@ -197,7 +213,8 @@ def curve(receiver_key: str, public: bytes, secret: bytes) -> dict[str, bytes]:
     return {"curve_publickey": public, "curve_secretkey": secret, "curve_serverkey": receiver_key.encode()}
 
 
-HELLO = frame_pb2.LinkHello(protocol_version=1, pipeline_id=PIPELINE, from_stage=0).SerializeToString()
+HELLO = frame_pb2.LinkHello(protocol_version=1, pipeline_id=PIPELINE, from_stage=0, epoch=1).SerializeToString()
+OTHER_HELLO = frame_pb2.LinkHello(protocol_version=1, pipeline_id=PIPELINE, from_stage=9).SerializeToString()
 FRAME = encode_header(numbered(1), stamp(PIPELINE, 1, 0), 1, 0)
 
 
@@ -240,7 +257,7 @@ def dropped(receiver: Transport, reason: DropReason, at_least: int) -> None:
 
 def test_wrong_part_counts_are_dropped_and_counted() -> None:
     with under_attack() as (receiver, place), insider(receiver, place) as peer:
-        messages = [[b""], [FRAME], [HELLO], [FRAME, b"", b""], [FRAME, *[b"x"] * 5000], [b"", b"", b""]]
+        messages = [[b""], [FRAME], [OTHER_HELLO], [FRAME, b"", b""], [FRAME, *[b"x"] * 5000], [b"", b"", b""]]
         for message in messages:
             peer.send_multipart(message)
         dropped(receiver, DropReason.CORRUPT, len(messages))
