@@ -90,7 +90,7 @@ class Heads:
         when all are full, PipelineLost, and InvalidRequest for what the head refuses.
         """
         problems: list[EldricError] = []
-        for route in _fitting(target, len(job.prompt)):
+        for route in self._pipelines.by_load(_fitting(target, len(job.prompt))):
             with self._pipelines.running(route), contextlib.ExitStack() as stack:
                 call = self._stub(route).Generate(_request(route, target, job))
                 stack.callback(call.cancel)

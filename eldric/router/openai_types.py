@@ -8,7 +8,7 @@ ignored, as llama.cpp does; those that are known and would change the answer, bu
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, field_validator
 from pydantic_core import PydanticCustomError
 
 from eldric.errors import InvalidRequest
@@ -25,6 +25,18 @@ _SMALLEST_TOP_P = 1e-6  # of 32 bits; keeps the most likely token only
 
 class _Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True, allow_inf_nan=False)
+
+
+def _unicode(value: str) -> str:
+    """JSON can spell halves of surrogate pairs, which are no text."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise PydanticCustomError("no_unicode", "valid Unicode: a surrogate stands alone") from None
+    return value
+
+
+Text = Annotated[str, AfterValidator(_unicode)]
 
 
 def _as_stop(value: Any) -> Any:
@@ -47,15 +59,16 @@ def _as_text(value: Any) -> Any:
     return "\n".join(texts)
 
 
-def _as_prompts(value: Any) -> Any:
-    """A list of prompts, each a string or a list of token ids."""
-    if isinstance(value, str) or (isinstance(value, list) and value and _are(int, value)):
-        return [value]
-    if isinstance(value, list) and value and all(isinstance(each, str) or _are(int, each) for each in value):
-        return value
-    raise PydanticCustomError(
-        "wrong_prompt", "a string, an array of strings, an array of token ids, or an array of arrays of token ids"
-    )
+def _as_prompts(value: Any) -> list[str | list[int]]:
+    """A list of prompts, each a text or token ids."""
+    prompts = [value] if isinstance(value, str) or (value and _are(int, value)) else value
+    if not isinstance(prompts, list) or not prompts or not all(isinstance(p, str) or _are(int, p) for p in prompts):
+        raise PydanticCustomError(
+            "wrong_prompt", "a string, an array of strings, an array of token ids, or an array of arrays of token ids"
+        )
+    if len(prompts) > MAX_CHOICES:
+        raise PydanticCustomError("too_many_prompts", f"at most {MAX_CHOICES} prompts")
+    return [_unicode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
 
 
 def _as_bias(value: Any) -> Any:
@@ -81,7 +94,7 @@ class StreamOptions(_Body):
 
 class Message(_Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[str | None, BeforeValidator(_as_text)] = None
+    content: Annotated[Text | None, BeforeValidator(_as_text)] = None
     tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
 
     def for_template(self) -> dict[str, str]:
@@ -92,11 +105,11 @@ class Message(_Body):
 class GenerationBody(_Body):
     """What both endpoints take."""
 
-    model: str | None = None
+    model: Text | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    stop: Annotated[Annotated[list[str], Field(fail_fast=True)] | None, BeforeValidator(_as_stop)] = None
+    stop: Annotated[Annotated[list[Text], Field(fail_fast=True)] | None, BeforeValidator(_as_stop)] = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
@@ -176,7 +189,7 @@ class ChatBody(GenerationBody):
 
 
 class CompletionBody(GenerationBody):
-    prompt: Annotated[list[Any], BeforeValidator(_as_prompts), Field(max_length=MAX_CHOICES)]
+    prompt: Annotated[list[str | list[int]], PlainValidator(_as_prompts)]
     max_tokens: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
@@ -194,15 +207,15 @@ class CompletionBody(GenerationBody):
 
 
 class TokenizeBody(_Body):
-    model: str | None = None
-    content: str
+    model: Text | None = None
+    content: Text
     add_special: bool = False
     parse_special: bool = True
     with_pieces: bool = False
 
 
 class DetokenizeBody(_Body):
-    model: str | None = None
+    model: Text | None = None
     tokens: Annotated[list[TokenId], Field(fail_fast=True)]
 
 

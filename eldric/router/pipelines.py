@@ -84,16 +84,15 @@ class Pipelines:
     # What a request asks
 
     def routes(self, name: str) -> list[Route]:
-        """The ready pipelines that answer for a pipeline's or a model's name, the one to try first first.
+        """The ready pipelines that answer for a pipeline's or a model's name.
 
         A pipeline's own name stands for it alone, unless it is also its model's: then all replicas of the model are
         meant. Raises ModelNotFound, PipelineLoading, PipelineLost.
         """
         entries = self._named(name)
-        ready = {entry.route.id: entry for entry in entries if entry.info.state == READY}
+        ready = [entry.route for entry in entries if entry.info.state == READY]
         if ready:
-            replicas = [Replica(id, entry.others, entry.own, entry.last_pick) for id, entry in ready.items()]
-            return [ready[id].route for id in by_load(replicas)]
+            return ready
         loading = [entry.info for entry in entries if entry.info.state == DEPLOYING]
         if loading:
             furthest = max(loading, key=lambda info: info.progress)
@@ -128,6 +127,16 @@ class Pipelines:
 
     def ready_routes(self) -> list[Route]:
         return [entry.route for entry in self._entries.values() if entry.info.state == READY]
+
+    def by_load(self, routes: Iterable[Route]) -> list[Route]:
+        """The routes, the one to try first first. Enter `running` before anything else happens: it is a load."""
+        by_id = {route.id: route for route in routes}
+        entries = [(id, self._entries.get(id)) for id in by_id]
+        replicas = [
+            Replica(id, entry.others, entry.own, entry.last_pick) if entry else Replica(id, 0, 0, 0)
+            for id, entry in entries
+        ]
+        return [by_id[id] for id in by_load(replicas)]
 
     @contextlib.contextmanager
     def running(self, route: Route) -> Iterator[None]:

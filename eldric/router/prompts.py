@@ -19,7 +19,7 @@ SHORT_CHARACTERS = 200
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A model that was asked for: its ready pipelines in the order to try them, and its vocabulary."""
+    """A model that was asked for: its ready pipelines and its vocabulary."""
 
     name: str
     routes: tuple[Route, ...]

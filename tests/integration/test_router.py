@@ -1,0 +1,528 @@
+"""A router on real sockets, between OpenAI's own client and a head that says what a test wants."""
+
+import asyncio
+import contextlib
+import json
+import socket
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from eldric import node, web
+from eldric.engine.errors import InvalidSampling
+from eldric.errors import QueueIsFull, Unavailable
+from eldric.v1 import inference_pb2, pipeline_pb2
+from tests.fake_cluster import FakeCluster, fake_cluster, speak
+
+HELLO: list[Any] = [{"role": "user", "content": "Tell me a story."}]
+STORY = "Once upon a time there was a little dog."
+
+
+@pytest.fixture
+async def cluster(tmp_path: Path) -> AsyncIterator[FakeCluster]:
+    async with fake_cluster(tmp_path) as made:
+        made.head.say = speak(made.words(STORY))
+        yield made
+
+
+@contextlib.asynccontextmanager
+async def client_of(cluster: FakeCluster) -> AsyncIterator[openai.AsyncOpenAI]:
+    async with openai.AsyncOpenAI(base_url=f"{cluster.url}/v1", api_key="none", max_retries=0, timeout=10) as made:
+        yield made
+
+
+@contextlib.asynccontextmanager
+async def http_of(cluster: FakeCluster) -> AsyncIterator[httpx.AsyncClient]:
+    async with httpx.AsyncClient(base_url=cluster.url, timeout=10) as made:
+        yield made
+
+
+async def until(condition: Any) -> None:
+    async with asyncio.timeout(5):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+def endless(token: int) -> Any:
+    """Says a token again and again, and lets others run in between."""
+
+    async def say(request: inference_pb2.GenerateRequest) -> AsyncIterator[inference_pb2.Delta]:
+        while True:
+            yield inference_pb2.Delta(tokens=[inference_pb2.GeneratedToken(id=token)])
+            await asyncio.sleep(0.001)
+
+    return say
+
+
+async def silent(request: inference_pb2.GenerateRequest) -> AsyncIterator[inference_pb2.Delta]:
+    await asyncio.Event().wait()
+    yield inference_pb2.Delta()
+
+
+# OpenAI's client
+
+
+async def test_the_async_client_streams_a_chat(cluster: FakeCluster) -> None:
+    async with client_of(cluster) as client:
+        stream = await client.chat.completions.create(
+            model="storyteller", messages=HELLO, stream=True, stream_options={"include_usage": True}
+        )
+        chunks = [chunk async for chunk in stream]
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == STORY
+    assert chunks[-2].choices[0].finish_reason == "length"
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens == len(cluster.words(STORY))
+    assert {chunk.id for chunk in chunks} == {chunks[0].id}
+    assert all(chunk.system_fingerprint and chunk.created and chunk.model == "storyteller" for chunk in chunks)
+    assert len(chunks) > 4
+
+
+async def test_the_sync_client_streams_a_chat_and_gets_it_whole(cluster: FakeCluster) -> None:
+    def ask() -> tuple[str, str | None]:
+        with openai.OpenAI(base_url=f"{cluster.url}/v1", api_key="none", max_retries=0, timeout=10) as client:
+            stream = client.chat.completions.create(model="storyteller", messages=HELLO, stream=True)
+            text = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+            whole = client.chat.completions.create(model="storyteller", messages=HELLO)
+            return text, whole.choices[0].message.content
+
+    assert await asyncio.to_thread(ask) == (STORY, STORY)
+
+
+async def test_a_chat_is_rendered_by_the_models_template(cluster: FakeCluster) -> None:
+    async with client_of(cluster) as client:
+        answer = await client.chat.completions.create(model="storyteller", messages=HELLO)
+    prompt = cluster.tokenizer.decode(cluster.head.requests[0].tokens.ids, special=True)
+    assert prompt.endswith("<|user|>\nTell me a story.<|end|>\n<|assistant|>\n")
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens == len(cluster.head.requests[0].tokens.ids)
+
+
+async def test_completions_take_choices_prompts_and_echo(cluster: FakeCluster) -> None:
+    async with client_of(cluster) as client:
+        answer = await client.completions.create(
+            model="storyteller", prompt=["A dog", "A cat"], n=2, seed=7, echo=True, max_tokens=3
+        )
+    assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
+    begin = cluster.tokenizer.decode(cluster.words(STORY)[:3])
+    assert [choice.text for choice in answer.choices] == [
+        prompt + begin for prompt in ("A dog", "A dog", "A cat", "A cat")
+    ]
+    seeds = {request.request_id[-1]: request.sampling.seed for request in cluster.head.requests}
+    assert seeds["0"] == seeds["2"] == 7
+    assert seeds["1"] == seeds["3"] != 7
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == 12
+    first = min(cluster.head.requests, key=lambda request: request.request_id).tokens.ids
+    assert list(first) == [cluster.tokenizer.bos_id, *cluster.words("A dog")]
+
+
+async def test_several_choices_stream_side_by_side(cluster: FakeCluster) -> None:
+    async with client_of(cluster) as client:
+        stream = await client.completions.create(model="storyteller", prompt="A", n=3, stream=True)
+        texts, reasons = ["", "", ""], {}
+        async for chunk in stream:
+            for choice in chunk.choices:
+                texts[choice.index] += choice.text
+                reasons[choice.index] = choice.finish_reason
+    assert texts == [STORY] * 3
+    assert reasons == dict.fromkeys(range(3), "length")
+
+
+async def test_parameters_reach_the_head(cluster: FakeCluster) -> None:
+    async with client_of(cluster) as client:
+        await client.chat.completions.create(
+            model="storyteller",
+            messages=HELLO,
+            temperature=0.5,
+            max_completion_tokens=4,
+            logit_bias={"5": -100},
+            extra_body={"top_k": 3, "ignore_eos": True, "repeat_penalty": 1.25},
+        )
+        await client.chat.completions.create(model="storyteller", messages=HELLO)
+    first, second = cluster.head.requests
+    assert (first.max_tokens, first.sampling.temperature, first.sampling.top_k) == (4, 0.5, 3)
+    assert (dict(first.sampling.logit_bias), first.sampling.repetition_penalty) == ({5: -100}, 1.25)
+    assert (first.ignore_eos, list(first.stop_tokens)) == (True, [])
+    assert (second.max_tokens, second.sampling.ByteSize()) == (0, 0)
+    assert list(second.stop_tokens) == sorted(cluster.tokenizer.eog_ids)
+
+
+async def test_a_stop_string_across_tokens_ends_the_text_and_the_generation(cluster: FakeCluster) -> None:
+    words = cluster.words(STORY)
+
+    async def say(request: inference_pb2.GenerateRequest) -> AsyncIterator[inference_pb2.Delta]:
+        for token in words:
+            yield inference_pb2.Delta(tokens=[inference_pb2.GeneratedToken(id=token, logprob=-1)])
+        await asyncio.Event().wait()
+
+    cluster.head.say = say
+    async with client_of(cluster) as client:
+        stream = await client.chat.completions.create(
+            model="storyteller", messages=HELLO, stop=["nothing", "e th"], stream=True
+        )
+        chunks = [chunk.choices[0] async for chunk in stream]
+        assert "".join(choice.delta.content or "" for choice in chunks) == "Once upon a tim"
+        assert chunks[-1].finish_reason == "stop"
+        await asyncio.wait_for(cluster.head.cancelled.wait(), 5)
+        whole = await client.chat.completions.create(
+            model="storyteller", messages=HELLO, stop=" a", logprobs=True, top_logprobs=1
+        )
+    assert whole.choices[0].message.content == "Once upon"
+    assert whole.choices[0].logprobs is not None
+    assert "".join(each.token for each in whole.choices[0].logprobs.content or []) == "Once upon"
+    await until(lambda: cluster.head.running == 0)
+
+
+async def test_characters_are_never_cut(cluster: FakeCluster) -> None:
+    text = "naïve — 日本 🙂"
+    tokens = cluster.words(text)
+    assert cluster.tokenizer.decode(tokens) == text
+    cluster.head.say = speak(tokens)
+    async with client_of(cluster) as client:
+        stream = await client.completions.create(model="storyteller", prompt="A", stream=True)
+        pieces = [chunk.choices[0].text async for chunk in stream]
+    assert "".join(pieces) == text
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+async def test_logprobs_of_streams_are_those_of_whole_answers(cluster: FakeCluster) -> None:
+    async with client_of(cluster) as client:
+        whole = await client.chat.completions.create(model="storyteller", messages=HELLO, logprobs=True, top_logprobs=2)
+        stream = await client.chat.completions.create(
+            model="storyteller", messages=HELLO, logprobs=True, top_logprobs=2, stream=True
+        )
+        streamed = [
+            entry
+            async for chunk in stream
+            if chunk.choices[0].logprobs
+            for entry in chunk.choices[0].logprobs.content or []
+        ]
+        plain = await client.completions.create(model="storyteller", prompt="A", logprobs=2)
+    assert whole.choices[0].logprobs is not None
+    content = whole.choices[0].logprobs.content or []
+    assert streamed == content
+    assert "".join(entry.token for entry in content) == STORY
+    assert all(len(entry.top_logprobs) == 2 for entry in content)
+    assert plain.choices[0].logprobs is not None
+    assert plain.choices[0].logprobs.tokens == [entry.token for entry in content]
+    assert plain.choices[0].logprobs.token_logprobs == [entry.logprob for entry in content]
+
+
+async def test_models_are_listed(cluster: FakeCluster) -> None:
+    await cluster.put(cluster.info("second"))
+    async with client_of(cluster) as client:
+        models = [model async for model in client.models.list()]
+        assert [model.id for model in models] == ["second", "storyteller"]
+        assert (await client.models.retrieve("second")).created == 1_700_000_000
+        with pytest.raises(openai.NotFoundError):
+            await client.models.retrieve("third")
+
+
+async def test_a_model_name_may_be_left_out_while_there_is_one(cluster: FakeCluster) -> None:
+    async with http_of(cluster) as http:
+        assert (await http.post("/v1/completions", json={"prompt": "A"})).status_code == 200
+        await cluster.put(cluster.info("other", model="another"))
+        answer = await http.post("/v1/completions", json={"prompt": "A"})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "model")
+
+
+# Errors
+
+
+async def test_an_unknown_model_is_404_with_the_known_ones(cluster: FakeCluster) -> None:
+    async with client_of(cluster) as client:
+        with pytest.raises(openai.NotFoundError, match="storyteller") as caught:
+            await client.chat.completions.create(model="gpt-9", messages=HELLO)
+    assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
+
+
+async def test_a_prompt_beyond_the_context_is_refused(cluster: FakeCluster) -> None:
+    long: list[Any] = [{"role": "user", "content": "little dog " * 100}]
+    async with client_of(cluster) as client:
+        with pytest.raises(openai.BadRequestError, match="128") as caught:
+            await client.chat.completions.create(model="storyteller", messages=long)
+    assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "messages")
+    assert cluster.head.requests == []
+
+
+async def test_a_full_queue_is_429_with_retry_after(cluster: FakeCluster) -> None:
+    cluster.head.error = QueueIsFull("all slots are taken", 7)
+    async with client_of(cluster) as client:
+        with pytest.raises(openai.RateLimitError) as caught:
+            await client.chat.completions.create(model="storyteller", messages=HELLO, stream=True)
+    assert caught.value.response.headers["retry-after"] == "7"
+
+
+async def test_a_loading_model_is_503_with_its_progress(cluster: FakeCluster) -> None:
+    await cluster.put(cluster.info(state=pipeline_pb2.DEPLOYING, progress=0.25))
+    async with http_of(cluster) as http:
+        answer = await http.post("/v1/chat/completions", json={"model": "storyteller", "messages": HELLO})
+        health = await http.get("/health")
+    assert (answer.status_code, answer.json()["error"]["progress"]) == (503, 0.25)
+    assert answer.json()["error"]["code"] == "model_loading"
+    assert int(answer.headers["retry-after"]) >= 1
+    assert (health.status_code, health.json()["progress"]) == (503, 0.25)
+    await cluster.put(cluster.info())
+    async with http_of(cluster) as http:
+        assert (await http.get("/health")).status_code == 200
+
+
+async def test_a_degraded_model_is_503(cluster: FakeCluster) -> None:
+    await cluster.put(cluster.info(state=pipeline_pb2.DEGRADED, message="worker w2 is lost"))
+    async with client_of(cluster) as client:
+        with pytest.raises(openai.InternalServerError, match="worker w2 is lost") as caught:
+            await client.completions.create(model="storyteller", prompt="A")
+    assert caught.value.status_code == 503
+
+
+async def test_a_head_that_is_gone_is_503(cluster: FakeCluster) -> None:
+    await cluster.head_nodes["w1"].stop()
+    async with client_of(cluster) as client:
+        with pytest.raises(openai.InternalServerError) as caught:
+            await client.completions.create(model="storyteller", prompt="A")
+    assert caught.value.status_code == 503
+
+
+async def test_a_stage_lost_in_mid_stream_is_an_error_event_and_no_done(cluster: FakeCluster) -> None:
+    words = cluster.words("Once upon")
+
+    async def say(request: inference_pb2.GenerateRequest) -> AsyncIterator[inference_pb2.Delta]:
+        for token in words:
+            yield inference_pb2.Delta(tokens=[inference_pb2.GeneratedToken(id=token)])
+        raise Unavailable("stage 1 on w2 is lost")
+
+    cluster.head.say = say
+    async with http_of(cluster) as http:
+        answer = await http.post("/v1/completions", json={"prompt": "A", "stream": True, "n": 2})
+    events = [line for line in answer.text.split("\n\n") if line]
+    assert "[DONE]" not in answer.text
+    assert "stage 1 on w2 is lost" in json.loads(events[-1][6:])["error"]["message"]
+    assert json.loads(events[-1][6:])["error"]["type"] == "server_error"
+    async with client_of(cluster) as client:
+        with pytest.raises(openai.APIError, match="stage 1 on w2 is lost"):
+            async for _ in await client.chat.completions.create(model="storyteller", messages=HELLO, stream=True):
+                pass
+        with pytest.raises(openai.InternalServerError, match="stage 1 on w2 is lost") as caught:
+            await client.chat.completions.create(model="storyteller", messages=HELLO)
+    assert caught.value.status_code == 503
+    assert cluster.head.running == 0
+
+
+async def test_what_the_head_refuses_is_a_client_error(cluster: FakeCluster) -> None:
+    cluster.head.error = InvalidSampling("temperature", "at most 2", 9)
+    async with client_of(cluster) as client:
+        with pytest.raises(openai.BadRequestError, match="at most 2"):
+            await client.completions.create(model="storyteller", prompt="A", temperature=9)
+
+
+# Clients that go away
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_client_that_goes_away_cancels(cluster: FakeCluster, stream: bool) -> None:
+    cluster.head.say = silent
+    body = json.dumps({"prompt": "A", "stream": stream}).encode()
+    host, port = cluster.url.removeprefix("http://").split(":")
+    _, writer = await asyncio.open_connection(host, int(port))
+    writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body))
+    await until(lambda: cluster.head.running == 1)
+    writer.close()
+    await writer.wait_closed()
+    await asyncio.wait_for(cluster.head.cancelled.wait(), 5)
+    async with http_of(cluster) as http:
+        metrics = (await http.get("/metrics")).text
+    assert "eldric_router_active_generations 0.0" in metrics
+
+
+async def test_a_client_that_reads_nothing_holds_up_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its tokens are read from the head all the same, and joined to a few chunks when it reads at last."""
+
+    def bind_small(host: str, port: int, option: str) -> socket.socket:
+        bound = web.bind(host, port, option)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # connections inherit it
+        return bound
+
+    monkeypatch.setattr(node, "bind", bind_small)
+    count = 2000
+    async with fake_cluster(tmp_path) as cluster:
+        cluster.head.say = speak([20] * count)
+        body = json.dumps({"prompt": "A", "stream": True}).encode()
+        host, port = cluster.url.removeprefix("http://").split(":")
+        small = socket.socket()
+        small.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        small.connect((host, int(port)))
+        reader, writer = await asyncio.open_connection(sock=small, limit=2048)
+        writer.write(
+            b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: %d\r\n\r\n%b"
+            % (len(body), body)
+        )
+        await until(lambda: cluster.head.requests and not cluster.head.running)
+        received = await asyncio.wait_for(reader.read(), 10)
+        writer.close()
+        await writer.wait_closed()
+    assert b"[DONE]" in received
+    assert received.count(b"data: ") < count / 2
+
+
+async def test_many_requests_some_cancelled_leave_nothing_behind(cluster: FakeCluster) -> None:
+    async def one(number: int, client: openai.AsyncOpenAI) -> None:
+        stream = await client.chat.completions.create(model="storyteller", messages=HELLO, stream=True)
+        async for _ in stream:
+            if number % 3 == 0:
+                await stream.close()
+                return
+
+    async with client_of(cluster) as client:
+        await one(1, client)
+        await asyncio.gather(*(one(number, client) for number in range(20)))
+        before = len(asyncio.all_tasks())
+        for _ in range(3):
+            await asyncio.gather(*(one(number, client) for number in range(20)))
+        await until(lambda: cluster.head.running == 0)
+        await until(lambda: len(asyncio.all_tasks()) <= before + 2)
+    async with http_of(cluster) as http:
+        assert "eldric_router_active_generations 0.0" in (await http.get("/metrics")).text
+
+
+# Replicas, and the way to the vocabulary
+
+
+async def test_requests_go_to_the_replica_with_least_to_do(tmp_path: Path) -> None:
+    async with fake_cluster(tmp_path, heads=("w1", "w2")) as cluster, http_of(cluster) as http:
+        await cluster.put(cluster.info("second", "w2"))
+        cluster.heads["w1"].say = cluster.heads["w2"].say = silent
+        body = {"model": "storyteller", "prompt": "A"}
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(http.post("/v1/completions", json=body)) for _ in range(6)]
+            await until(lambda: sum(head.running for head in cluster.heads.values()) == 6)
+            assert {name: head.running for name, head in cluster.heads.items()} == {"w1": 3, "w2": 3}
+            for task in tasks:
+                task.cancel()
+        await until(lambda: all(head.running == 0 for head in cluster.heads.values()))
+
+
+async def test_a_replica_that_is_full_or_lost_is_passed_over(tmp_path: Path) -> None:
+    async with fake_cluster(tmp_path, heads=("w1", "w2")) as cluster, http_of(cluster) as http:
+        await cluster.put(cluster.info("second", "w2"))
+        body = {"model": "storyteller", "prompt": "A"}
+        cluster.heads["w1"].error = QueueIsFull("full")
+        for _ in range(3):
+            answer = await http.post("/v1/completions", json=body)
+            assert (answer.status_code, answer.headers["x-eldric-pipeline"]) == (200, "second")
+        cluster.heads["w2"].error = Unavailable("stage 1 is lost")
+        assert (await http.post("/v1/completions", json=body)).status_code == 429
+        await cluster.head_nodes["w1"].stop()
+        assert (await http.post("/v1/completions", json=body)).status_code == 503
+
+
+async def test_a_pipeline_that_is_removed_is_forgotten(cluster: FakeCluster) -> None:
+    cluster.pipelines.drop("id-storyteller")
+    await until(lambda: not cluster.router.pipelines.names())
+    async with http_of(cluster) as http:
+        assert (await http.post("/v1/completions", json={"model": "storyteller", "prompt": "A"})).status_code == 404
+        assert (await http.get("/health")).status_code == 200
+
+
+async def test_the_vocabulary_comes_from_a_data_worker_when_the_file_is_not_here(tmp_path: Path) -> None:
+    async with fake_cluster(tmp_path, store=True, deployed=False) as cluster, http_of(cluster) as http:
+        assert cluster.store is not None
+        cluster.store.path = cluster.store.path.with_name("storyteller-q8_0.gguf")
+        await cluster.put(cluster.info())
+        answers = await asyncio.gather(
+            *(http.post("/v1/completions", json={"model": "storyteller", "prompt": "A"}) for _ in range(4))
+        )
+    assert [answer.status_code for answer in answers] == [200] * 4
+    assert cluster.store.pulls == 1
+
+
+async def test_another_file_than_the_deployed_one_is_not_used(tmp_path: Path) -> None:
+    async with fake_cluster(tmp_path, store=True, deployed=False) as cluster, http_of(cluster) as http:
+        info = cluster.info()
+        info.source.header_sha256 = b"\0" * 32
+        await cluster.put(info)
+        answer = await http.post("/v1/completions", json={"model": "storyteller", "prompt": "A"})
+    assert answer.status_code == 500
+    assert "not the file that was deployed" in answer.json()["error"]["message"]
+
+
+async def test_without_a_data_worker_text_waits_for_one(cluster: FakeCluster) -> None:
+    info = cluster.info("far")
+    info.source.folder = "/nowhere"
+    info.source.header_sha256 = b"\1" * 32
+    await cluster.put(info)
+    async with http_of(cluster) as http:
+        answer = await http.post("/v1/completions", json={"model": "far", "prompt": "A"})
+    assert answer.status_code == 503
+    assert "data worker" in answer.json()["error"]["message"]
+
+
+# The node
+
+
+async def test_metrics_count_tokens_and_requests(cluster: FakeCluster) -> None:
+    async with http_of(cluster) as http:
+        await http.post("/v1/completions", json={"prompt": "A"})
+        await http.post("/v1/completions", json={"prompt": 5})
+        metrics = (await http.get("/metrics")).text
+    count = len(cluster.words(STORY))
+    assert f'eldric_router_generated_tokens_total{{pipeline="storyteller"}} {count}.0' in metrics
+    assert 'eldric_router_time_to_first_token_seconds_count{pipeline="storyteller"} 1.0' in metrics
+    assert f'eldric_router_inter_token_seconds_count{{pipeline="storyteller"}} {count - 1}.0' in metrics
+    assert 'eldric_router_requests_total{code="200",endpoint="/v1/completions"} 1.0' in metrics
+    assert 'eldric_router_requests_total{code="400",endpoint="/v1/completions"} 1.0' in metrics
+    assert 'eldric_router_generations_total{pipeline="storyteller",reason="length"} 1.0' in metrics
+
+
+async def test_a_router_that_ends_lets_streams_end_first(tmp_path: Path) -> None:
+    gate = asyncio.Event()
+    async with fake_cluster(tmp_path) as cluster, client_of(cluster) as client, http_of(cluster) as http:
+        (token, *_) = cluster.words("dog")
+
+        async def say(request: inference_pb2.GenerateRequest) -> AsyncIterator[inference_pb2.Delta]:
+            yield inference_pb2.Delta(tokens=[inference_pb2.GeneratedToken(id=token)])
+            await gate.wait()
+            yield inference_pb2.Delta(tokens=[inference_pb2.GeneratedToken(id=token)])
+
+        cluster.head.say = say
+        stream = await client.completions.create(model="storyteller", prompt="A", stream=True)
+        assert (await anext(stream)).choices[0].text
+        stopping = asyncio.create_task(cluster.router.node.stop())
+        await until(lambda: cluster.router.node.draining)
+        refused = await http.post("/v1/completions", json={"prompt": "A"})
+        assert refused.status_code == 503
+        gate.set()
+        rest = [chunk.choices[0] async for chunk in stream]
+        assert rest[-1].finish_reason == "length"
+        await asyncio.wait_for(stopping, 5)
+
+
+async def test_more_requests_than_the_router_takes_are_refused(tmp_path: Path) -> None:
+    async with fake_cluster(tmp_path, max_requests=2) as cluster, http_of(cluster) as http:
+        cluster.head.say = silent
+        body = {"prompt": "A"}
+        assert (await http.post("/v1/completions", json={**body, "n": 3})).status_code == 429
+        running = [asyncio.create_task(http.post("/v1/completions", json=body)) for _ in range(2)]
+        await until(lambda: cluster.head.running == 2)
+        answer = await http.post("/v1/completions", json=body)
+        assert (answer.status_code, answer.json()["error"]["type"]) == (429, "rate_limit_error")
+        for task in running:
+            task.cancel()
+        await until(lambda: cluster.head.running == 0)
+
+
+async def test_a_body_over_the_limit_is_413(tmp_path: Path) -> None:
+    async with fake_cluster(tmp_path, max_body_bytes=1000) as cluster, http_of(cluster) as http:
+        answer = await http.post("/v1/completions", json={"prompt": "x" * 2000})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (413, "request_too_large")
+
+
+async def test_the_http_port_serves_nothing_of_the_cluster(cluster: FakeCluster) -> None:
+    async with http_of(cluster) as http:
+        for path in ("/api/v1/nodes", "/api/v1/pipeline/status", "/api/v1/models/registry"):
+            assert (await http.get(path)).status_code == 404

@@ -1,0 +1,107 @@
+"""Bodies of HTTP requests: limits, and JSON that is none or too much."""
+
+import asyncio
+import json
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from starlette.requests import Request
+
+from eldric.router import http_body
+from eldric.router.errors import InvalidParameter
+from eldric.router.http_body import parse_object, read_body
+
+
+def request_of(chunks: Iterable[bytes], headers: dict[str, str] | None = None) -> Request:
+    messages = [{"type": "http.request", "body": chunk, "more_body": True} for chunk in chunks]
+    messages.append({"type": "http.request", "body": b"", "more_body": False})
+    pending = iter(messages)
+
+    async def receive() -> Any:
+        return next(pending)
+
+    raw = [(key.encode(), value.encode()) for key, value in (headers or {}).items()]
+    return Request({"type": "http", "method": "POST", "path": "/", "headers": raw}, receive)
+
+
+async def read(chunks: Iterable[bytes], limit: int = 1000, headers: dict[str, str] | None = None) -> Any:
+    with ThreadPoolExecutor(1) as executor:
+        return await read_body(request_of(chunks, headers), limit, executor, lambda body: body)
+
+
+async def test_a_body_comes_in_pieces() -> None:
+    assert await read([b'{"a":', b" 1}"]) == {"a": 1}
+
+
+async def test_a_large_body_is_parsed_as_well() -> None:
+    text = "x" * (2 * http_body.SMALL_BYTES)
+    assert await read([json.dumps({"a": text}).encode()], limit=10**6) == {"a": text}
+
+
+async def test_a_body_over_the_limit_is_refused_before_its_end() -> None:
+    with pytest.raises(InvalidParameter) as caught:
+        await read([b"x" * 600, b"x" * 600])
+    assert caught.value.http_code == 413
+
+
+async def test_a_body_that_says_it_is_too_long_is_not_read() -> None:
+    with pytest.raises(InvalidParameter) as caught:
+        await read([], headers={"content-length": "1001"})
+    assert caught.value.http_code == 413
+
+
+async def test_a_body_that_does_not_come_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_body, "READ_TIMEOUT_S", 0.01)
+
+    async def receive() -> Any:
+        await asyncio.Event().wait()
+
+    request = Request({"type": "http", "method": "POST", "path": "/", "headers": []}, receive)
+    with ThreadPoolExecutor(1) as executor, pytest.raises(InvalidParameter) as caught:
+        await read_body(request, 100, executor, lambda body: body)
+    assert caught.value.http_code == 408
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b'"x"',
+        b"\xff\xfe",
+        b'{"a": NaN}',
+        b'{"a": -Infinity}',
+        b'{"a": 1} x',
+        b'{"a": ' + b"1" * 5000 + b"}",
+        b'{"a": ' + b"[" * 20_000,
+        b'{"a": "\xff"}',
+    ],
+)
+def test_what_is_no_object_is_refused(body: bytes) -> None:
+    with pytest.raises(InvalidParameter) as caught:
+        parse_object(body)
+    assert (caught.value.http_code, caught.value.code) == (400, "invalid_json")
+
+
+@pytest.mark.parametrize("body", [b'{"a":[' + b"[]," * 60_000 + b"1]}", b'{"a":[' + b"1," * 2_100_000 + b"1]}"])
+def test_a_body_of_very_many_values_is_refused_unparsed(body: bytes) -> None:
+    with pytest.raises(InvalidParameter, match="too complex"):
+        parse_object(body)
+
+
+def test_brackets_and_commas_in_a_text_do_not_count() -> None:
+    text = '[{"a": 1},' * 60_000
+    assert parse_object(json.dumps({"content": text}).encode()) == {"content": text}
+
+
+def test_strings_that_do_not_end_are_looked_through_once() -> None:
+    body = b"[" * 60_000 + b'"' + b'\\"' * 2_000_000
+    began = time.process_time()
+    with pytest.raises(InvalidParameter):
+        parse_object(body)
+    assert time.process_time() - began < 5
