@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any
 
+from eldric.errors import Unavailable
 from eldric.v1 import pipeline_pb2
 
 #: Events that a slow follower may be behind; of progress only the newest counts.
@@ -44,7 +45,9 @@ class Operation:
         try:
             while (event := await self._events.get()) is not None:
                 yield event
-            yield pipeline_pb2.DeployEvent(ready=await asyncio.shield(self._task))
+            if self._task.cancelled():
+                raise Unavailable("it was ended before the pipeline was ready: undeployed, or its controller is ending")
+            yield pipeline_pb2.DeployEvent(ready=self._task.result())
         finally:
             if not self._task.done():
                 self.cancel()

@@ -1,0 +1,206 @@
+"""Processes that die: workers under a controller, and the controller itself, with kill -9."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from eldric.errors import NotFound, Unavailable
+from eldric.v1 import pipeline_pb2, registry_pb2, stage_pb2
+from tests.controllers import ControllerProcess, World, controller_elsewhere, controller_here
+from tests.workers import Gate, issue, until
+
+READY, DEGRADED = pipeline_pb2.READY, pipeline_pb2.DEGRADED
+
+#: A dead process is noticed after some 50 ms; the lease of these tests is 1.5 s. The bound allows for slow machines.
+NOTICED_S = 1.0
+
+
+@pytest.fixture
+async def world(tmp_path: Path) -> AsyncIterator[World]:
+    """Two workers in this process and a store."""
+    async with controller_here(tmp_path) as (made, _):
+        await made.add_store()
+        await made.add_workers("a", "b")
+        yield made
+
+
+@pytest.fixture
+async def elsewhere(tmp_path: Path) -> AsyncIterator[tuple[World, ControllerProcess]]:
+    """Three workers and a store in this process, the controller in another."""
+    async with controller_elsewhere(tmp_path) as (made, process):
+        await made.add_store()
+        await made.add_workers("a", "b", "c")
+        yield made, process
+
+
+@contextlib.asynccontextmanager
+async def victim(world: World, name: str = "victim") -> AsyncIterator[asyncio.subprocess.Process]:
+    """A worker in a process of its own, registered."""
+    folder = issue(world.authority, world.folder, "worker", name)
+    arguments = "-m", "tests.workers", str(folder), world.address, name
+    process = await asyncio.create_subprocess_exec(sys.executable, *arguments, start_new_session=True)
+    try:
+        async with asyncio.timeout(20):
+            while (await world.calls.nodes()).get(name) != "UP":
+                await asyncio.sleep(0.02)
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGKILL)
+        await process.wait()
+
+
+async def test_a_killed_worker_is_lost_at_once_and_the_head_is_told(world: World) -> None:
+    watching = world.calls.registry.Watch(registry_pb2.WatchNodesRequest(kind=registry_pb2.WORKER))
+    async with victim(world) as process:
+        await world.calls.deploy(stages=3)
+        began = time.monotonic()
+        process.kill()
+        async for event in watching:
+            if event.node.name == "victim" and event.node.state == registry_pb2.LOST:
+                break
+        noticed_s = time.monotonic() - began
+        await asyncio.wait_for(world.workers["a"].degraded.wait(), 1.0)
+        told_s = time.monotonic() - began
+    watching.cancel()
+    info = await world.calls.status()
+    assert (info.state, info.message) == (DEGRADED, "victim is lost: its process is gone")
+    assert noticed_s < NOTICED_S and told_s < NOTICED_S, f"noticed after {noticed_s:.3f} s, told after {told_s:.3f} s"
+
+
+async def test_a_frozen_worker_is_lost_with_its_lease_and_welcome_back(world: World) -> None:
+    async with victim(world) as process:
+        await world.calls.deploy(stages=3)
+        process.send_signal(signal.SIGSTOP)
+        began = time.monotonic()
+        info = await world.calls.wait_for(DEGRADED)
+        assert info.message.startswith("victim is lost: no beat for")
+        assert time.monotonic() - began > 1.0
+        process.send_signal(signal.SIGCONT)
+        info = await world.calls.wait_for(READY)
+        assert (info.epoch, info.message) == (1, "")
+        assert not world.workers["a"].degraded.is_set()
+
+
+async def test_a_worker_that_dies_while_it_loads_fails_the_deploy_with_its_name(world: World) -> None:
+    gate = world.workers["b"].gates["Load"] = Gate()
+    async with victim(world) as process:
+        deploying = asyncio.create_task(world.calls.deploy(stages=3))
+        await gate.arrived.wait()
+        os.kill(process.pid, signal.SIGKILL)
+        del world.workers["b"].gates["Load"]
+        with pytest.raises(Unavailable, match="stage 2 on victim"):
+            await deploying
+    assert world.stages() == []
+
+
+async def test_a_worker_that_restarts_under_its_name_has_lost_its_stages(world: World) -> None:
+    async with victim(world):
+        await world.calls.deploy(stages=3)
+    async with victim(world):
+        info = await world.calls.wait_for(DEGRADED)
+        assert info.message == "victim restarted and lost its stage"
+        assert (await world.calls.rebalance())[-1].ready.state == READY
+
+
+async def test_a_restarted_controller_finds_its_pipelines_running(elsewhere: tuple[World, ControllerProcess]) -> None:
+    world, process = elsewhere
+    before = (await world.calls.deploy(stages=3))[-1].ready
+    calls = {name: len(worker.calls) for name, worker in world.workers.items()}
+    await process.kill()
+    await process.start()
+    info = await world.calls.wait_for(READY)
+    assert (info.id, info.epoch, info.created_at) == (before.id, 1, before.created_at)
+    assert [stage.worker for stage in info.stages] == ["a", "b", "c"]
+    await asyncio.sleep(0.7)  # three answers: nothing is unloaded, nothing was loaded again
+    assert world.stages() == [("a", 1, 0), ("b", 1, 1), ("c", 1, 2)]
+    loads = {name: len(worker.called("Load")) for name, worker in world.workers.items()}
+    assert loads == dict.fromkeys(calls, 1)
+    assert not any(worker.degraded.is_set() for worker in world.workers.values())
+
+
+@pytest.mark.parametrize("method", ["Load", "Connect"])
+async def test_a_controller_killed_in_the_middle_of_a_deploy_undoes_it_at_its_start(
+    elsewhere: tuple[World, ControllerProcess], method: str
+) -> None:
+    """Killed while one stage loads, and when all are loaded and one of them is connected."""
+    world, process = elsewhere
+    await world.calls.deploy(stages=2, name="kept")
+    gate = world.workers["c"].gates[method] = Gate()
+    deploying = asyncio.create_task(world.calls.deploy(stages=3))
+    await gate.arrived.wait()
+    if method == "Connect":
+        await until(lambda: all(worker.called("Connect") for worker in world.workers.values()))
+    await process.kill()
+    with pytest.raises(Unavailable):
+        await deploying
+    gate.open.set()
+    await process.start()
+    assert (await world.calls.wait_for(READY, "kept")).epoch == 1
+    with pytest.raises(NotFound):
+        await world.calls.status()
+    await until(lambda: world.stages() == [("a", 1, 0), ("b", 1, 1)])
+    assert (await world.calls.deploy(stages=3))[-1].ready.state == READY
+
+
+async def test_a_controller_killed_in_the_middle_of_an_undeploy_ends_it_at_its_start(
+    elsewhere: tuple[World, ControllerProcess],
+) -> None:
+    world, process = elsewhere
+    await world.calls.deploy(stages=3)
+    gate = world.workers["a"].gates["Unload"] = Gate()
+    undeploying = asyncio.create_task(world.calls.undeploy())
+    await gate.arrived.wait()
+    await process.kill()
+    with pytest.raises(Unavailable):
+        await undeploying
+    gate.open.set()
+    await process.start()
+    with pytest.raises(NotFound):
+        await world.calls.status()
+    await until(lambda: not world.stages())
+
+
+async def test_a_controller_killed_in_the_middle_of_a_rebalance_keeps_the_old_stages(
+    elsewhere: tuple[World, ControllerProcess],
+) -> None:
+    world, process = elsewhere
+    await world.calls.deploy(stages=4)
+    before = world.stages()
+    await world.add_workers("d")
+    gate = world.workers["d"].gates["Connect"] = Gate()
+    moving = asyncio.create_task(world.calls.rebalance())
+    await gate.arrived.wait()
+    assert len(world.stages()) == 8
+    await process.kill()
+    with pytest.raises(Unavailable):
+        await moving
+    gate.open.set()
+    await process.start()
+    assert (await world.calls.wait_for(READY)).epoch == 1
+    await until(lambda: world.stages() == before)
+    assert all(
+        status.state == stage_pb2.SERVING for worker in world.workers.values() for status in worker.stages.values()
+    )
+    assert (await world.calls.rebalance())[-1].ready.epoch == 2
+
+
+async def test_a_restarted_controller_degrades_a_pipeline_whose_worker_does_not_come_back(
+    elsewhere: tuple[World, ControllerProcess],
+) -> None:
+    world, process = elsewhere
+    await world.calls.deploy(stages=3)
+    await process.kill()
+    stopping = asyncio.create_task(world.workers["c"].node.stop())
+    await process.start()
+    info = await world.calls.wait_for(DEGRADED)
+    assert info.message == "c left the cluster"
+    await asyncio.wait_for(world.workers["a"].degraded.wait(), 5)
+    await stopping

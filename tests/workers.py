@@ -1,0 +1,186 @@
+"""Workers for tests of the controller: real nodes with a Stage service that computes nothing and does as it is told.
+
+Usage, as a process of its own: python -m tests.workers FOLDER CONTROLLER NAME
+"""
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from eldric.config import NodeConfig
+from eldric.errors import AlreadyExists, EldricError, NotFound
+from eldric.member import Member
+from eldric.node import Node
+from eldric.security import Authority, Identity
+from eldric.v1 import common_pb2, heartbeat_pb2, registry_pb2, stage_pb2, stage_pb2_grpc
+
+GIB = 1 << 30
+#: A stage that so many answers in a row do not name is unloaded, as the contract says.
+UNWANTED_ANSWERS = 3
+
+Key = tuple[str, int, int]  # pipeline id, epoch, index
+
+
+@dataclass
+class Gate:
+    """Stops a call on its way: `arrived` is set when one comes, and it goes on once `open` is set."""
+
+    open: asyncio.Event = field(default_factory=asyncio.Event)
+    arrived: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def passed(self) -> None:
+        self.arrived.set()
+        await self.open.wait()
+
+
+class FakeWorker(stage_pb2_grpc.StageServicer):
+    """One worker. Tests read what it was asked, hold its calls at gates, and make them fail."""
+
+    def __init__(self, folder: Path, controller: str, name: str, *, memory_bytes: int = 16 * GIB) -> None:
+        """The folder holds its identity."""
+        self.name = name
+        self.stages: dict[Key, stage_pb2.StageStatus] = {}
+        self.calls: list[tuple[str, object]] = []
+        self.gates: dict[str, Gate] = {}
+        self.failures: dict[str, EldricError] = {}
+        self.degraded = asyncio.Event()
+        self.unwanted: dict[Key, int] = {}
+        self.memory_bytes = memory_bytes
+        config = NodeConfig("worker", name, folder, http_port=0, grpc_port=0, controllers=(controller,), drain_s=1.0)
+        self.node = Node(config, Identity.load(folder))
+        descriptor = stage_pb2.DESCRIPTOR.services_by_name["Stage"]
+        self.node.service(self, stage_pb2_grpc.add_StageServicer_to_server, descriptor)
+        self.member = Member(self.node, self._resources, self._beat, self._answered)
+
+    async def start(self) -> None:
+        await self.node.start()
+        await self.member.registered.wait()
+
+    def called(self, method: str) -> list[object]:
+        return [request for name, request in self.calls if name == method]
+
+    def change(self, state: "stage_pb2.StageState.ValueType", message: str = "") -> None:
+        """All its stages are in this state now, and the controller hears it at once."""
+        for status in self.stages.values():
+            status.state, status.message = state, message
+        self.member.beat_now()
+
+    def forget(self) -> None:
+        """Its stages are gone, for whatever reason."""
+        self.stages.clear()
+        self.member.beat_now()
+
+    async def Load(self, request: stage_pb2.LoadRequest, context: object) -> AsyncIterator[stage_pb2.LoadEvent]:
+        self.calls.append(("Load", request))
+        key = request.pipeline_id, request.epoch, request.index
+        if key in self.stages:
+            raise AlreadyExists(f"{self.name} holds stage {request.index}")
+        status = stage_pb2.StageStatus(
+            pipeline_id=request.pipeline_id,
+            name=request.name,
+            epoch=request.epoch,
+            index=request.index,
+            stage_count=request.stage_count,
+            layers=request.layers,
+            state=stage_pb2.LOADING,
+        )
+        self.stages[key] = status
+        try:
+            yield stage_pb2.LoadEvent(progress=stage_pb2.LoadProgress(phase="mapping", done_bytes=1, total_bytes=2))
+            await self._arrive("Load")
+            yield stage_pb2.LoadEvent(progress=stage_pb2.LoadProgress(phase="building"))
+        except BaseException:
+            self.stages.pop(key, None)
+            raise
+        status.state = stage_pb2.LOADED
+        status.endpoint.CopyFrom(_endpoint(self.name, request))
+        status.memory.CopyFrom(common_pb2.MemoryUse(mapped_bytes=request.memory_limit_bytes // 2))
+        yield stage_pb2.LoadEvent(loaded=stage_pb2.Loaded(endpoint=status.endpoint, memory=status.memory))
+
+    async def Connect(self, request: stage_pb2.ConnectRequest, context: object) -> stage_pb2.ConnectResponse:
+        self.calls.append(("Connect", request))
+        await self._arrive("Connect")
+        status = self.stages.get((request.pipeline_id, request.epoch, request.index))
+        if status is None:
+            raise NotFound(f"{self.name} holds no stage {request.index}")
+        status.state, status.message = stage_pb2.SERVING, ""
+        self.member.beat_now()
+        return stage_pb2.ConnectResponse()
+
+    async def Unload(self, request: stage_pb2.UnloadRequest, context: object) -> stage_pb2.UnloadResponse:
+        self.calls.append(("Unload", request))
+        await self._arrive("Unload")
+        gone = [
+            (pipeline, epoch, index)
+            for pipeline, epoch, index in self.stages
+            if pipeline == request.pipeline_id
+            and (not request.epoch or epoch <= request.epoch)
+            and (not request.HasField("index") or index == request.index)
+        ]
+        for key in gone:
+            del self.stages[key]
+        self.member.beat_now()
+        return stage_pb2.UnloadResponse(unloaded=len(gone))
+
+    async def Status(self, request: stage_pb2.StageStatusRequest, context: object) -> stage_pb2.StageStatusResponse:
+        held = [status for status in self.stages.values() if request.pipeline_id in ("", status.pipeline_id)]
+        return stage_pb2.StageStatusResponse(stages=held)
+
+    async def Trace(self, request: stage_pb2.TraceRequest, context: object) -> AsyncIterator[stage_pb2.StepTrace]:
+        raise NotFound(f"{self.name} computes nothing")
+        yield
+
+    async def _arrive(self, method: str) -> None:
+        if method in self.gates:
+            await self.gates[method].passed()
+        if method in self.failures:
+            raise self.failures[method]
+
+    def _resources(self) -> registry_pb2.Resources:
+        return registry_pb2.Resources(cores=1, memory_bytes=self.memory_bytes, transports=["zmq"])
+
+    def _beat(self) -> heartbeat_pb2.BeatRequest:
+        used = sum(status.memory.mapped_bytes for status in self.stages.values())
+        return heartbeat_pb2.BeatRequest(stages=self.stages.values(), memory_used_bytes=used)
+
+    async def _answered(self, answer: heartbeat_pb2.BeatResponse) -> None:
+        wanted = {(want.pipeline_id, want.epoch, want.index): want.degraded for want in answer.wanted}
+        if any(wanted.values()):
+            self.degraded.set()
+        else:
+            self.degraded.clear()
+        self.unwanted = {key: self.unwanted.get(key, 0) + 1 for key in self.stages if key not in wanted}
+        for key, answers in self.unwanted.items():
+            if answers >= UNWANTED_ANSWERS:
+                self.stages.pop(key, None)
+
+
+def _endpoint(name: str, request: stage_pb2.LoadRequest) -> common_pb2.TensorEndpoint:
+    return common_pb2.TensorEndpoint(
+        scheme="zmq", address=f"zmq://{name}:{request.index}", public_key=f"key-{name}-{request.index}"
+    )
+
+
+def issue(authority: Authority, folder: Path, kind: str, name: str) -> Path:
+    """A node's folder, with its identity in it."""
+    made = folder / name
+    authority.issue_identity(kind, name).save(made)
+    return made
+
+
+async def until(condition: Callable[[], object], limit_s: float = 10.0) -> None:
+    """Returns once the condition holds. Raises TimeoutError."""
+    async with asyncio.timeout(limit_s):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+async def _serve(folder: Path, controller: str, name: str) -> None:
+    worker = FakeWorker(folder, controller, name)
+    await worker.node.run()
+
+
+if __name__ == "__main__":
+    asyncio.run(_serve(Path(sys.argv[1]), sys.argv[2], sys.argv[3]))
