@@ -115,7 +115,8 @@ class Stage:
             device=config.device,
             weights=config.weights,
             kv_type=TensorType[config.kv_type.upper()],
-            repack_budget_bytes=config.repack_budget_bytes,
+            pack_budget_bytes=config.repack_budget_bytes,
+            exact=config.exact,
         )
         return cls(spec, shard, config, GgmlModel(find_library(), model, spec, shard, options, progress, cancelled))
 

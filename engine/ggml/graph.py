@@ -68,10 +68,21 @@ class GraphBuilder:
     """Knows a stage's weights, cache and ports, and builds its graphs. Tensor shapes below are in ggml's order."""
 
     def __init__(
-        self, backend: Backend, spec: ModelSpec, shard: Shard, weights: Weights, cache: KVCache, ports: Ports
+        self,
+        backend: Backend,
+        spec: ModelSpec,
+        shard: Shard,
+        weights: Weights,
+        cache: KVCache,
+        ports: Ports,
+        exact: bool,
     ) -> None:
+        """exact: what a row computes shall not depend on the number of rows beside it, nor on that of threads."""
         self.backend, self.api = backend, backend.api
         self.spec, self.shard, self.weights, self.cache, self.ports = spec, shard, weights, cache, ports
+        self.exact = exact
+        # Of a chunk's last row, an exact stage makes two: a single query's keys are divided among the threads.
+        self.last_rows = 2 if exact else 1
         factors = spec.rope.freq_factors
         self.freq_factors = weights[factors].plain if factors else None
 
@@ -117,10 +128,10 @@ class GraphPlan:
         for index, layer in enumerate(range(shard.layers.start, shard.layers.stop)):
             hidden = self._layer(index, layer, hidden, ends_model=shard.is_tail and layer == final)
         if hidden and shard.is_tail and self.ports.logits is not None:
-            rows = 1 if shape.is_chunk else shape.rows
+            rows = self.b.last_rows if shape.is_chunk else shape.rows
             normed = self._norm(hidden, "output_norm")
             output = "token_embd" if self.spec.tied_output else "output"
-            logits = self.api.ggml_mul_mat(self.ctx, self.b.weights[self.b.weight(output)].matrix(rows), normed)
+            logits = self.api.ggml_mul_mat(self.ctx, self._matrix(self.b.weight(output), rows), normed)
             hidden = self._place(logits, self.ports.logits)
         elif hidden:
             self._place(hidden, self.ports.hidden_out)
@@ -128,8 +139,8 @@ class GraphPlan:
             self._expand(hidden)
 
     def _layer(self, index: int, layer: int, hidden: int, ends_model: bool) -> int:
-        """hidden: [hidden_size, rows]. Returns the same, or only the row that gets logits at a chunk's end, or 0
-        where no logits are wanted and the model ends here: then keys and values are all that the layer is for."""
+        """hidden: [hidden_size, rows]. Returns the same; where the model ends, of a chunk only the row that gets
+        logits, or 0 if none are wanted: then keys and values are all that the layer is for."""
         api, ctx, spec, shape = self.api, self.ctx, self.spec, self.shape
         normed = self._norm(hidden, "attn_norm", layer)
         positions = self._rows_of(self.ports.positions, shape.rows)
@@ -138,9 +149,10 @@ class GraphPlan:
         if ends_model and not shape.logits:
             return 0
         if ends_model and shape.is_chunk:
-            rows, positions = 1, self.ports.last_position.tensor
-            hidden = api.ggml_get_rows(ctx, hidden, self.ports.last_row.tensor)
-            normed = api.ggml_get_rows(ctx, normed, self.ports.last_row.tensor)
+            rows = self.b.last_rows
+            positions = self._rows_of(self.ports.last_position, rows)
+            last = self._rows_of(self.ports.last_row, rows)
+            hidden, normed = api.ggml_get_rows(ctx, hidden, last), api.ggml_get_rows(ctx, normed, last)
         queries = self._product("attn_q", layer, normed, rows)
         queries = self._rope(api.ggml_reshape_3d(ctx, queries, spec.head_dim, spec.heads, rows), positions)
         attended = self._attend(index, queries, rows)
@@ -171,7 +183,7 @@ class GraphPlan:
         head, row = 4 * spec.head_dim, 4 * spec.head_dim * spec.heads
         per_run = rows if self.shape.is_chunk else 1
         mask = None
-        if per_run > 1:
+        if per_run > self.b.last_rows:
             mask = api.ggml_view_2d(
                 ctx, self.ports.mask.tensor, self.ports.mask.width, rows, self.ports.mask.row_bytes, 0
             )
@@ -221,12 +233,19 @@ class GraphPlan:
 
     def _product(self, role: str, layer: int, vectors: int, rows: int) -> int:
         """A weight matrix times each row, and the bias if the model has one."""
-        matrix = self.b.weights[self.b.weight(role, layer)].matrix(rows)
+        matrix = self._matrix(self.b.weight(role, layer), rows)
         product: int = self.api.ggml_mul_mat(self.ctx, matrix, vectors)
         bias = f"{role}_bias"
         if bias in self.spec.family.tensors and (name := self.b.weight(bias, layer)) in self.b.weights:
             product = self.api.ggml_add(self.ctx, product, self.b.weights[name].plain)
         return product
+
+    def _matrix(self, name: str, rows: int) -> int:
+        """Decode steps of any number of rows use the same layout in exact mode."""
+        weight = self.b.weights[name]
+        if self.b.exact and not self.shape.is_chunk:
+            return weight.packed or weight.plain
+        return weight.matrix(rows)
 
     def _rows_of(self, port: Port, rows: int) -> int:
         view: int

@@ -26,7 +26,6 @@ OLDEST, NEWEST = (0, 25), (0, 99)  # ggml versions that are accepted, the layout
 
 _PREFIX, _SUFFIX = {"darwin": ("lib", ".dylib"), "win32": ("", ".dll")}.get(sys.platform, ("lib", ".so"))
 _LOG_CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
-_LOG_ERROR = 4  # enum ggml_log_level
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,15 +100,15 @@ class Library:
 
     def _load_cpu(self) -> None:
         """Register the CPU variant that scores best here, unless the library has its CPU backend built in."""
-        scores = []
+        scores: list[tuple[int, Path]] = []
         for path in self._backends():
             if path.name.startswith(f"{_PREFIX}ggml-cpu"):
                 variant = ctypes.CDLL(str(path))
-                if score := getattr(variant, "ggml_backend_score", None):
-                    scores.append((score(), path))
-        best, path = max(scores, default=(0, None))
+                if function := getattr(variant, "ggml_backend_score", None):
+                    scores.append((function(), path))
+        best, path = max(scores, default=(0, self.folder))
         self.cpu_variant = ""  # as its file is named, such as "zen4"; empty when the library has only one
-        if best > 0 and path is not None:
+        if best > 0:
             self.cpu_variant = path.stem.rpartition("cpu-")[2]
             log.debug("cpu_variant=%s score=%d", path.name, best)
             self.api.ggml_backend_load(str(path).encode())
@@ -175,4 +174,4 @@ def _check_version(version: str, where: str) -> None:
 def _log(level: int, text: bytes | None, _: int | None) -> None:
     """ggml's own log lines, as ours. Repacking alone writes one per tensor."""
     if text and (line := text.decode(errors="replace").strip()):
-        log.log(logging.WARNING if level == _LOG_ERROR else logging.DEBUG, "ggml: %s", line)
+        log.debug("ggml level=%d: %s", level, line)

@@ -14,7 +14,7 @@ from eldric.engine.ggml.backend import Backend
 from eldric.engine.ggml.graph import GraphBuilder, GraphCache, GraphShape
 from eldric.engine.ggml.kv import KVCache
 from eldric.engine.ggml.library import Library
-from eldric.engine.ggml.policy import padded_rows
+from eldric.engine.ggml.policy import RowRange, decode_rows, exact_rows
 from eldric.engine.ggml.ports import Ports
 from eldric.engine.ggml.weights import Progress, Weights, WeightsMode
 from eldric.engine.gguf import ModelFile
@@ -26,6 +26,7 @@ from eldric.engine.tensor_types import TensorType
 Rows = NDArray[np.float32]
 
 _GRAPHS_KEPT = 48
+_CHUNK_MULTIPLE = 4  # a chunk's rows are padded to this: fewer graphs, and what interleaved matrices like
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,8 @@ class ModelOptions:
     device: str
     weights: WeightsMode
     kv_type: TensorType
-    repack_budget_bytes: int | None
+    pack_budget_bytes: int | None
+    exact: bool
 
 
 class GgmlModel:
@@ -67,8 +69,10 @@ class GgmlModel:
             self._weights = Weights(self._backend, model, shard)
             resources.callback(self._weights.close)
             matrices, looked_up = _uses(spec, shard)
-            self._weights.load(options.weights, matrices, looked_up, options.repack_budget_bytes, progress, cancelled)
-            self._matrices = [self._weights[name] for name in sorted(matrices)]
+            self._weights.load(options.weights, matrices, looked_up, options.pack_budget_bytes, progress, cancelled)
+            used = [self._weights[name] for name in matrices]
+            self._matrices = {(weight.info.type, weight.layout) for weight in used}
+            self._exact_rows = self._exact_range()
             self._take_memory(spec, shard, options, resources)
             self._resources = resources.pop_all()
 
@@ -79,7 +83,7 @@ class GgmlModel:
     @property
     def copied_bytes(self) -> int:
         """Private copies of weights, whatever their layout."""
-        return self._weights.repacked_bytes + self._weights.copied_bytes
+        return self._weights.packed_bytes + self._weights.copied_bytes
 
     @property
     def kv_bytes(self) -> int:
@@ -91,9 +95,7 @@ class GgmlModel:
 
     def exact_rows(self) -> int:
         """Most rows of a decode step in which each row gets the bits that it gets alone."""
-        if not self._backend.is_cpu:
-            return 1
-        return min(weight.exact_rows() for weight in self._matrices)
+        return self._exact_rows.most
 
     def decode(
         self, slots: list[int], positions: list[int], tokens: Tokens | None, hidden: Hidden | None, logits: bool
@@ -111,7 +113,7 @@ class GgmlModel:
         if padded > rows:
             cells[rows:padded] = self._spare[: padded - rows]
         graph.attend(slots, self._cache.slot_bytes, [position + 1 for position in positions])
-        return self._run(graph.handle, rows, tokens, hidden, rows if logits else 0)
+        return self._run(graph.handle, rows, tokens, hidden, rows if logits else 0, self._exact)
 
     def run_chunk(
         self, slot: int, position: int, rows: int, tokens: Tokens | None, hidden: Hidden | None, logits: bool
@@ -126,20 +128,25 @@ class GgmlModel:
         self._positions[:padded] = np.arange(position, position + padded, dtype=np.int32)
         self._cells[:rows] = np.arange(first, first + rows, dtype=np.int64)
         self._cells[rows:padded] = self._spare[: padded - rows]
-        self._ports.last_row.array[0] = rows - 1
-        self._ports.last_position.array[0] = end - 1
+        self._ports.last_row.array[:] = rows - 1
+        self._ports.last_position.array[:] = end - 1
         self._ports.write_causal_mask(position, padded, end)
         graph.attend([slot], self._cache.slot_bytes, [end])
-        return self._run(graph.handle, rows, tokens, hidden, 1 if logits else 0)
+        return self._run(graph.handle, rows, tokens, hidden, 1 if logits else 0, False)
 
     def close(self) -> None:
         self._resources.close()
 
     def _take_memory(self, spec: ModelSpec, shard: Shard, options: ModelOptions, resources: ExitStack) -> None:
         """KV cache, ports and scratch: nothing is allocated in a step later on, graphs of new shapes aside."""
-        self._context = options.context
-        self._padded_decode = [padded_rows(self._matrices, rows) for rows in range(options.decode_rows + 1)]
-        self._padded_chunk = [padded_rows(self._matrices, rows) for rows in range(options.chunk + 1)]
+        self._context, self._exact = options.context, options.exact
+        decode = options.decode_rows
+        if options.exact:
+            decode = min(decode, self._exact_rows.most)
+            self._padded_decode = [max(rows, self._exact_rows.least) for rows in range(decode + 1)]
+        else:
+            self._padded_decode = [decode_rows(self._matrices, rows) for rows in range(decode + 1)]
+        self._padded_chunk = [-(-rows // _CHUNK_MULTIPLE) * _CHUNK_MULTIPLE for rows in range(options.chunk + 1)]
         rows = max(*self._padded_decode, *self._padded_chunk)
         self._cache = KVCache(
             self._backend,
@@ -157,22 +164,30 @@ class GgmlModel:
             hidden_size=spec.hidden_size,
             attention_size=spec.heads * spec.head_dim,
             context=options.context,
-            logit_rows=self._padded_decode[-1] if shard.is_tail else 0,
+            logit_rows=max(self._padded_decode[-1], 2) if shard.is_tail else 0,
             vocab_size=spec.vocab_size,
         )
         resources.callback(self._ports.close)
         self._positions, self._cells = self._ports.positions.array, self._ports.cells.array
         self._spare = np.arange(self._cache.first_spare, self._cache.first_spare + rows, dtype=np.int64)
-        builder = GraphBuilder(self._backend, spec, shard, self._weights, self._cache, self._ports)
+        builder = GraphBuilder(self._backend, spec, shard, self._weights, self._cache, self._ports, options.exact)
         self._graphs = GraphCache(builder, _GRAPHS_KEPT)
         resources.callback(self._graphs.close)
         for shape in (
             GraphShape(0, self._padded_chunk[-1], shard.is_tail),
-            GraphShape(options.decode_rows, self._padded_decode[-1], shard.is_tail),
+            GraphShape(decode, self._padded_decode[-1], shard.is_tail),
         ):
             self._graphs.__getitem__(shape)  # the widest first: they size the scratch buffer
 
-    def _run(self, graph: int, rows: int, tokens: Tokens | None, hidden: Hidden | None, logit_rows: int) -> Rows | None:
+    def _exact_range(self) -> RowRange:
+        if not self._backend.is_cpu:
+            return RowRange(1, 1)
+        ranges = [exact_rows(kind, layout) for kind, layout in self._matrices]
+        return RowRange(max(least for least, _ in ranges), min(most for _, most in ranges))
+
+    def _run(
+        self, graph: int, rows: int, tokens: Tokens | None, hidden: Hidden | None, logit_rows: int, undivided: bool
+    ) -> Rows | None:
         ports = self._ports
         if tokens is not None:
             ports.tokens.array[:rows] = tokens
@@ -180,7 +195,7 @@ class GgmlModel:
             ports.hidden_in.array[:rows] = hidden
         if not self._backend.is_host:
             ports.upload()
-        self._backend.compute(graph)
+        self._backend.compute(graph, undivided)
         port, count = (ports.hidden_out, rows) if ports.logits is None else (ports.logits, logit_rows)
         if not self._backend.is_host:
             port.download(count)

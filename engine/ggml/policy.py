@@ -1,60 +1,90 @@
 """Which layout of a weight matrix is used when, and which results do not depend on the rows beside them.
 
-Everything here was measured on ggml 0.25 and 0.26 (`benchmarks/engine.py` prints the table), on an x86-64 with AVX-512.
-A *repacked* matrix is a private copy in the CPU's own interleaved layout; a *mapped* one is the file's bytes.
+A matrix is *mapped* (the file's own bytes) or *packed*: a private copy in a layout of the device's own, named as ggml
+names the buffer type. All of this was measured, on ggml 0.26 and an x86-64 with AVX-512 and AMX (`benchmarks/engine.py`
+prints speeds; tests/integration/test_stage_exact.py holds the bits). What was not measured is not used.
 """
 
-from collections.abc import Collection
-from enum import Enum
+from collections.abc import Iterable
+from typing import NamedTuple
 
 from eldric.engine.tensor_types import TensorType
 
+MAPPED = "mapped"
+AMX, REPACK = "AMX", "CPU_REPACK"  # tiles of Intel's matrix unit; rows interleaved for vector units
 
-class Layout(Enum):
-    MAPPED = "mapped"
-    REPACKED = "repacked"
+_MOST_ROWS = 64  # rows of a step up to which bits were compared
 
 
-# From this many rows on the mapped matrix is the faster one, for the types whose repacked copy is worth its memory.
-# None: the repacked one always is, so the mapped one is dropped.
-_MAPPED_FROM_ROWS: dict[TensorType, int | None] = {
-    TensorType.Q4_0: None,
-    TensorType.IQ4_NL: None,
-    TensorType.Q4_K: 10,
+class RowRange(NamedTuple):
+    """Numbers of rows of one matrix product, ends included."""
+
+    least: int
+    most: int
+
+
+_ALWAYS = RowRange(1, 1 << 30)
+
+# For how many rows the packed matrix is the faster one. Where that is not always, the mapped one is kept beside it.
+_PACK: dict[str, dict[TensorType, RowRange]] = {
+    AMX: {
+        TensorType.Q4_0: _ALWAYS,
+        TensorType.Q4_1: _ALWAYS,
+        TensorType.Q8_0: _ALWAYS,
+        TensorType.Q4_K: _ALWAYS,
+        TensorType.Q5_K: _ALWAYS,
+        TensorType.Q6_K: RowRange(4, 1 << 30),
+    },
+    REPACK: {
+        TensorType.Q4_0: _ALWAYS,
+        TensorType.Q4_K: RowRange(1, 9),
+    },
 }
 
-# Types whose mapped matrices change kernel, and with it the bits of a result, from some number of rows on.
-_TILED = frozenset(
-    kind
-    for kind in TensorType
-    if kind.name.endswith("_K") or (kind.name.startswith("IQ") and kind is not TensorType.IQ4_NL)
-)
-_ATTENTION_BOUND = 63  # rows of one product with the same bits as a row alone, whatever the type
-_TILED_BOUND = 7
-_REPACKED_K_BOUND = 3
+_FLOATS = frozenset({TensorType.F32, TensorType.F16, TensorType.BF16})
+_BLOCKS_OF_32 = frozenset({TensorType.Q4_0, TensorType.Q4_1, TensorType.Q5_0, TensorType.Q5_1, TensorType.Q8_0})
+_K_QUANTS = frozenset({TensorType.Q2_K, TensorType.Q3_K, TensorType.Q4_K, TensorType.Q5_K, TensorType.Q6_K})
 
 
-def worth_repacking(kind: TensorType) -> bool:
-    return kind in _MAPPED_FROM_ROWS
+def worth_packing(kind: TensorType, packing: str) -> bool:
+    return kind in _PACK.get(packing, {})
 
 
-def keeps_mapped(kind: TensorType) -> bool:
-    """Whether a repacked matrix is wanted in the file's layout too."""
-    return _MAPPED_FROM_ROWS.get(kind) is not None
+def packed_pays(kind: TensorType, packing: str, rows: int) -> bool:
+    """Whether the packed matrix is the faster one for a product of so many rows."""
+    least, most = _PACK.get(packing, {}).get(kind, _ALWAYS)
+    return least <= rows <= most
 
 
-def better_layout(kind: TensorType, rows: int) -> Layout:
-    """The faster layout of a matrix that has both, for a product of so many rows."""
-    bound = _MAPPED_FROM_ROWS.get(kind)
-    return Layout.REPACKED if bound is None or rows < bound else Layout.MAPPED
+def keeps_mapped(kind: TensorType, packing: str) -> bool:
+    """Whether a packed matrix is wanted in the file's layout too."""
+    return _PACK.get(packing, {}).get(kind, _ALWAYS) != _ALWAYS
 
 
-def exact_rows(kind: TensorType, layout: Layout) -> int:
-    """Most rows of one product in which each row gets the bits that it gets alone."""
-    if kind not in _TILED:
-        return _ATTENTION_BOUND
-    return _REPACKED_K_BOUND if layout is Layout.REPACKED else _TILED_BOUND
+def exact_rows(kind: TensorType, layout: str) -> RowRange:
+    """How many rows a product may have so that each row gets the same bits, whatever the other rows are.
+
+    ggml takes another kernel for a single row of floats, for 8 rows or more of mapped K-quants, and for 4 or more of
+    interleaved ones. Nothing is promised for what was not tried.
+    """
+    if layout == AMX:
+        return RowRange(1, _MOST_ROWS)
+    if layout == REPACK:
+        return RowRange(1, _MOST_ROWS if kind in _BLOCKS_OF_32 else 3)
+    if layout == MAPPED and kind in _FLOATS:
+        return RowRange(2, _MOST_ROWS)
+    if layout == MAPPED and kind in _BLOCKS_OF_32:
+        return RowRange(1, _MOST_ROWS)
+    if layout == MAPPED and kind in _K_QUANTS:
+        return RowRange(1, 7)
+    return RowRange(1, 1)
 
 
-def padded_rows(kinds: Collection[TensorType], rows: int) -> int:
+def decode_rows(matrices: Iterable[tuple[TensorType, str]], rows: int) -> int:
+    """For how many rows a decode step of `rows` is best computed, given the types and layouts of its matrices.
+
+    Interleaved Q4_0 is multiplied by 4 rows at a time, and by single ones at the end, which take as long as 4.
+    """
+    if rows > 2 and rows % 4 >= 2 and any(layout == REPACK and kind in _BLOCKS_OF_32 for kind, layout in matrices):
+        return rows + 4 - rows % 4
     return rows

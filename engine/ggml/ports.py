@@ -75,8 +75,8 @@ class Ports:
         self.hidden_in = port(TensorType.F32, hidden_size, rows)
         self.positions = port(TensorType.I32, 1, rows)
         self.cells = port(TensorType.I64, 1, rows)  # where each row's keys and values go
-        self.last_row = port(TensorType.I32, 1, 1)  # of a chunk: the row that gets logits
-        self.last_position = port(TensorType.I32, 1, 1)
+        self.last_row = port(TensorType.I32, 1, 2)  # of a chunk: the row that gets logits, twice for exactness
+        self.last_position = port(TensorType.I32, 1, 2)
         self.mask = port(TensorType.F16, context, rows)
         self.attended = port(TensorType.F32, attention_size, rows)  # what attention gives, before its output matrix
         self.hidden_out = port(TensorType.F32, hidden_size, rows)
@@ -131,4 +131,4 @@ class Ports:
 def _array_at(address: int, count: int, dtype: np.dtype[Any]) -> NDArray[Any]:
     """An array over memory that ggml owns; whoever frees it must drop the array."""
     raw = (ctypes.c_char * (count * dtype.itemsize)).from_address(address)
-    return np.frombuffer(raw, dtype)
+    return np.frombuffer(memoryview(raw), dtype)

@@ -10,7 +10,7 @@ from eldric.engine.errors import LoadCancelled, UnsupportedModel
 from eldric.engine.ggml.arena import Arena
 from eldric.engine.ggml.backend import WEIGHTS, Backend, Buffer
 from eldric.engine.ggml.mapping import Mapping, Mappings, read_in
-from eldric.engine.ggml.policy import Layout, better_layout, exact_rows, keeps_mapped, worth_repacking
+from eldric.engine.ggml.policy import MAPPED, keeps_mapped, packed_pays, worth_packing
 from eldric.engine.ggml.structs import MAX_DIMS, Tensor
 from eldric.engine.gguf import ModelFile
 from eldric.engine.shard import Shard
@@ -22,22 +22,23 @@ Progress = Callable[[int, int], None]
 
 @dataclass(slots=True)
 class Weight:
-    """One tensor: its structs in the file's layout and in the device's own, 0 where there is none."""
+    """One tensor: its structs in the file's layout and in one of the device's own, 0 where there is none."""
 
     info: TensorInfo
     plain: int = 0
-    repacked: int = 0
+    packed: int = 0
+    packing: str = ""  # the packed one's buffer type
 
     def matrix(self, rows: int) -> int:
-        """The tensor to use in a product of so many rows."""
-        if self.plain and self.repacked:
-            return self.repacked if better_layout(self.info.type, rows) is Layout.REPACKED else self.plain
-        return self.repacked or self.plain
+        """The tensor for a product of so many rows."""
+        if self.plain and self.packed:
+            return self.packed if packed_pays(self.info.type, self.packing, rows) else self.plain
+        return self.packed or self.plain
 
-    def exact_rows(self) -> int:
-        """Most rows of a product in which each row gets the bits that it gets alone."""
-        layout = Layout.REPACKED if self.repacked else Layout.MAPPED
-        return exact_rows(self.info.type, layout)
+    @property
+    def layout(self) -> str:
+        """That of the packed tensor if there is one."""
+        return self.packing if self.packed else MAPPED
 
 
 class Weights:
@@ -50,7 +51,7 @@ class Weights:
         self._arenas: list[Arena] = []
         self._mappings = Mappings(model.paths, model.file_sizes, shard.ranges)
         self.mapped_bytes = 0
-        self.repacked_bytes = 0
+        self.packed_bytes = 0
         self.copied_bytes = 0
 
     def __getitem__(self, name: str) -> Weight:
@@ -67,7 +68,7 @@ class Weights:
         mode: WeightsMode,
         matrices: frozenset[str],
         looked_up: frozenset[str],
-        repack_budget_bytes: int | None,
+        pack_budget_bytes: int | None,
         progress: Progress | None,
         cancelled: Callable[[], bool] | None,
     ) -> None:
@@ -83,7 +84,7 @@ class Weights:
                 raise UnsupportedModel(f"ggml {self._backend.library.version} has no type {info.type.name}")
         self._by_name = {info.name: Weight(info) for info in infos}
         if mode != "mapped":
-            self._choose_repacked([info for info in infos if info.name in matrices], mode, repack_budget_bytes)
+            self._pack([info for info in infos if info.name in matrices], mode, pack_budget_bytes)
         in_place = self._backend.device.host_pointers
         plain = [info for info in infos if self._wants_plain(info, mode, looked_up)]
         if in_place:
@@ -103,29 +104,31 @@ class Weights:
         self._by_name.clear()
 
     def _wants_plain(self, info: TensorInfo, mode: WeightsMode, looked_up: frozenset[str]) -> bool:
-        if not self._by_name[info.name].repacked or info.name in looked_up:
+        weight = self._by_name[info.name]
+        if not weight.packed or info.name in looked_up:
             return True
-        return mode == "auto" and keeps_mapped(info.type)
+        return mode == "auto" and keeps_mapped(info.type, weight.packing)
 
-    def _choose_repacked(self, infos: list[TensorInfo], mode: WeightsMode, budget: int | None) -> None:
-        """Make the structs of the matrices that get a copy in the device's own layout, and their buffers."""
+    def _pack(self, infos: list[TensorInfo], mode: WeightsMode, budget: int | None) -> None:
+        """Make the structs of the matrices that get a copy in a layout of the device's own, and their buffers.
+
+        ggml lists the device's layouts from the most special one on; a matrix gets the first that fits.
+        """
         for buffer_type in self._backend.extra_buffer_types():
+            packing = self._api.ggml_backend_buft_name(buffer_type).decode()
             chosen: list[TensorInfo] = []
             for info in infos:
-                if self._by_name[info.name].repacked or (mode == "auto" and not worth_repacking(info.type)):
+                if self._by_name[info.name].packed or (mode == "auto" and not worth_packing(info.type, packing)):
                     continue
-                if not self._takes(buffer_type, info):
-                    continue
-                if budget is not None:
-                    if info.nbytes > budget:
-                        continue
-                    budget -= info.nbytes
-                chosen.append(info)
+                if (budget is None or info.nbytes <= budget) and self._takes(buffer_type, info):
+                    chosen.append(info)
+                    budget = None if budget is None else budget - info.nbytes
             if chosen:
                 arena = self._arena(len(chosen))
                 for info in chosen:
-                    self._by_name[info.name].repacked = self._struct(arena, info)
-                self.repacked_bytes += self._allocate(arena, "repacked weights", buffer_type).nbytes
+                    weight = self._by_name[info.name]
+                    weight.packed, weight.packing = self._struct(arena, info), packing
+                self.packed_bytes += self._allocate(arena, f"weights in {packing} layout", buffer_type).nbytes
 
     def _takes(self, buffer_type: int, info: TensorInfo) -> bool:
         """Whether the device multiplies with such a matrix in such a buffer. Elsewhere ggml would abort."""
@@ -192,7 +195,7 @@ class Weights:
             read_in(mapping, info.offset, info.nbytes, on_piece)
             address = mapping.address + info.offset - mapping.offset
             over_file = bool(weight.plain) and self._api.ggml_get_data(weight.plain) == address
-            copies = [weight.repacked] + ([] if over_file else [weight.plain])
+            copies = [weight.packed] + ([] if over_file else [weight.plain])
             for tensor in filter(None, copies):
                 self._api.ggml_backend_tensor_set(tensor, address, 0, info.nbytes)
             if not over_file:
