@@ -30,8 +30,9 @@ log = logging.getLogger(__name__)
 
 Callback = Callable[[], Awaitable[None]]
 
-#: Time that calls and requests get to end after the drain, and each stop callback, in seconds.
-STOP_S = 1.0
+#: Time that each stop callback gets, and after them the calls and requests that still run, in seconds.
+STOP_CALLBACK_S = 3.0
+STOP_SERVERS_S = 1.0
 
 
 class Node:
@@ -172,8 +173,8 @@ class Node:
         for callback in [*self._on_drain, self._guard.wait_idle]:
             await _bounded(callback, deadline - time.monotonic())
         for callback in reversed(self._on_stop):
-            await _bounded(callback, STOP_S)
-        await self._stop_servers(STOP_S)
+            await _bounded(callback, STOP_CALLBACK_S)
+        await self._stop_servers(STOP_SERVERS_S)
         log.info("event=stopped")
 
     async def _stop_servers(self, grace_s: float) -> None:
