@@ -122,7 +122,7 @@ async def follow(client: AsyncClient, model: str, streams: int, tokens: int) -> 
             steps.append(step)
 
     reader = asyncio.ensure_future(read())
-    await call.wait_for_connection()
+    await call.initial_metadata()
     try:
         await asyncio.gather(*(_generate(client, model, tokens) for _ in range(streams)))
         await asyncio.sleep(0.2)  # the last step's message is on its way

@@ -2,6 +2,9 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
 
 from eldric.errors import NotFound
 from eldric.v1 import stage_pb2, stage_pb2_grpc
@@ -45,10 +48,14 @@ class StageService(stage_pb2_grpc.StageServicer):
         wanted = [each for each in statuses if request.pipeline_id in ("", each.pipeline_id)]
         return stage_pb2.StageStatusResponse(stages=wanted)
 
-    async def Trace(self, request: stage_pb2.TraceRequest, context: object) -> AsyncIterator[stage_pb2.StepTrace]:
+    async def Trace(
+        self, request: stage_pb2.TraceRequest, context: "grpc.aio.ServicerContext[Any, Any]"
+    ) -> AsyncIterator[stage_pb2.StepTrace]:
         if not request.pipeline_id:
             raise NotFound("name a pipeline to follow")
-        async for step in self._stages.find_head(request.pipeline_id).follow():
+        head = self._stages.find_head(request.pipeline_id)
+        await context.send_initial_metadata(())  # so that the caller knows that steps are followed from now on
+        async for step in head.follow():
             yield step
 
 
