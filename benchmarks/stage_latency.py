@@ -129,6 +129,7 @@ async def follow(client: AsyncClient, model: str, streams: int, tokens: int) -> 
     finally:
         call.cancel()
         await asyncio.wait([reader])
+        await call.code()
     return steps
 
 
