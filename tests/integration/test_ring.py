@@ -2,10 +2,12 @@
 
 import asyncio
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from benchmarks.shapes import SHAPES, write_model
 from eldric.engine.gguf import ModelFile
 from eldric.engine.tokenizer import Tokenizer
 from eldric.errors import InvalidRequest, PipelineDegraded, QueueIsFull
@@ -42,6 +44,20 @@ async def test_any_number_of_stages_gives_the_references_tokens(stages: int) -> 
         for length, answer in zip(lengths, answers, strict=True):
             expected, _ = reference.greedy(prompt_of(length), TOKENS)
             assert answer == expected, f"prompt of {length} tokens"
+
+
+@pytest.mark.parametrize("quant", ["f16", "q8_0", "q4_0", "q4_1", "q4_k_m", "q6_k"])
+async def test_every_weight_type_gives_the_same_tokens_for_every_split(quant: str, tmp_path: Path) -> None:
+    path = write_model(tmp_path / "tiny.gguf", SHAPES["tiny"], quant)
+    prompts = [prompt_of(length, 500) for length in (1, 64, 130, 250)]
+    answers = []
+    for layers in ([4], [2, 2], [1, 2, 1], [1, 1, 1, 1]):
+        async with ring(path, layers) as pipeline:
+            answers.append([await pipeline.generate(prompt, TOKENS, ignore_eos=True) for prompt in prompts])
+    assert answers[1:] == answers[:1] * 3
+    with LlamaReference(path, 512) as reference:
+        for prompt, answer in zip(prompts, answers[0], strict=True):
+            assert_follows(reference, prompt, answer)
 
 
 @pytest.mark.model
