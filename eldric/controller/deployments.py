@@ -238,7 +238,7 @@ class Deployments:
         missing = [each for each in bad if each.condition is Condition.MISSING]
         if bad:
             deployment.state = PipelineState.DEGRADED
-            deployment.message = "; ".join(dict.fromkeys(each.reason for each in missing or bad))
+            deployment.message = _cause(deployment.message, [each.reason for each in missing], bad)
         elif waiting:
             deployment.state = PipelineState.DEPLOYING
             reasons = dict.fromkeys(each.reason for each in waiting)
@@ -280,6 +280,14 @@ class Deployments:
             for key, beats in now.items()
             if beats % ORPHAN_BEATS == 0 and node.stages[key].state is not StageState.UNLOADING
         ]
+
+
+def _cause(before: str, missing: list[str], bad: list[Verdict]) -> str:
+    """Why a pipeline is degraded: what is missing, or the stage that broke first: the others break for want of it."""
+    if missing:
+        return "; ".join(dict.fromkeys(missing))
+    reasons = [each.reason for each in bad]
+    return before if before in reasons else reasons[0]
 
 
 def _held_bytes(node: Node, key: StageKey, stage: StageRecord) -> int:

@@ -86,7 +86,8 @@ def plan(cluster: Iterable[WorkerView], shape: ModelShape, order: Order, protoco
         raise _too_little(workers, partition, shape, order, bounds)
     seating, cut = found
     stages = _stages(seating, cut, shape, order.options)
-    spare = tuple((worker.name, "not needed") for worker in workers if worker not in seating.workers)
+    chosen = {stage.worker for stage in stages}
+    spare = tuple((worker.name, "not needed") for worker in workers if worker.name not in chosen)
     options = replace(order.options, lanes=order.options.lanes or len(stages))
     return Plan(stages, excluded + spare, options, _transport(seating, order.transport))
 

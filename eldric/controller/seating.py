@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from eldric.controller.partition import Ring
 
@@ -41,6 +42,7 @@ class Seating:
         return Ring(tuple(number[worker.name] for worker in self.workers), tuple(rooms.values()))
 
 
+@lru_cache(maxsize=1 << 16)
 def natural(name: str) -> tuple[tuple[int, str], ...]:
     """A key that sorts names as people count: worker-2 before worker-10."""
     return tuple((int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name))

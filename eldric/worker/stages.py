@@ -79,7 +79,10 @@ class StageTable:
         return sum(stage.memory_bytes for stage in self._stages.values())
 
     def find_head(self, name: str) -> Head:
-        """The newest head of the pipeline of that name or id. Raises NotFound, or NotReady while it loads."""
+        """The head of the pipeline of that name or id: the newest that serves, or the newest when none does.
+
+        Raises NotFound, or NotReady while it loads.
+        """
         found = [
             stage
             for stage in self._stages.values()
@@ -90,9 +93,9 @@ class StageTable:
         heads = [stage for stage in found if stage.head is not None and not stage.unloading]
         if not heads:
             raise NotReady(f"the head of pipeline {name!r} is still loading")
-        newest = max(heads, key=lambda stage: stage.key.epoch).head
-        assert newest is not None
-        return newest
+        best = max(heads, key=lambda stage: (_is_serving(stage), stage.key.epoch)).head
+        assert best is not None
+        return best
 
     async def load(self, request: stage_pb2.LoadRequest, progress: Progress) -> stage_pb2.Loaded:
         """Load a stage. When this task is cancelled, what was loaded is given back.
@@ -254,6 +257,10 @@ def status_of(held: HeldStage) -> stage_pb2.StageStatus:
     if held.unloading:
         status.state = stage_pb2.UNLOADING
     return status
+
+
+def _is_serving(held: HeldStage) -> bool:
+    return held.loaded is not None and held.loaded.thread.state == stage_pb2.SERVING
 
 
 def _serves(held: HeldStage) -> bool:

@@ -146,6 +146,16 @@ def test_a_missing_worker_is_named_before_the_neighbours_that_broke_for_want_of_
     assert running.message == "b is lost: its process is gone"
 
 
+def test_the_stage_that_broke_first_is_named_not_those_that_broke_for_want_of_it() -> None:
+    world = World("a", "b")
+    running = world.run("a", "b")
+    world.beat("b", BROKEN, message="out of memory", first=1)
+    world.beat("a", BROKEN, message="another stage is lost")
+    assert running.message == "stage 1 on b: out of memory"
+    world.beat("b", SERVING, first=1)
+    assert running.message == "stage 0 on a: another stage is lost"
+
+
 def test_a_broken_ring_whose_stages_are_all_there_is_connected_again_ever_more_rarely() -> None:
     world = World("a", "b")
     running = world.run("a", "b")
