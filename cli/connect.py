@@ -3,17 +3,32 @@
 import os
 from pathlib import Path
 
-from eldric.client import Client
-from eldric.client.cluster import CLUSTER_FILE, find_cluster
+from eldric.cli.certificates import keep_fresh
+from eldric.client import Client, Cluster, find_cluster
+from eldric.client.cluster import CLUSTER_FILE
+from eldric.errors import NotReady
+from eldric.node_file import is_running
+
+HERE = Path("eldric-cluster")
 
 
-def client_of(folder: Path | None, controller: str | None) -> Client:
-    """A client for --dir, --controller, ELDRIC_DIR, ELDRIC_CONTROLLER, ./eldric-cluster or the context, in this order.
+def cluster_of(folder: Path | None, controller: str | None) -> Cluster:
+    """The cluster of --dir, --controller, ELDRIC_DIR, ELDRIC_CONTROLLER, ./eldric-cluster or the context, in this
+    order. Raises NotFound when none of them names one."""
+    if folder is None and controller is not None:
+        return find_cluster(None, controller, {})
+    named = folder or os.environ.get("ELDRIC_DIR") or os.environ.get("ELDRIC_CONTROLLER")
+    if not named and (HERE / CLUSTER_FILE).exists():
+        folder = HERE
+    return find_cluster(folder, None, os.environ)
 
-    Raises NotFound when none of them names a cluster.
-    """
-    named = folder or controller or os.environ.get("ELDRIC_DIR") or os.environ.get("ELDRIC_CONTROLLER")
-    here = Path("eldric-cluster")
-    if not named and (here / CLUSTER_FILE).exists():
-        folder = here
-    return Client(find_cluster(folder, controller, os.environ))
+
+def client_of(folder: Path | None, controller: str | None, *, timeout_s: float = 30.0) -> Client:
+    """A client of that cluster. Raises NotReady for a local one that does not run."""
+    cluster = cluster_of(folder, controller)
+    if cluster.folder is not None and not is_running(cluster.folder / "controller"):
+        raise NotReady(
+            f"the cluster in {cluster.folder} does not run: start it with `eldric-cli up --dir {cluster.folder}`"
+        )
+    keep_fresh(cluster)
+    return Client(cluster, timeout_s=timeout_s)

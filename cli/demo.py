@@ -5,71 +5,81 @@ import tempfile
 import time
 from pathlib import Path
 
-from eldric.cli.clusters import roster, wait_until_registered
+from rich.text import Text
+
+from eldric.cli import interrupts
 from eldric.cli.demo_model import smollm2
-from eldric.cli.deployments import follow_deploy, show_pipelines
-from eldric.cli.imports import follow_import
+from eldric.cli.failures import failure_of, report
+from eldric.cli.generating import speed_line, stream
 from eldric.cli.local import LocalCluster
 from eldric.cli.output import err, out
-from eldric.client import Client, Delta, Finished
-from eldric.errors import EldricError
+from eldric.cli.progress import follow_deploy, follow_import
+from eldric.cli.roster import Shape
+from eldric.cli.tables import pipelines_view
+from eldric.client import Client, PipelineInfo
 
 WORKERS = 3
 PROMPT = "Write one sentence about the sea."
 
 
-def main() -> None:
-    """Run the demonstration; whatever happens, the cluster is ended."""
-    with tempfile.TemporaryDirectory(prefix="eldric-demo-") as name:
-        folder = Path(name)
-        cluster = LocalCluster.create(folder, roster(folder, WORKERS))
-        try:
-            show(cluster)
-        finally:
-            cluster.stop(lambda line: err.print(line, style="dim"))
+def main() -> int:
+    """Run the demonstration; whatever happens, the cluster is ended. Returns the exit code."""
+    try:
+        with interrupts.as_exceptions(), tempfile.TemporaryDirectory(prefix="eldric-demo-") as name:
+            cluster = LocalCluster.create(Path(name).resolve(), Shape(workers=WORKERS))
+            try:
+                _show(cluster)
+            finally:
+                with interrupts.deferred():
+                    cluster.down(_say)
+    except KeyboardInterrupt:
+        return interrupts.INTERRUPTED
+    except Exception as error:
+        return report(failure_of(error), as_json=False, verbose=False)
     out.print("\nthe cluster has ended; `eldric-cli up` starts one that stays")
+    return 0
 
 
-def show(cluster: LocalCluster) -> None:
+def _show(cluster: LocalCluster) -> None:
     """Start, deploy, ask, look."""
     _title(f"starting a controller, a data worker, a router and {WORKERS} workers")
-    cluster.start(lambda line: err.print(line, style="dim"))
-    wait_until_registered(cluster)
+    began = time.monotonic()
+    cluster.up(_say)
+    out.print(f"the cluster is ready after {time.monotonic() - began:.1f} s")
     with Client(folder=cluster.folder) as client:
         _title("adding SmolLM2-135M-Instruct to the model store")
-        follow_import(client.models.add_events(smollm2(), "smollm2"), quiet=False)
+        model = follow_import(client.models.add_events(smollm2(), "smollm2"), "smollm2", quiet=False)
+        out.print(f"{model.name}: {model.architecture}, {model.layers} layers, {model.quantization}")
         _title(f"deploying it over {WORKERS} workers, each of which maps only its own layers")
         began = time.monotonic()
         info = follow_deploy(client.deploy_events("smollm2", stages=WORKERS, context=2048), quiet=False)
         out.print(f"{info.name} is ready after {time.monotonic() - began:.1f} s")
         _title(f"asking: {PROMPT}")
-        _ask(client)
+        messages = [{"role": "user", "content": PROMPT}]
+        finished = stream(client.chat("smollm2", messages, temperature=0.0, max_tokens=80))
+        out.print(speed_line(finished))
         _title("the stages that answered")
-        time.sleep(1.2)  # one heartbeat, so that the workers' own figures are in
-        show_pipelines(client.status())
+        out.print(pipelines_view(_settled(client)))
+    _title("ending the cluster")
 
 
-def _ask(client: Client) -> None:
-    messages = [{"role": "user", "content": PROMPT}]
-    for event in client.chat("smollm2", messages, temperature=0.0, max_tokens=80):
-        match event:
-            case Delta(text=text):
-                sys.stdout.write(text)
-                sys.stdout.flush()
-            case Finished() as finished:
-                speed = max(0, finished.completion_tokens - 1) / max(finished.generation_ms, 1e-9) * 1000
-                out.print(
-                    f"\n\n{finished.completion_tokens} tokens, first after "
-                    f"{finished.queue_ms + finished.prompt_ms:.0f} ms, then {speed:.0f} per second"
-                )
+def _settled(client: Client) -> list[PipelineInfo]:
+    """The pipelines, once the workers' own figures are in, which come with their next beats."""
+    deadline = time.monotonic() + 3
+    while True:
+        pipelines = client.status()
+        if time.monotonic() > deadline or all(stage.steps for info in pipelines for stage in info.stages):
+            return pipelines
+        time.sleep(0.1)
+
+
+def _say(line: str) -> None:
+    err.print(line, style="dim")
 
 
 def _title(text: str) -> None:
-    out.print(f"\n[bold]{text}[/]")
+    out.print(Text(f"\n{text}", "bold"))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except EldricError as error:
-        sys.exit(f"error: {error.message}")
+    sys.exit(main())

@@ -1,89 +1,61 @@
 """A cluster of processes on this machine: made, started, looked at and ended, all below one folder.
 
 FOLDER/cluster.json    addresses of the controllers, and the roster
+FOLDER/lock            held (folder_lock.py) by the command that starts or ends nodes
 FOLDER/operator/       the operator's certificate
 FOLDER/models/         the model store
 FOLDER/KIND[-N]/       one node each: certificate, state, node.json, log
 """
 
-import contextlib
+import datetime
 import json
-import os
-import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Set
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
-import psutil
-
+from eldric.cli import certificates, interrupts, processes
+from eldric.cli.processes import NodeProcess
+from eldric.cli.roster import NodeEntry, Shape, roster
+from eldric.client import Client
 from eldric.client.cluster import CLUSTER_FILE, OPERATOR
-from eldric.errors import AlreadyExists, DeadlineExceeded, EldricError, InvalidRequest, NotFound
+from eldric.errors import AlreadyExists, DeadlineExceeded, InvalidRequest, NotFound, Unavailable
+from eldric.names import split_address
 from eldric.security import Authority
+from eldric.web import check_free
 
-#: Longest wait for one node to answer after its start.
-_START_S = 30.0
-#: Longest wait for a node to end by itself; then it is killed.
+#: Longest wait for one node to answer after its start, and for all to be registered after that.
+_START_S = 60.0
+#: Longest wait for nodes to end by themselves; then they are killed.
 _STOP_S = 15.0
-_POLL_S = 0.02
+
+_ROUTER_PORT = "--router-port"
 
 Say = Callable[[str], None]
 
 
-class NodeFailed(EldricError):
-    """A node's process ended while it started. Carries the last lines of its log."""
-
-    status = "UNAVAILABLE"
-
-
-@dataclass(frozen=True, slots=True)
-class NodeEntry:
-    """One node of the roster. `arguments` are those of `eldric-cli KIND`, beyond folder, name and controllers."""
-
-    kind: str
-    name: str
-    arguments: tuple[str, ...] = ()
-
-    @property
-    def folder(self) -> str:
-        return self.name if self.kind == "worker" else self.kind
-
-
-@dataclass(frozen=True, slots=True)
-class NodeProcess:
-    """A node as its node.json describes it."""
-
-    entry: NodeEntry
-    folder: Path
-    pid: int = 0
-    grpc_address: str = ""
-    http_url: str = ""
-    running: bool = False
-
-    @property
-    def log(self) -> Path:
-        return self.folder / "log"
-
-
 @dataclass(slots=True)
 class LocalCluster:
-    folder: Path
+    folder: Path  # absolute
     name: str
     nodes: list[NodeEntry] = field(default_factory=list)
-    controllers: list[str] = field(default_factory=list)
+    controllers: list[str] = field(default_factory=list)  # none before the first start
 
     @classmethod
-    def create(cls, folder: Path, nodes: list[NodeEntry], name: str = "local") -> Self:
-        """Make the folder, the authority and everybody's certificate. Raises AlreadyExists."""
+    def create(cls, folder: Path, shape: Shape, name: str = "local") -> Self:
+        """Make the folder, the authority and everybody's certificate. Raises AlreadyExists, InvalidRequest."""
         if (folder / CLUSTER_FILE).exists():
             raise AlreadyExists(f"{folder} holds a cluster already")
-        cluster = cls(folder, name, nodes)
+        return cls._create(folder, shape, name)
+
+    @classmethod
+    def _create(cls, folder: Path, shape: Shape, name: str) -> Self:
+        cluster = cls(folder, name, roster(folder, shape))
         authority = Authority.create(name)
         authority.save(folder / "controller" / "authority")
-        for entry in nodes:
+        for entry in cluster.nodes:
             authority.issue_identity(entry.kind, entry.name).save(folder / entry.folder)
         authority.issue_identity("client", "operator").save(folder / OPERATOR)
         (folder / "models").mkdir(exist_ok=True)
@@ -103,6 +75,41 @@ class LocalCluster:
         except (ValueError, KeyError, TypeError) as error:
             raise InvalidRequest(f"{path} is not the file of a local cluster: {error!r}") from error
 
+    @classmethod
+    def open(cls, folder: Path, shape: Shape, given: Set[str]) -> Self:
+        """The cluster in a folder, made where there is none. `given` names the fields of `shape` that were asked for.
+
+        A cluster that never came up is made anew. Raises AlreadyExists when the one that is there has another number
+        of workers, or runs with other settings.
+        """
+        if not (folder / CLUSTER_FILE).exists():
+            return cls.create(folder, shape)
+        cluster = cls.load(folder)
+        if not cluster.controllers:
+            return cls._create(folder, shape, cluster.name)
+        count = sum(entry.kind == "worker" for entry in cluster.nodes)
+        if "workers" in given and shape.workers != count:
+            raise AlreadyExists(
+                f"{folder} holds a cluster of {count} workers: `eldric-cli down --dir {folder}` and remove the folder, "
+                "or use another --dir"
+            )
+        affected = {"router"} if "router_port" in given else set()
+        affected |= {"worker"} if given & {"memory", "threads", "pin"} else set()
+        cluster._settle(roster(folder, replace(shape, workers=count)), affected)
+        return cluster
+
+    def _settle(self, wanted: list[NodeEntry], kinds: Set[str]) -> None:
+        """Take over the settings of nodes of these kinds."""
+        for index, (entry, other) in enumerate(zip(self.nodes, wanted, strict=True)):
+            if entry == other or entry.kind not in kinds:
+                continue
+            if self.process(entry).running:
+                raise AlreadyExists(
+                    f"{entry.name} runs with other settings: `eldric-cli down --dir {self.folder}` first"
+                )
+            self.nodes[index] = other
+        self.save()
+
     def save(self) -> None:
         document = {
             "name": self.name,
@@ -114,138 +121,138 @@ class LocalCluster:
         partial.write_text(json.dumps(document, indent=2) + "\n")
         partial.replace(path)
 
+    def node_folder(self, entry: NodeEntry) -> Path:
+        return self.folder / entry.folder
+
     def processes(self) -> list[NodeProcess]:
         return [self.process(entry) for entry in self.nodes]
 
     def process(self, entry: NodeEntry) -> NodeProcess:
-        folder = self.folder / entry.folder
-        try:
-            document = json.loads((folder / "node.json").read_text())
-            pid = int(document["pid"])
-            return NodeProcess(
-                entry, folder, pid, document["grpc_address"], document["http_url"], _is_node(pid, folder)
-            )
-        except (OSError, ValueError, KeyError, TypeError):
-            return NodeProcess(entry, folder)
+        return processes.look(entry, self.node_folder(entry))
 
-    def start(self, say: Say) -> list[NodeProcess]:
-        """Start every node that does not run, the controller first. What was started is ended when one fails."""
-        started: list[subprocess.Popen[bytes]] = []
+    def up(self, say: Say) -> list[NodeProcess]:
+        """Start every node that does not run, the controller first, and wait until all are registered.
+
+        Whatever goes wrong, an interrupt included, what was started is ended. Raises AddressInUse, NodeFailed,
+        DeadlineExceeded.
+        """
+        before = {process.folder for process in self.processes() if process.running}
         try:
+            self._check_ports()
+            self._renew_certificates()
             for group in self._groups():
-                waiting = []
-                for entry in group:
-                    if not self.process(entry).running:
-                        say(f"starting {entry.kind} {entry.name}")
-                        process = self._spawn(entry)
-                        started.append(process)
-                        waiting.append((entry, process))
-                for entry, process in waiting:
-                    self._wait_for(entry, process)
+                self._start(group, say)
                 if group[0].kind == "controller":
                     self._keep_address(group[0])
+            self._wait_until_registered()
         except BaseException:
-            for process in started:
-                process.kill()
-                process.wait()
+            with interrupts.deferred():
+                started = processes.find(self.node_folder(entry) for entry in self.nodes)
+                processes.end({folder: pid for folder, pid in started.items() if folder not in before})
             raise
         return self.processes()
 
-    def stop(self, say: Say) -> list[NodeProcess]:
-        """End every node, the controller last. Returns those that had to be killed."""
+    def down(self, say: Say) -> tuple[int, list[NodeEntry]]:
+        """End every node, the controller last. Returns how many ran, and those that had to be killed."""
+        running = processes.find(self.node_folder(entry) for entry in self.nodes)
         killed = []
         for group in reversed(list(self._groups())):
-            running = [process for process in map(self.process, group) if process.running]
-            for process in running:
-                say(f"stopping {process.entry.kind} {process.entry.name}")
-                _signal(process.pid, signal.SIGTERM)
-            deadline = time.monotonic() + _STOP_S
-            for process in running:
-                if not _gone(process, deadline):
-                    _signal(process.pid, signal.SIGKILL)
-                    _gone(process, time.monotonic() + _STOP_S)
-                    killed.append(process)
-                (process.folder / "node.json").unlink(missing_ok=True)
-        return killed
+            folders = {self.node_folder(entry): entry for entry in group}
+            ending = {folder: running[folder] for folder in folders if folder in running}
+            for folder in ending:
+                say(f"stopping {folders[folder].kind} {folders[folder].name}")
+            killed += [folders[folder] for folder in processes.end(ending, _STOP_S)]
+            for folder in folders:
+                (folder / "node.json").unlink(missing_ok=True)
+        return len(running), killed
 
     def _groups(self) -> Iterator[list[NodeEntry]]:
         """Nodes that may start side by side."""
         yield [entry for entry in self.nodes if entry.kind == "controller"]
         yield [entry for entry in self.nodes if entry.kind != "controller"]
 
-    def _spawn(self, entry: NodeEntry) -> "subprocess.Popen[bytes]":
-        folder = self.folder / entry.folder
-        (folder / "node.json").unlink(missing_ok=True)
-        command = [sys.executable, "-m", "eldric.cli.main", entry.kind, "--folder", str(folder), *entry.arguments]
-        for address in self.controllers if entry.kind != "controller" else ():
-            command += ["--controller", address]
-        with open(folder / "output", "wb") as output:
-            return subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
-            )
-
-    def _wait_for(self, entry: NodeEntry, process: "subprocess.Popen[bytes]") -> None:
+    def _start(self, entries: list[NodeEntry], say: Say) -> None:
+        missing = [entry for entry in entries if not self.process(entry).running]
+        under_way = processes.find(map(self.node_folder, missing)) if missing else {}
+        started: dict[str, subprocess.Popen[bytes]] = {}
+        for entry in missing:
+            if self.node_folder(entry) in under_way:
+                continue
+            say(f"starting {entry.kind} {entry.name}")
+            known = self.controllers if entry.kind != "controller" else []
+            with interrupts.deferred():
+                started[entry.name] = processes.spawn(entry, self.node_folder(entry), known)
         deadline = time.monotonic() + _START_S
-        while not self.process(entry).running:
-            if process.poll() is not None:
-                raise NodeFailed(f"{entry.kind} {entry.name} ended while it started: {self._last_words(entry)}")
-            if time.monotonic() > deadline:
-                raise DeadlineExceeded(f"{entry.kind} {entry.name} did not start within {_START_S:.0f} s")
-            time.sleep(_POLL_S)
+        for entry in missing:
+            self._wait_for(entry, started.get(entry.name), deadline)
 
-    def _last_words(self, entry: NodeEntry) -> str:
-        try:
-            lines = (self.folder / entry.folder / "output").read_text(errors="replace").strip().splitlines()
-        except OSError:
-            return "it left no output"
-        return lines[-1].strip() if lines else "it said nothing"
+    def _wait_for(self, entry: NodeEntry, started: "subprocess.Popen[bytes] | None", deadline: float) -> None:
+        while not self.process(entry).running:
+            if started is not None and (code := started.poll()) is not None:
+                raise processes.failure(entry, self.node_folder(entry), code)
+            if time.monotonic() > deadline:
+                raise DeadlineExceeded(
+                    f"{entry.kind} {entry.name} did not start within {_START_S:.0f} s; see its log in "
+                    f"{self.node_folder(entry)}"
+                )
+            time.sleep(processes.POLL_S)
+
+    def _check_ports(self) -> None:
+        """Before anything is started: the ports that are fixed are free.
+
+        A controller's ports are those of its first start, where the others look for it; it gets other ones when they
+        are taken and nobody is left who could look for it.
+        """
+        for index, entry in enumerate(self.nodes):
+            if self.process(entry).running:
+                continue
+            if entry.kind == "router":
+                port = int(entry.option("--http-port") or 0)
+                for number in (port, port + 1000) if port else ():
+                    check_free("127.0.0.1", number, _ROUTER_PORT)
+            if entry.kind == "controller" and not any(each.running for each in self.processes()):
+                try:
+                    for option in ("--http-port", "--grpc-port", "--join-port"):
+                        check_free("127.0.0.1", int(entry.option(option) or 0), option)
+                except AlreadyExists:
+                    self.nodes[index] = entry.with_options({"--http-port": "0", "--grpc-port": "0", "--join-port": "0"})
+
+    def _renew_certificates(self) -> None:
+        """Of the operator and of nodes that do not run: nobody else does, and they may have been down for long."""
+        authority = Authority.load(self.folder / "controller" / "authority")
+        now = datetime.datetime.now(datetime.UTC)
+        for folder in (self.folder / OPERATOR, *(each.folder for each in self.processes() if not each.running)):
+            certificates.reissue(authority, folder, now)
 
     def _keep_address(self, entry: NodeEntry) -> None:
         """A controller that starts again must be found where the others look for it: write its ports down."""
         process = self.process(entry)
-        if process.grpc_address in self.controllers:
+        if not process.running:
+            raise Unavailable(f"the controller has ended; see its log in {process.folder}")
+        if [process.grpc_address] == self.controllers:
             return
-        document = json.loads((process.folder / "node.json").read_text())
         self.controllers = [process.grpc_address]
-        ports = {
-            "--http-port": document["http_url"].rpartition(":")[2],
-            "--grpc-port": process.grpc_address.rpartition(":")[2],
+        addresses = {
+            "--http-port": process.http_url.rpartition("/")[2],
+            "--grpc-port": process.grpc_address,
+            "--join-port": process.join_address,
         }
-        if document.get("join_address"):
-            ports["--join-port"] = document["join_address"].rpartition(":")[2]
-        kept = NodeEntry(entry.kind, entry.name, _with_options(entry.arguments, ports))
-        self.nodes = [kept if each is entry else each for each in self.nodes]
+        ports = {option: str(split_address(address)[1]) for option, address in addresses.items() if address}
+        self.nodes = [entry.with_options(ports) if each == entry else each for each in self.nodes]
         self.save()
 
-
-def _with_options(arguments: tuple[str, ...], options: dict[str, str]) -> tuple[str, ...]:
-    kept: list[str] = []
-    pairs = iter(arguments)
-    for argument in pairs:
-        if argument in options:
-            next(pairs, None)
-        else:
-            kept.append(argument)
-    return (*kept, *(part for option in options.items() for part in option))
-
-
-def _is_node(pid: int, folder: Path) -> bool:
-    """Whether the process is that node's and not another that got its number."""
-    try:
-        process = psutil.Process(pid)
-        return process.status() != psutil.STATUS_ZOMBIE and str(folder) in process.cmdline()
-    except psutil.Error:
-        return False
-
-
-def _signal(pid: int, number: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, number)
-
-
-def _gone(process: NodeProcess, deadline: float) -> bool:
-    while _is_node(process.pid, process.folder):
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(_POLL_S)
-    return True
+    def _wait_until_registered(self) -> None:
+        """Every node's process runs; wait until the controller counts them all as up."""
+        deadline = time.monotonic() + _START_S
+        expected = {(entry.kind, entry.name): entry for entry in self.nodes}
+        with Client(folder=self.folder) as client:
+            while missing := expected.keys() - {
+                (node.kind, node.name) for node in client.nodes() if node.state == "up"
+            }:
+                for each in missing:
+                    if not self.process(expected[each]).running:
+                        raise processes.failure(expected[each], self.node_folder(expected[each]))
+                if time.monotonic() > deadline:
+                    names = ", ".join(sorted(name for _, name in missing))
+                    raise DeadlineExceeded(f"not registered within {_START_S:.0f} s: {names}; see `eldric-cli logs`")
+                time.sleep(processes.POLL_S)

@@ -1,22 +1,62 @@
-"""eldric-cli workers, ps and logs: what there is and what it says."""
+"""eldric-cli status, workers, ps and logs: what there is and what it says."""
 
 import time
-from collections import deque
-from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.live import Live
 
 from eldric.cli import options
 from eldric.cli.clusters import local_folder
+from eldric.cli.completion import pipelines as complete_pipelines
 from eldric.cli.connect import client_of
 from eldric.cli.local import LocalCluster
-from eldric.cli.output import human_bytes, out, print_json, table
+from eldric.cli.log_files import Follower, last_lines
+from eldric.cli.output import out, print_json
+from eldric.cli.tables import nodes_view, pipelines_view, workers_view
+from eldric.client import Client
 from eldric.errors import NotFound
 
-app = typer.Typer()
+app = options.new_app()
 
+_WATCH_S = 1.0
 _FOLLOW_S = 0.2
+
+
+@app.command()
+def status(
+    name: Annotated[str, typer.Argument(help="Only this pipeline.", autocompletion=complete_pipelines)] = "",
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Show it again every second, until Ctrl-C.")] = False,
+    folder: options.Dir = None,
+    controller: options.Controller = None,
+    as_json: options.Json = False,
+) -> None:
+    """Show the pipelines with their stages: layers, memory, step time, state.
+
+    Layers are counted from 0. With --watch, --json prints an object a line.
+    """
+    with client_of(folder, controller) as client:
+        if watch:
+            _watch(client, name, as_json)
+        elif as_json:
+            print_json({"pipelines": client.status(name)})
+        else:
+            out.print(pipelines_view(client.status(name)))
+
+
+def _watch(client: Client, name: str, as_json: bool) -> None:
+    if as_json or not out.is_terminal:
+        while True:
+            found = client.status(name)
+            if as_json:
+                print_json({"pipelines": found})
+            else:
+                out.print(pipelines_view(found))
+            time.sleep(_WATCH_S)
+    with Live(pipelines_view(client.status(name)), console=out, screen=True, auto_refresh=False) as live:
+        while True:
+            time.sleep(_WATCH_S)
+            live.update(pipelines_view(client.status(name)), refresh=True)
 
 
 @app.command()
@@ -26,20 +66,8 @@ def workers(folder: options.Dir = None, controller: options.Controller = None, a
         found = client.workers()
     if as_json:
         print_json({"workers": found})
-        return
-    listing = table("name", "state", "right:pid", "right:cores", "right:memory", "right:used", "engine", "devices")
-    for worker in found:
-        listing.add_row(
-            worker.name,
-            worker.state,
-            str(worker.pid),
-            str(worker.cores),
-            human_bytes(worker.memory_bytes),
-            human_bytes(worker.memory_used_bytes),
-            worker.engine,
-            ", ".join(worker.devices),
-        )
-    out.print(listing if found else "no worker has joined; `eldric-cli join` makes this machine one")
+    else:
+        out.print(workers_view(found))
 
 
 @app.command()
@@ -50,61 +78,46 @@ def ps(folder: options.Dir = None, controller: options.Controller = None, as_jso
     if as_json:
         print_json({"nodes": nodes, "pipelines": pipelines})
         return
-    listing = table("kind", "name", "state", "right:pid", "gRPC", "HTTP")
-    for node in nodes:
-        listing.add_row(node.kind, node.name, node.state, str(node.pid), node.grpc_address, node.http_url)
-    out.print(listing)
+    out.print(nodes_view(nodes))
     for info in pipelines:
-        out.print(f"{info.name}  {info.state}  {len(info.stages)} stages, {info.slots_used}/{info.slots} slots")
+        slots = f"{info.slots_used}/{info.slots} slots"
+        out.print(f"{info.name}  {info.state}  {len(info.stages)} stages, {slots}, {info.queued} waiting")
 
 
 @app.command()
 def logs(
     node: Annotated[str, typer.Argument(help="Name of a node, as in `ps`. Default: all.")] = "",
-    lines: Annotated[int, typer.Option("--lines", "-n", help="Lines of each log.")] = 20,
+    lines: Annotated[int, typer.Option("--lines", "-n", min=0, help="Lines of each log.")] = 20,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until Ctrl-C.")] = False,
     folder: options.Dir = None,
     as_json: options.Json = False,
 ) -> None:
-    """Show the logs of a local cluster's nodes."""
+    """Show the logs of a local cluster's nodes.
+
+    With --follow, --json prints an object a line: {"node", "line"}.
+    """
     processes = LocalCluster.load(local_folder(folder)).processes()
     chosen = [process for process in processes if node in ("", process.entry.name)]
     if not chosen:
         names = ", ".join(process.entry.name for process in processes)
         raise NotFound(f"no node {node!r}; there are {names}")
-    last = {process.entry.name: _last_lines(process.log, lines) for process in chosen}
-    if as_json:
+    followers = {process.entry.name: Follower(process.log) for process in chosen}
+    last = {process.entry.name: last_lines(process.log, lines) for process in chosen}
+    if as_json and not follow:
         print_json({"logs": last})
         return
     for name, text in last.items():
         for line in text:
-            out.print(f"{name}: {line}", markup=False)
-    if follow:
-        _follow({process.entry.name: process.log for process in chosen})
-
-
-def _last_lines(path: Path, count: int) -> list[str]:
-    try:
-        with open(path, errors="replace") as file:
-            return [line.rstrip("\n") for line in deque(file, maxlen=max(0, count))]
-    except FileNotFoundError:
-        return []
-
-
-def _follow(paths: dict[str, Path]) -> None:
-    """Print what is written from now on. A log that begins anew is read from its beginning."""
-    read = {name: path.stat().st_size if path.exists() else 0 for name, path in paths.items()}
-    while True:
-        for name, path in paths.items():
-            size = path.stat().st_size if path.exists() else 0
-            if size < read[name]:
-                read[name] = 0
-            if size > read[name]:
-                with open(path, "rb") as file:
-                    file.seek(read[name])
-                    text = file.read(size - read[name])
-                whole = text[: text.rfind(b"\n") + 1]
-                read[name] += len(whole)
-                for line in whole.decode(errors="replace").splitlines():
-                    out.print(f"{name}: {line}", markup=False)
+            _show(name, line, as_json)
+    while follow:
+        for name, follower in followers.items():
+            for line in follower.new_lines():
+                _show(name, line, as_json)
         time.sleep(_FOLLOW_S)
+
+
+def _show(node: str, line: str, as_json: bool) -> None:
+    if as_json:
+        print_json({"node": node, "line": line})
+    else:
+        out.print(f"{node}: {line}", soft_wrap=True)

@@ -1,14 +1,13 @@
 """What a person may write for a model: its name in the store, a short name, or a file."""
 
 import tomllib
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-from platformdirs import user_config_path
+from platformdirs import user_cache_path, user_config_path
 
-from eldric.cli.imports import follow_import
-from eldric.client import Client
 from eldric.errors import InvalidRequest, NotFound
 
 #: The user's own short names, in the form of short_names.toml.
@@ -17,65 +16,108 @@ USER_FILE = user_config_path("eldric") / "models.toml"
 
 @dataclass(frozen=True, slots=True)
 class ShortName:
-    """Where a well-known model comes from."""
+    """Where a well-known model comes from: a repository of GGUF files on Hugging Face, and which of them."""
 
     name: str
     repository: str
     quantization: str
+
+    @property
+    def base(self) -> str:
+        """How its files' names begin: the repository's name without "-GGUF"."""
+        tail = self.repository.rpartition("/")[2]
+        return tail[:-5] if tail.lower().endswith("-gguf") else tail
+
+    def is_called(self, name: str) -> bool:
+        """Whether a file's or a model's name is this model's: as its files are called, in any case, with '-', '_' or
+        '.' between the words."""
+        plain = _plain(name.removesuffix(".gguf"))
+        wanted = _plain(f"{self.base}-{self.quantization}")
+        return plain == wanted or plain.startswith(f"{wanted}-00001-of-")
+
+    @property
+    def how_to_get(self) -> str:
+        return (
+            f"`hf download {self.repository} --include '*{self.quantization}*.gguf'`, then "
+            f"`eldric-cli models add FILE --name {self.name}`"
+        )
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("_", "-").replace(".", "-")
 
 
 def short_names(user_file: Path = USER_FILE) -> dict[str, ShortName]:
     """The table that comes with Eldric, and over it the user's own. Raises InvalidRequest for a broken user file."""
     table = _parse(files("eldric.cli").joinpath("short_names.toml").read_text(), "short_names.toml")
     if user_file.exists():
-        table.update(_parse(user_file.read_text(), str(user_file)))
+        table.update(_parse(user_file.read_text(errors="replace"), str(user_file)))
     return table
 
 
 def _parse(text: str, where: str) -> dict[str, ShortName]:
     try:
-        return {
-            name: ShortName(name, entry["repository"], entry["quantization"])
-            for name, entry in tomllib.loads(text).items()
-        }
+        entries = tomllib.loads(text)
+        table = {name: ShortName(name, entry["repository"], entry["quantization"]) for name, entry in entries.items()}
     except (tomllib.TOMLDecodeError, KeyError, TypeError) as error:
         raise InvalidRequest(
             f"{where} is no table of short names ({error}); write [NAME] with repository and quantization"
         ) from error
+    for name, entry in table.items():
+        if not isinstance(entry.repository, str) or not isinstance(entry.quantization, str):
+            raise InvalidRequest(f"{where}: repository and quantization of {name} must be text")
+    return table
 
 
-def ensure_in_store(client: Client, model: str, *, quiet: bool) -> str:
-    """The name in the store of what a person wrote; a file is taken into the store first.
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """What was asked for is in the store, under this name."""
 
-    Raises NotFound that says how to get what is missing.
-    """
-    stored = {info.name for info in client.models.list()}
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class OnDisk:
+    """It is a file, which must be taken into the store first."""
+
+    path: Path
+
+
+def resolve(
+    model: str, stored: Collection[str], table: dict[str, ShortName], folders: Collection[Path]
+) -> Stored | OnDisk:
+    """What a person means: a name of the store comes first, then a file, then a short name, whose model is looked for
+    in the store and in `folders`. Raises NotFound that says how to get what is missing."""
     if model in stored:
-        return model
+        return Stored(model)
     path = Path(model).expanduser()
-    if path.suffix == ".gguf" or path.is_file():
-        if not path.is_file():
-            raise NotFound(f"there is no file {path}")
-        name = store_name(path)
-        if name not in stored:
-            follow_import(client.models.add_events(path.resolve(), name), quiet=quiet)
-        return name
-    known = short_names().get(model)
+    if path.is_file():
+        return OnDisk(path.resolve())
+    if path.suffix == ".gguf" or "/" in model:
+        raise NotFound(f"there is no file {path}")
+    known = table.get(model)
     if known is None:
-        raise NotFound(
-            f"no model {model!r}: the store has {', '.join(sorted(stored)) or 'none'}; add one with "
-            "`eldric-cli models add FILE --name NAME`"
-        )
+        there = ", ".join(sorted(stored)) or "none"
+        raise NotFound(f"no model {model!r}: the store has {there}; `eldric-cli models add FILE --name NAME` adds one")
+    for name in sorted(stored):
+        if known.is_called(name):
+            return Stored(name)
+    for file in _gguf_files(folders):
+        if known.is_called(file.name):
+            return OnDisk(file)
     raise NotFound(
-        f"{model} is {known.repository}, quantization {known.quantization}, which is not in the store: download its "
-        f"GGUF file and `eldric-cli models add FILE --name {model}`"
+        f"{model} is {known.repository}, {known.quantization}, and neither in the store nor on this disk; get it with "
+        f"{known.how_to_get}"
     )
 
 
-def store_name(path: Path) -> str:
-    """A name for a file's model: its own without the ending and the number of a split set."""
-    stem = path.name.removesuffix(".gguf")
-    base, separator, count = stem.rpartition("-of-")
-    if separator and count.isdigit() and base.rpartition("-")[2].isdigit():
-        stem = base.rpartition("-")[0]
-    return stem
+def _gguf_files(folders: Collection[Path]) -> Iterator[Path]:
+    for folder in folders:
+        yield from sorted(folder.rglob("*.gguf"))
+
+
+def model_folders() -> list[Path]:
+    """Where models that were downloaded before may lie: here, our own cache, Hugging Face's and llama.cpp's."""
+    cache = Path.home() / ".cache"
+    known = (user_cache_path("eldric") / "models", cache / "huggingface" / "hub", cache / "llama.cpp")
+    return [folder for folder in known if folder.is_dir()]

@@ -1,5 +1,6 @@
 """eldric-cli models: the model store."""
 
+import contextlib
 from pathlib import Path
 from typing import Annotated
 
@@ -7,14 +8,12 @@ import typer
 
 from eldric.cli import options
 from eldric.cli.connect import client_of
-from eldric.cli.imports import follow_import, progress_bar
-from eldric.cli.model_names import store_name
 from eldric.cli.output import human_bytes, out, print_json, table
+from eldric.cli.progress import Tracker, follow_import
+from eldric.data.names import id_of
 from eldric.errors import NotFound
 
-app = typer.Typer(name="models", help="The model store: list, show, add, remove and verify.", no_args_is_help=True)
-
-Name = Annotated[str, typer.Argument(help="Name of the model in the store.")]
+app = options.new_app(name="models", help="The model store: list, show, add, remove and verify.")
 
 
 @app.command("ls")
@@ -27,23 +26,32 @@ def list_models(
     if as_json:
         print_json({"models": models})
         return
-    listing = table("name", "architecture", "right:parameters", "type", "right:layers", "right:context", "right:size")
+    if not models:
+        out.print("the store is empty; add a model with `eldric-cli models add FILE`")
+        return
+    listing = table(
+        "name", "architecture", "right:parameters", "type", "right:layers", "right:context", "right:size", "problem"
+    )
     for model in models:
         listing.add_row(
             model.name,
             model.architecture,
-            f"{model.parameters / 1e9:.2f} B",
+            count(model.parameters),
             model.quantization,
             str(model.layers),
             str(model.context),
             human_bytes(model.size_bytes),
+            model.problem,
         )
-    out.print(listing if models else "the store is empty; add a model with `eldric-cli models add FILE`")
+    out.print(listing)
 
 
 @app.command()
 def show(
-    name: Name, folder: options.Dir = None, controller: options.Controller = None, as_json: options.Json = False
+    name: options.Model,
+    folder: options.Dir = None,
+    controller: options.Controller = None,
+    as_json: options.Json = False,
 ) -> None:
     """Show what a model's header says."""
     with client_of(folder, controller) as client:
@@ -63,10 +71,14 @@ def show(
         ("vocabulary", details.vocab_size),
         ("context", info.context),
         ("size", human_bytes(info.size_bytes)),
-        ("files", ", ".join(details.files)),
+        ("parameters", count(info.parameters)),
+        ("tensors", details.tensor_count),
+        ("problem", info.problem),
+        ("files", ", ".join(path for path, _ in details.files)),
         ("SHA-256", ", ".join(details.sha256)),
     ):
-        listing.add_row(field, str(value))
+        if value != "":
+            listing.add_row(field, str(value))
     for key, text in sorted(details.header.items()):
         listing.add_row(key, text if len(text) <= 80 else text[:77] + "...")
     out.print(listing)
@@ -82,12 +94,15 @@ def add(
     as_json: options.Json = False,
 ) -> None:
     """Take a model file into the store."""
-    path = file.expanduser().resolve()
-    if not path.exists():
-        raise NotFound(f"there is no file {file}")
     with client_of(folder, controller) as client:
-        events = client.models.add_events(path, name or store_name(path), "move" if move else "copy")
-        model = follow_import(events, quiet=as_json)
+        path = file.expanduser()
+        if path.exists():
+            path = path.resolve()
+        elif client.cluster.folder is not None or not path.is_absolute():
+            raise NotFound(f"there is no file {file}")
+        named = name or id_of(path.name)
+        with contextlib.closing(client.models.add_events(path, named, "move" if move else "copy")) as events:
+            model = follow_import(events, named, quiet=as_json)
     if as_json:
         print_json({"model": model})
     else:
@@ -96,7 +111,10 @@ def add(
 
 @app.command("rm")
 def remove(
-    name: Name, folder: options.Dir = None, controller: options.Controller = None, as_json: options.Json = False
+    name: options.Model,
+    folder: options.Dir = None,
+    controller: options.Controller = None,
+    as_json: options.Json = False,
 ) -> None:
     """Remove a model from the store."""
     with client_of(folder, controller) as client:
@@ -109,14 +127,26 @@ def remove(
 
 @app.command()
 def verify(
-    name: Name, folder: options.Dir = None, controller: options.Controller = None, as_json: options.Json = False
+    name: options.Model,
+    folder: options.Dir = None,
+    controller: options.Controller = None,
+    as_json: options.Json = False,
 ) -> None:
     """Compare a model's files with the checksums that were kept when it was added."""
-    with client_of(folder, controller) as client, progress_bar(as_json) as progress:
-        line = progress.add_task("verifying", total=None)
-        for event in client.models.verify_events(name):
-            progress.update(line, completed=event.done_bytes, total=event.total_bytes or None)
+    with client_of(folder, controller) as client, Tracker(quiet=as_json) as tracker:
+        with contextlib.closing(client.models.verify_events(name)) as events:
+            for event in events:
+                tracker.update(name, event.phase, event.done_bytes, event.total_bytes)
+        tracker.finish("sound")
     if as_json:
         print_json({"model": name, "sound": True})
     else:
         out.print(f"{name} is sound")
+
+
+def count(number: float) -> str:
+    """Parameters as people count them: "135 M", "1.7 B"."""
+    for divisor, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= divisor:
+            return f"{number / divisor:.3g} {unit}"
+    return f"{number:.0f}"

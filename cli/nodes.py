@@ -1,16 +1,23 @@
 """eldric-cli controller|worker|data|router: one node in the foreground, on a real machine or below `up`."""
 
 import asyncio
-from collections.abc import Coroutine
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from eldric import logs, node_file
+from eldric.cli import options
+from eldric.cli.units import parse_bytes, parse_cpus
 from eldric.config import DEFAULT_PORT, NodeConfig
 from eldric.errors import InvalidRequest
+from eldric.security import Identity
 
-app = typer.Typer()
+app = options.new_app()
 
 Folder = Annotated[
     Path, typer.Option("--folder", help="The node's own folder: certificate, state and log. `join` makes it.")
@@ -18,16 +25,25 @@ Folder = Annotated[
 Controllers = Annotated[
     list[str], typer.Option("--controller", metavar="HOST:PORT", help="A controller's gRPC address; may be repeated.")
 ]
-Host = Annotated[str, typer.Option("--host", help="Address to listen on.")]
+Host = Annotated[str, typer.Option("--host", help="Address to listen on; 0.0.0.0 for all of this machine's.")]
 Advertise = Annotated[str | None, typer.Option("--advertise", help="Host by which other nodes reach this one.")]
 HttpPort = Annotated[
-    int, typer.Option("--http-port", help="0 picks a free one; -1 is the kind's own.", show_default="the kind's own")
+    int | None, typer.Option("--http-port", min=0, max=65535, help="0: a free one. Default: the kind's own.")
 ]
-GrpcPort = Annotated[int, typer.Option("--grpc-port", help="Default: the HTTP port + 1000.", show_default=False)]
+GrpcPort = Annotated[
+    int | None, typer.Option("--grpc-port", min=0, max=65535, help="0: a free one. Default: the HTTP port + 1000.")
+]
+JoinPort = Annotated[
+    int | None, typer.Option("--join-port", min=0, max=65535, help="0: a free one. Default: the HTTP port + 2000.")
+]
 LogLevel = Annotated[str, typer.Option("--log-level", help="DEBUG, INFO, WARNING or ERROR.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Log to the folder only, not to stderr.")]
 InsecureHttp = Annotated[
     bool, typer.Option("--insecure-http", help="Serve plain HTTP on an address that other machines reach.")
 ]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout when the node is ready.")]
+
+_POLL_S = 0.05
 
 
 @app.command()
@@ -35,17 +51,20 @@ def controller(
     folder: Folder,
     host: Host = "127.0.0.1",
     advertise: Advertise = None,
-    http_port: HttpPort = DEFAULT_PORT,
-    grpc_port: GrpcPort = DEFAULT_PORT,
-    join_port: Annotated[int, typer.Option("--join-port", help="Default: the HTTP port + 2000.")] = DEFAULT_PORT,
+    http_port: HttpPort = None,
+    grpc_port: GrpcPort = None,
+    join_port: JoinPort = None,
     log_level: LogLevel = "INFO",
+    quiet: Quiet = False,
+    as_json: Json = False,
 ) -> None:
     """Run a controller: the registry, the planner and the deployments of a cluster."""
     from eldric.controller.config import ControllerConfig
     from eldric.controller.main import run
 
-    node = _node("controller", folder, host, advertise, http_port, grpc_port, (), log_level, join_port=join_port)
-    _serve(node, run(ControllerConfig(node)))
+    ports = _ports(http_port, grpc_port, join_port)
+    node = _node("controller", folder, host=host, advertise=advertise, log_level=log_level, **ports)
+    _serve(node, lambda: run(ControllerConfig(node)), quiet=quiet, as_json=as_json)
 
 
 @app.command()
@@ -54,37 +73,42 @@ def worker(
     controllers: Controllers,
     host: Host = "127.0.0.1",
     advertise: Advertise = None,
-    http_port: HttpPort = DEFAULT_PORT,
-    grpc_port: GrpcPort = DEFAULT_PORT,
+    http_port: HttpPort = None,
+    grpc_port: GrpcPort = None,
     models: Annotated[
         Path | None, typer.Option("--models", help="Where the model store is mounted. Default: the store's own path.")
     ] = None,
     memory: Annotated[
         str, typer.Option("--memory", help="Memory for stages, such as 24GB or 16GiB. Default: the machine's.")
     ] = "",
-    threads: Annotated[int, typer.Option("--threads", help="Compute threads of a stage. 0: all cores.")] = 0,
+    threads: Annotated[int, typer.Option("--threads", min=0, help="Compute threads of a stage. 0: all cores.")] = 0,
     cpus: Annotated[str, typer.Option("--cpus", help="Cores to pin compute threads to, such as 0,2-5.")] = "",
-    queue: Annotated[int, typer.Option("--queue", help="Requests that may wait for a slot, per pipeline.")] = 128,
+    queue: Annotated[int, typer.Option("--queue", min=1, help="Requests that may wait, per pipeline.")] = 128,
     allow_insecure_tensors: Annotated[
         bool, typer.Option("--allow-insecure-tensors", help="Let a deployment ask for unencrypted tensor channels.")
     ] = False,
     log_level: LogLevel = "INFO",
+    quiet: Quiet = False,
+    as_json: Json = False,
 ) -> None:
     """Run a worker: it holds stages of pipelines and computes them."""
     from eldric.worker.config import WorkerConfig
     from eldric.worker.main import run
 
-    node = _node("worker", folder, host, advertise, http_port, grpc_port, controllers, log_level)
+    ports = _ports(http_port, grpc_port)
+    node = _node(
+        "worker", folder, host=host, advertise=advertise, controllers=controllers, log_level=log_level, **ports
+    )
     config = WorkerConfig(
         node=node,
-        models=models,
+        models=_absolute(models),
         memory_bytes=parse_bytes(memory) if memory else 0,
         threads=threads,
         cpus=parse_cpus(cpus) if cpus else None,
         queue=queue,
         allow_insecure_tensors=allow_insecure_tensors,
     )
-    _serve(node, run(config))
+    _serve(node, lambda: run(config), quiet=quiet, as_json=as_json)
 
 
 @app.command()
@@ -94,16 +118,20 @@ def data(
     models: Annotated[Path, typer.Option("--models", help="The model store's folder.")],
     host: Host = "127.0.0.1",
     advertise: Advertise = None,
-    http_port: HttpPort = DEFAULT_PORT,
-    grpc_port: GrpcPort = DEFAULT_PORT,
+    http_port: HttpPort = None,
+    grpc_port: GrpcPort = None,
     log_level: LogLevel = "INFO",
+    quiet: Quiet = False,
+    as_json: Json = False,
 ) -> None:
     """Run a data worker: the model store."""
     from eldric.data.config import DataConfig
     from eldric.data.main import run
 
-    node = _node("data", folder, host, advertise, http_port, grpc_port, controllers, log_level)
-    _serve(node, run(DataConfig(node, models)))
+    ports = _ports(http_port, grpc_port)
+    node = _node("data", folder, host=host, advertise=advertise, controllers=controllers, log_level=log_level, **ports)
+    store = models.expanduser().resolve()
+    _serve(node, lambda: run(DataConfig(node, store)), quiet=quiet, as_json=as_json)
 
 
 @app.command()
@@ -112,82 +140,76 @@ def router(
     controllers: Controllers,
     host: Host = "127.0.0.1",
     advertise: Advertise = None,
-    http_port: HttpPort = DEFAULT_PORT,
-    grpc_port: GrpcPort = DEFAULT_PORT,
+    http_port: HttpPort = None,
+    grpc_port: GrpcPort = None,
+    models: Annotated[
+        Path | None, typer.Option("--models", help="Where the model store is mounted. Default: the store's own path.")
+    ] = None,
     insecure_http: InsecureHttp = False,
     log_level: LogLevel = "INFO",
+    quiet: Quiet = False,
+    as_json: Json = False,
 ) -> None:
     """Run a router: the OpenAI-compatible API."""
     from eldric.router.config import RouterConfig
     from eldric.router.main import run
 
     node = _node(
-        "router", folder, host, advertise, http_port, grpc_port, controllers, log_level, insecure_http=insecure_http
-    )
-    _serve(node, run(RouterConfig(node)))
-
-
-def _node(
-    kind: str,
-    folder: Path,
-    host: str,
-    advertise: str | None,
-    http_port: int,
-    grpc_port: int,
-    controllers: list[str] | tuple[str, ...],
-    log_level: str,
-    **more: Any,
-) -> NodeConfig:
-    """The settings that all kinds share. The node's name is its certificate's."""
-    from eldric.security import Identity
-
-    return NodeConfig(
-        kind=kind,
-        name=Identity.load(folder).name,
-        folder=folder,
+        "router",
+        folder,
         host=host,
         advertise=advertise,
-        http_port=http_port,
-        grpc_port=grpc_port,
-        controllers=tuple(controllers),
+        controllers=controllers,
+        insecure_http=insecure_http,
         log_level=log_level,
-        **more,
+        **_ports(http_port, grpc_port),
     )
+    _serve(node, lambda: run(RouterConfig(node, _absolute(models))), quiet=quiet, as_json=as_json)
 
 
-def _serve(node: NodeConfig, work: Coroutine[Any, Any, None]) -> None:
-    from eldric import logs
-
-    logs.set_up(node)
-    asyncio.run(work)
+def _absolute(path: Path | None) -> Path | None:
+    return path.expanduser().resolve() if path is not None else None
 
 
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+def _ports(http: int | None, grpc: int | None, join: int | None = None) -> dict[str, Any]:
+    given = {"http_port": http, "grpc_port": grpc, "join_port": join}
+    return {name: DEFAULT_PORT if port is None else port for name, port in given.items()}
 
 
-def parse_bytes(text: str) -> int:
-    """ "24GB", "16GiB", "500M" or a plain number. Raises InvalidRequest."""
-    compact = text.strip().lower().removesuffix("b")
-    digits = compact.rstrip("kmgti")
-    unit = compact[len(digits) :]
-    try:
-        size = int(float(digits) * _UNITS[unit])
-    except (ValueError, KeyError, OverflowError):
-        raise InvalidRequest(f"{text!r} is no amount of memory; write for example 24GB or 16GiB") from None
-    if size <= 0:
-        raise InvalidRequest(f"{text!r} is no amount of memory: it must be more than 0")
-    return size
+def _node(kind: str, folder: Path, *, controllers: Sequence[str] = (), **settings: Any) -> NodeConfig:
+    """The settings that all kinds share. Kind and name are the certificate's. Raises InvalidRequest, NotFound."""
+    place = folder.expanduser().resolve()
+    identity = Identity.load(place)
+    if identity.kind != kind:
+        raise InvalidRequest(
+            f"{folder} is the folder of {identity.kind} {identity.name}: run `eldric-cli {identity.kind}` there"
+        )
+    return NodeConfig(kind=kind, name=identity.name, folder=place, controllers=tuple(controllers), **settings)
 
 
-def parse_cpus(text: str) -> tuple[int, ...]:
-    """ "0,2-5" as numbers. Raises InvalidRequest."""
-    cpus: list[int] = []
-    try:
-        for part in text.split(","):
-            first, _, last = part.partition("-")
-            cpus.extend(range(int(first), int(last or first) + 1))
-    except ValueError:
-        raise InvalidRequest(f"{text!r} is no list of cores; write for example 0,2-5") from None
-    if not cpus:
-        raise InvalidRequest(f"{text!r} names no core")
-    return tuple(cpus)
+def _serve(node: NodeConfig, run: Callable[[], Coroutine[Any, Any, None]], *, quiet: bool, as_json: bool) -> None:
+    """Until a signal ends the process."""
+    logs.set_up(node, stderr=not quiet)
+
+    async def serve() -> None:
+        announcing = asyncio.create_task(_announce(node, as_json))
+        try:
+            await run()
+        finally:
+            announcing.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await announcing
+
+    asyncio.run(serve())
+
+
+async def _announce(node: NodeConfig, as_json: bool) -> None:
+    """Say where the node listens, once it does."""
+    while (document := node_file.read(node.folder)) is None or document.get("pid") != os.getpid():
+        await asyncio.sleep(_POLL_S)
+    if as_json:
+        from eldric.cli.output import print_json
+
+        print_json({**document, "folder": str(node.folder)})
+    elif sys.stdout.isatty():
+        print(f"{node.kind} {node.name} is ready: gRPC {document['grpc_address']}, {document['http_url']}")

@@ -9,10 +9,25 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-#: Results. Colours only on a terminal.
-out = Console(highlight=False)
+#: Width of lines that go into a file or a pipe: whoever reads them there wants them whole.
+_WIDE = 1000
+
+
+class _Console(Console):
+    """Colours and moving lines on a terminal only, and no colours where NO_COLOR is set; both are rich's defaults."""
+
+    def __init__(self, *, stderr: bool = False) -> None:
+        terminal = (sys.stderr if stderr else sys.stdout).isatty()
+        super().__init__(stderr=stderr, highlight=False, markup=False, emoji=False, width=None if terminal else _WIDE)
+
+    def on_broken_pipe(self) -> None:
+        raise  # what rich caught before it called this: the command ends quietly, see main.run
+
+
+#: Results.
+out = _Console()
 #: Progress and complaints.
-err = Console(stderr=True, highlight=False)
+err = _Console(stderr=True)
 
 
 def plain(value: Any) -> Any:

@@ -25,8 +25,9 @@ class _Formatter(logging.Formatter):
         )
 
 
-def set_up(config: NodeConfig) -> None:
-    """Sets up the root logger: `config.folder`/log and stderr, from `config.log_level` on. Called once per process.
+def set_up(config: NodeConfig, *, stderr: bool = True) -> None:
+    """Sets up the root logger: `config.folder`/log and, if wanted, stderr, from `config.log_level` on. Called once per
+    process.
 
     Raises InvalidRequest for an unknown level.
     """
@@ -38,7 +39,8 @@ def set_up(config: NodeConfig) -> None:
         config.folder / "log", maxBytes=MAX_BYTES, backupCount=OLDER_FILES, encoding="utf-8"
     )
     root = logging.getLogger()
-    for handler in (file, logging.StreamHandler(sys.stderr)):
+    handlers: list[logging.Handler] = [file, logging.StreamHandler(sys.stderr)] if stderr else [file]
+    for handler in handlers:
         handler.setFormatter(_Formatter(config.node_id))
         root.addHandler(handler)
     root.setLevel(level)

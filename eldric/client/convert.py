@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from eldric.client import types
+from eldric.errors import InvalidRequest
 from eldric.v1 import common_pb2, inference_pb2, model_store_pb2, pipeline_pb2, registry_pb2, sampling_pb2, stage_pb2
 
 _FINISH: dict[int, types.Finish] = {
@@ -37,6 +38,7 @@ def node_info(node: registry_pb2.Node) -> types.NodeInfo:
         grpc_address=node.grpc_address,
         http_url=node.http_url,
         version=node.version,
+        protocol=node.protocol,
     )
 
 
@@ -128,6 +130,7 @@ def model(info: model_store_pb2.ModelInfo) -> types.ModelInfo:
         quantization=info.quantization,
         parameters=info.parameters,
         context=info.context,
+        problem=info.problem,
     )
 
 
@@ -139,7 +142,8 @@ def model_details(metadata: model_store_pb2.ModelMetadata) -> types.ModelDetails
         kv_heads=metadata.kv_heads,
         vocab_size=metadata.vocab_size,
         tensor_count=metadata.tensor_count,
-        files=tuple(file.path for file in metadata.source.files),
+        folder=metadata.source.folder,
+        files=tuple((file.path, file.size_bytes) for file in metadata.source.files),
         sha256=tuple(metadata.sha256),
         header=dict(metadata.header),
     )
@@ -172,13 +176,48 @@ def _token(token: inference_pb2.GeneratedToken) -> types.Token:
     return types.Token(token.id, token.text, token.logprob, tuple((top.token, top.logprob) for top in token.top))
 
 
-def sampling(options: Mapping[str, Any]) -> sampling_pb2.SamplingParams:
-    """SamplingParams from keyword arguments; None means not given. Raises TypeError, ValueError for a wrong one."""
+def deploy_request(model: str, options: Mapping[str, Any]) -> pipeline_pb2.DeployRequest:
+    """Options that are no fields of DeployRequest are those of its stages. Raises InvalidRequest for a wrong one."""
+    fields = {field.name for field in pipeline_pb2.DeployRequest.DESCRIPTOR.fields} - {"options", "model"}
     given = {name: value for name, value in options.items() if value is not None}
-    return sampling_pb2.SamplingParams(**given)
+    try:
+        stage_options = common_pb2.StageOptions(**{name: given[name] for name in given if name not in fields})
+        own: dict[str, Any] = {name: given[name] for name in given if name in fields}
+        return pipeline_pb2.DeployRequest(model=model, options=stage_options, **own)
+    except (TypeError, ValueError) as error:
+        raise InvalidRequest(f"a deployment option is wrong: {error}") from error
+
+
+def generate_request(
+    model: str, max_tokens: int, stop: str | Sequence[str], ignore_eos: bool, sampling: Mapping[str, Any]
+) -> inference_pb2.GenerateRequest:
+    """Without the input. Raises InvalidRequest for a wrong option."""
+    try:
+        return inference_pb2.GenerateRequest(
+            model=model,
+            sampling=sampling_pb2.SamplingParams(
+                **{name: value for name, value in sampling.items() if value is not None}
+            ),
+            max_tokens=max_tokens,
+            stop=[stop] if isinstance(stop, str) else stop,
+            ignore_eos=ignore_eos,
+        )
+    except (TypeError, ValueError) as error:
+        raise InvalidRequest(f"a generation option is wrong: {error}") from error
+
+
+def token_ids(ids: Sequence[int]) -> inference_pb2.TokenIds:
+    """Raises InvalidRequest."""
+    try:
+        return inference_pb2.TokenIds(ids=ids)
+    except (TypeError, ValueError) as error:
+        raise InvalidRequest(f"a prompt is a text or a list of token ids: {error}") from error
 
 
 def chat_messages(messages: Sequence[Mapping[str, str]]) -> inference_pb2.ChatMessages:
-    return inference_pb2.ChatMessages(
-        messages=[inference_pb2.ChatMessage(role=each["role"], content=each["content"]) for each in messages]
-    )
+    """Raises InvalidRequest."""
+    try:
+        converted = [inference_pb2.ChatMessage(role=each["role"], content=each["content"]) for each in messages]
+    except (KeyError, TypeError, ValueError) as error:
+        raise InvalidRequest(f'a message is {{"role": ..., "content": ...}}, both text: {error!r}') from error
+    return inference_pb2.ChatMessages(messages=converted)

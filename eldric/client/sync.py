@@ -2,16 +2,25 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Generator, Mapping, Sequence
+from concurrent.futures import Future, wait
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from eldric.client import types
-from eldric.client.aio import AsyncClient, collect
+from eldric.client.aio import AsyncClient
 from eldric.client.cluster import Cluster
+from eldric.errors import Unavailable
 
 T = TypeVar("T")
+
+#: Longest wait for a cancelled call to end, in seconds.
+_CANCEL_S = 5.0
+
+
+#: What a stream of events is here; closing it cancels what was asked for.
+Events = Generator[T, None, None]
 
 
 class Client:
@@ -45,8 +54,10 @@ class Client:
 
     def close(self) -> None:
         if not self._loop.is_closed():
-            self._run(self._client.close())
-            self._stop_loop()
+            try:
+                self._run(self._shut())
+            finally:
+                self._stop_loop()
 
     @property
     def cluster(self) -> Cluster:
@@ -58,11 +69,11 @@ class Client:
     def deploy(self, model: str, **options: Any) -> types.PipelineInfo:
         return self._run(self._client.deploy(model, **options))
 
-    def deploy_events(self, model: str, **options: Any) -> Iterator[types.DeployEvent]:
+    def deploy_events(self, model: str, **options: Any) -> Events[types.DeployEvent]:
         return self._iterate(self._client.deploy_events(model, **options))
 
-    def rebalance_events(self, name: str) -> Iterator[types.DeployEvent]:
-        return self._iterate(self._client.rebalance_events(name))
+    def rebalance_events(self, name: str, *, timeout_s: float | None = None) -> Events[types.DeployEvent]:
+        return self._iterate(self._client.rebalance_events(name, timeout_s=timeout_s))
 
     def undeploy(self, name: str) -> None:
         self._run(self._client.undeploy(name))
@@ -79,30 +90,40 @@ class Client:
     def create_token(self, *, lifetime_s: int = 3600, uses: int = 1, kind: str = "") -> str:
         return self._run(self._client.create_token(lifetime_s=lifetime_s, uses=uses, kind=kind))
 
-    def generate(self, model: str, prompt: str | Sequence[int], **options: Any) -> Iterator[types.Event]:
+    def generate(self, model: str, prompt: str | Sequence[int], **options: Any) -> Events[types.Event]:
         """See AsyncClient.generate."""
         return self._iterate(self._client.generate(model, prompt, **options))
 
-    def chat(self, model: str, messages: Sequence[Mapping[str, str]], **options: Any) -> Iterator[types.Event]:
+    def chat(self, model: str, messages: Sequence[Mapping[str, str]], **options: Any) -> Events[types.Event]:
         """See AsyncClient.chat."""
         return self._iterate(self._client.chat(model, messages, **options))
 
     def complete(self, model: str, prompt: str | Sequence[int], **options: Any) -> types.Answer:
         """`generate`, read to its end."""
-        return self._run(collect(self._client.generate(model, prompt, **options)))
+        return self._run(self._client.complete(model, prompt, **options))
 
     def tokenize(self, model: str, text: str, *, special: bool = False) -> list[int]:
         return self._run(self._client.tokenize(model, text, special=special))
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        """Raises what the work raises. An interrupt cancels the work and waits for its end."""
+        outcome: Future[T] = Future()
+        tasks: list[asyncio.Task[T]] = []
+
+        def begin() -> None:
+            tasks.append(self._loop.create_task(work))
+            tasks[0].add_done_callback(lambda task: _settle(outcome, task))
+
+        self._loop.call_soon_threadsafe(begin)
         try:
-            return future.result()
+            return outcome.result()
         except BaseException:
-            future.cancel()
+            if not outcome.done():
+                self._loop.call_soon_threadsafe(lambda: tasks[0].cancel())
+                wait([outcome], _CANCEL_S)
             raise
 
-    def _iterate(self, events: AsyncIterator[T]) -> Iterator[T]:
+    def _iterate(self, events: AsyncIterator[T]) -> Events[T]:
         """Closing the iterator, or an interrupt, closes the asynchronous one: what was asked for is cancelled."""
         iterator = events.__aiter__()
         try:
@@ -119,6 +140,13 @@ class Client:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+    async def _shut(self) -> None:
+        """Iterators that were left behind end first, and with them their calls."""
+        await self._loop.shutdown_asyncgens()
+        await self._client.close()
+        if rest := asyncio.all_tasks() - {asyncio.current_task()}:  # of gRPC, which puts its calls away
+            await asyncio.wait(rest, timeout=_CANCEL_S)
 
 
 class SyncModels:
@@ -139,13 +167,13 @@ class SyncModels:
 
     def add_events(
         self, path: Path | str, name: str = "", mode: str = "copy"
-    ) -> Iterator[types.ImportProgress | types.ModelInfo]:
+    ) -> Events[types.ImportProgress | types.ModelInfo]:
         return self._client._iterate(self._models.add_events(path, name, mode))
 
     def remove(self, name: str) -> None:
         self._client._run(self._models.remove(name))
 
-    def verify_events(self, name: str) -> Iterator[types.ImportProgress]:
+    def verify_events(self, name: str) -> Events[types.ImportProgress]:
         return self._client._iterate(self._models.verify_events(name))
 
 
@@ -154,6 +182,15 @@ async def _make(
 ) -> AsyncClient:
     """gRPC binds a channel to the loop that runs when it is made."""
     return AsyncClient(cluster, folder=folder, controller=controller, timeout_s=timeout_s)
+
+
+def _settle(outcome: Future[T], task: asyncio.Task[T]) -> None:
+    if task.cancelled():
+        outcome.set_exception(Unavailable("the call was cancelled"))
+    elif (error := task.exception()) is not None:
+        outcome.set_exception(error)
+    else:
+        outcome.set_result(task.result())
 
 
 async def _next(iterator: AsyncIterator[T]) -> T:

@@ -31,6 +31,7 @@ class NodeInfo:
     grpc_address: str
     http_url: str
     version: str
+    protocol: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +107,7 @@ class ModelInfo:
     quantization: str
     parameters: int
     context: int
+    problem: str = ""  # why it cannot be deployed
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +118,8 @@ class ModelDetails:
     kv_heads: int
     vocab_size: int
     tensor_count: int
-    files: tuple[str, ...]
+    folder: str  # the store's, as the data worker sees it
+    files: tuple[tuple[str, int], ...]  # path below the folder, size in bytes
     sha256: tuple[str, ...]
     header: Mapping[str, str]
 

@@ -1,0 +1,157 @@
+"""What `doctor` says of a cluster: pure functions of facts that cluster_facts gathers."""
+
+import datetime
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from eldric import PROTOCOL, __version__
+from eldric.cli.findings import Finding, ok, problem, warning
+from eldric.cli.output import human_bytes
+from eldric.client import NodeInfo, PipelineInfo, Plan, Worker
+
+#: Certificates live for 30 days and are renewed at two thirds: one that has less time left was not renewed.
+_RENEWAL_IS_LATE = datetime.timedelta(days=8)
+_NEEDED = {
+    "controller": "`eldric-cli controller`",
+    "data": "`eldric-cli data`: without it there are no models",
+    "router": "`eldric-cli router`: without it there is no API",
+    "worker": "`eldric-cli worker`: without one nothing can be deployed",
+}
+
+
+def check_controllers(answers: Mapping[str, str]) -> Iterator[Finding]:
+    """answers: what was wrong with each controller's answer; empty: nothing."""
+    for address, wrong in answers.items():
+        if wrong:
+            advice = "is it running, and does a firewall let its gRPC port through?"
+            yield problem("controller", f"{address}: {wrong}", advice)
+        else:
+            yield ok("controller", f"{address} answers")
+
+
+def check_local_nodes(stopped: Mapping[str, str], count: int, folder: Path) -> Finding:
+    """stopped: the nodes of a local cluster that do not run, and their last words; count: all its nodes."""
+    if not stopped:
+        return ok("processes", "every node of this cluster runs")
+    if len(stopped) == count and not any(stopped.values()):
+        return problem(
+            "processes", f"the cluster in {folder} does not run", f"`eldric-cli up --dir {folder}` starts it"
+        )
+    text = ", ".join(f"{name} ({line})" if line else name for name, line in stopped.items())
+    return problem("processes", f"not running: {text}", f"`eldric-cli up --dir {folder}` starts what does not run")
+
+
+def check_nodes(nodes: Sequence[NodeInfo]) -> Iterator[Finding]:
+    """Which nodes are not up, and which kinds are missing."""
+    for node in nodes:
+        name = f"{node.kind} {node.name}"
+        if node.state == "lost":
+            advice = f"look at its log and start it again; it was at {node.grpc_address}"
+            yield problem("nodes", f"{name} is lost", advice)
+        elif node.state != "up":
+            yield warning("nodes", f"{name} is {node.state}", "wait, then look at its log")
+    up = {node.kind for node in nodes if node.state == "up"}
+    for kind, advice in _NEEDED.items():
+        if kind not in up:
+            yield problem("nodes", f"no {kind} is up", f"start one with {advice}")
+    if up >= _NEEDED.keys() and all(node.state == "up" for node in nodes):
+        yield ok("nodes", f"{len(nodes)} nodes, all up")
+
+
+def check_versions(nodes: Sequence[NodeInfo]) -> Finding:
+    """Nodes of different protocols do not work together; different programs of one protocol do."""
+    others = {f"{node.kind} {node.name}": node.protocol for node in nodes if node.protocol != PROTOCOL}
+    if others:
+        text = ", ".join(f"{name} speaks {protocol}" for name, protocol in sorted(others.items()))
+        return problem("protocol", f"this program speaks {PROTOCOL}, {text}", "install the same version everywhere")
+    versions = {node.version for node in nodes} | {__version__}
+    if len(versions) > 1:
+        return warning("protocol", f"{PROTOCOL}, programs {', '.join(sorted(versions))}", "finish the update")
+    return ok("protocol", f"{PROTOCOL} everywhere, version {__version__}")
+
+
+def check_engines(workers: Sequence[Worker], pipelines: Sequence[PipelineInfo]) -> Iterator[Finding]:
+    """A pipeline over different compute libraries gives tokens that depend on the split."""
+    engines = {worker.name: worker.engine for worker in workers}
+    for info in pipelines:
+        used = {engines.get(stage.worker, "") for stage in info.stages} - {""}
+        if len(used) > 1:
+            text = f"{info.name} runs on {', '.join(sorted(used))}: its tokens depend on where its layers are"
+            yield warning("engines", text, "choose workers of one kind with --workers if that matters")
+
+
+def check_memory_of(workers: Sequence[Worker]) -> Iterator[Finding]:
+    for worker in workers:
+        if worker.memory_used_bytes > worker.memory_bytes > 0:
+            used, offered = human_bytes(worker.memory_used_bytes), human_bytes(worker.memory_bytes)
+            yield warning("memory", f"{worker.name} holds {used} of {offered}", "undeploy something")
+
+
+def check_pipelines(pipelines: Sequence[PipelineInfo]) -> Iterator[Finding]:
+    for info in pipelines:
+        if info.state == "degraded":
+            advice = f"`eldric-cli rebalance {info.name}` moves it to the workers that are left"
+            yield problem("pipelines", f"{info.name} is degraded: {info.message or 'a stage is lost'}", advice)
+        plain = [stage.worker for stage in info.stages if stage.transport and not stage.encrypted]
+        if plain and len(info.stages) > 1:
+            text = f"{info.name} sends its hidden states unencrypted ({', '.join(plain)})"
+            yield warning("pipelines", text, "deploy it without --insecure-tensors unless the network is your own")
+    if pipelines and all(info.state != "degraded" for info in pipelines):
+        yield ok("pipelines", ", ".join(f"{info.name} {info.state}" for info in pipelines))
+
+
+def check_plans(plans: Mapping[str, Plan | str]) -> Iterator[Finding]:
+    """plans: what deploying each model would do, or why it cannot be."""
+    left_out: dict[str, str] = {}
+    for model, plan in plans.items():
+        if isinstance(plan, str):
+            yield warning("plans", f"{model} cannot be deployed: {plan}", "see `eldric-cli deploy --dry-run`")
+        else:
+            left_out |= plan.excluded
+    for worker, reason in sorted(left_out.items()):
+        yield warning("plans", f"{worker} is left out: {reason}", "see to that, or live with it")
+
+
+def check_health(answers: Mapping[str, str]) -> Iterator[Finding]:
+    """answers: what was wrong with each node's /health; empty: nothing."""
+    for name, wrong in answers.items():
+        if wrong:
+            yield warning("health", f"{name}: {wrong}", "look at its log, and whether a firewall is between")
+    if answers and not any(answers.values()):
+        yield ok("health", f"{len(answers)} nodes say that they are ready")
+
+
+def check_store(folder: str, files: Iterable[tuple[str, int]], sizes: Mapping[str, int | None]) -> Iterator[Finding]:
+    """Whether this machine sees the model store where the data worker has it.
+
+    files: what there is, with its size in bytes; sizes: what is seen here, None if it is missing.
+    """
+    wanted = dict(files)
+    missing = [path for path in wanted if sizes.get(path) is None]
+    wrong = [path for path in wanted if path not in missing and sizes[path] != wanted[path]]
+    if wrong:
+        text = f"{wrong[0]} in {folder} has another size here than on the data worker"
+        yield problem("model store", text, "is the right export mounted there?")
+    elif missing:
+        text = f"{missing[0]} is not in {folder} on this machine"
+        yield warning("model store", text, "a worker here needs the store mounted, and --models where it is")
+    elif wanted:
+        yield ok("model store", f"{len(wanted)} files in {folder}, seen from here")
+
+
+def check_certificates(
+    ends: Mapping[str, tuple[datetime.datetime, datetime.datetime]], now: datetime.datetime
+) -> Iterator[Finding]:
+    """ends: first and last moment of each certificate, by whose it is."""
+    for name, (begin, end) in ends.items():
+        again = "`eldric-cli join` with a new token, into the same folder"
+        if now < begin:
+            yield problem("certificates", f"that of {name} holds from {begin:%Y-%m-%d %H:%M} UTC on", "set the clock")
+        elif end <= now:
+            yield problem("certificates", f"that of {name} ended on {end:%Y-%m-%d %H:%M} UTC", again)
+        elif end - now < _RENEWAL_IS_LATE:
+            text = f"that of {name} ends on {end:%Y-%m-%d %H:%M} UTC"
+            yield warning("certificates", text, f"a node that runs renews it; else {again}")
+    if ends and all(begin <= now and end - now >= _RENEWAL_IS_LATE for begin, end in ends.values()):
+        first = min(end for _, end in ends.values())
+        yield ok("certificates", f"{len(ends)}, the first ends on {first:%Y-%m-%d}")

@@ -1,0 +1,216 @@
+"""eldric-cli init, token and join: a cluster of several machines, and who belongs to it."""
+
+import asyncio
+import re
+import socket
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from platformdirs import user_data_path
+
+from eldric import node_file
+from eldric.cli import options
+from eldric.cli.connect import client_of
+from eldric.cli.output import err, out, print_json
+from eldric.cli.units import parse_seconds
+from eldric.client.cluster import OPERATOR, Cluster, context_path
+from eldric.config import HTTP_PORTS
+from eldric.controller.main import AUTHORITY_FOLDER, STATE_FILE
+from eldric.controller.state import Store
+from eldric.errors import AlreadyExists, InvalidRequest, NotFound
+from eldric.names import IDENTITY_KINDS, check_name, join_address, machine_address, split_address
+from eldric.security import Authority, Identity, JoinToken, join, new_token
+
+app = options.new_app()
+
+#: Where nodes of this machine have their folders, unless it is said.
+HOME = user_data_path("eldric")
+
+Lifetime = Annotated[str, typer.Option("--lifetime", help="How long the token may be used: 30m, 2h, 7d; 30d at most.")]
+
+
+@app.command()
+def init(
+    name: Annotated[str, typer.Argument(help="Name of the cluster.")] = "eldric",
+    folder: Annotated[
+        Path, typer.Option("--folder", help="The controller's folder: authority, certificate, state and log.")
+    ] = HOME / "controller",
+    host: Annotated[
+        str, typer.Option("--host", help="Host by which other machines reach this one.", show_default="its address")
+    ] = "",
+    http_port: Annotated[int, typer.Option("--http-port", min=1, max=63535, help="gRPC: + 1000, joining: + 2000.")] = (
+        HTTP_PORTS["controller"]
+    ),
+    lifetime: Lifetime = "1h",
+    as_json: options.Json = False,
+) -> None:
+    """Make a new cluster, whose controller runs on this machine.
+
+    Writes the cluster's authority and the controller's certificate into the folder, makes you its operator (certificate
+    and context in your own configuration), and prints what to run next and a join token.
+    """
+    seconds = parse_seconds(lifetime)
+    place, reach = folder.expanduser().resolve(), host or machine_address()
+    context = context_path()
+    if (place / AUTHORITY_FOLDER).exists():
+        raise AlreadyExists(f"{place} holds a cluster already: `eldric-cli token` makes tokens for it")
+    if context.exists():
+        raise AlreadyExists(
+            f"you are an operator of the cluster at {', '.join(Cluster.load(context).controllers)}: "
+            f"remove {context} and {context.parent / OPERATOR} if it is gone"
+        )
+    authority = Authority.create(name)
+    address = join_address(reach, http_port + 1000)
+    authority.save(place / AUTHORITY_FOLDER)
+    authority.issue_identity("controller", _host_name()).save(place)
+    authority.issue_identity("client", "operator").save(context.parent / OPERATOR)
+    Cluster((address,), context.parent / OPERATOR).save(context)
+    token = asyncio.run(_first_token(place, authority, seconds))
+    join_at = join_address(reach, http_port + 2000)
+    port = "" if http_port == HTTP_PORTS["controller"] else f" --http-port {http_port}"
+    command = f"eldric-cli controller --folder {place} --host 0.0.0.0 --advertise {reach}{port}"
+    if as_json:
+        print_json(
+            {
+                "cluster": name,
+                "folder": str(place),
+                "context": str(context),
+                "controller": address,
+                "join_address": join_at,
+                "token": token,
+                "command": command,
+            }
+        )
+        return
+    out.print(f"cluster {name} is made; its authority, which no other machine needs, is in {place / AUTHORITY_FOLDER}")
+    out.print(f"\n1. start its controller here:\n   {command}")
+    out.print(f"\n2. on every other machine, within {lifetime}:", soft_wrap=True)
+    for kind in ("data", "worker", "router"):
+        out.print(f"   eldric-cli join {token} {join_at} --kind {kind}", soft_wrap=True)
+    out.print("   and then the command that it prints")
+    out.print("\nThe token admits any number of nodes. `eldric-cli token` makes another.")
+
+
+async def _first_token(folder: Path, authority: Authority, lifetime_s: int) -> str:
+    """A token in the state of a controller that does not run yet."""
+    now = time.time()
+    token, record = new_token(authority.sha256, now=now, lifetime_s=lifetime_s, uses=None)
+    store = await Store.open(folder / STATE_FILE)
+    try:
+        await store.add_token(record, now)
+    finally:
+        await store.close()
+    return token.format()
+
+
+@app.command()
+def token(
+    lifetime: Lifetime = "1h",
+    uses: Annotated[int, typer.Option("--uses", min=0, help="How many nodes may use it. 0: any number.")] = 1,
+    kind: Annotated[
+        str, typer.Option("--kind", help='The only kind that it admits. Default: any but "client" and "controller".')
+    ] = "",
+    folder: options.Dir = None,
+    controller: options.Controller = None,
+    as_json: options.Json = False,
+) -> None:
+    """Make a join token, which admits a new node to the cluster.
+
+    --kind client makes another operator; --kind controller another controller.
+    """
+    seconds = parse_seconds(lifetime)
+    with client_of(folder, controller) as client:
+        text = client.create_token(lifetime_s=seconds, uses=uses, kind=kind)
+        join_at = _join_address(client.cluster)
+    if as_json:
+        print_json({"token": text, "lifetime_s": seconds, "uses": uses, "kind": kind, "join_address": join_at})
+        return
+    out.print(text, soft_wrap=True)
+    if err.is_terminal:
+        err.print(f"\neldric-cli join {text} {join_at} --kind {kind or 'worker'}", style="dim", soft_wrap=True)
+
+
+def _join_address(cluster: Cluster) -> str:
+    """Where strangers join: as a local controller says, or the gRPC port + 1000, as it is by default."""
+    if cluster.folder is not None:
+        return str((node_file.read(cluster.folder / "controller") or {}).get("join_address", ""))
+    host, port = split_address(cluster.controllers[0])
+    return join_address(host, port + 1000)
+
+
+@app.command("join")
+def join_cluster(
+    token: Annotated[str, typer.Argument(help="The join token, from `eldric-cli init` or `eldric-cli token`.")],
+    address: Annotated[str, typer.Argument(metavar="HOST:PORT", help="The controller's join address.")],
+    kind: Annotated[str, typer.Option("--kind", help="worker, data, router, controller, or client: an operator.")] = (
+        "worker"
+    ),
+    name: Annotated[str, typer.Option("--name", help="Name of the node.", show_default="the machine's")] = "",
+    folder: Annotated[
+        Path | None, typer.Option("--folder", help="The node's own folder.", show_default=f"{HOME}/KIND-NAME")
+    ] = None,
+    grpc_address: Annotated[
+        str,
+        typer.Option(
+            "--controller",
+            metavar="HOST:PORT",
+            help="The controller's gRPC address. Default: the port of the join address - 1000.",
+        ),
+    ] = "",
+    as_json: options.Json = False,
+) -> None:
+    """Make this machine a node of a cluster.
+
+    Checks that the controller is the one that made the token, gets a certificate, and prints how to start the node.
+    A folder that is this node's already gets a new certificate.
+    """
+    if kind not in IDENTITY_KINDS:
+        raise InvalidRequest(f"{kind!r} is no kind of node; kinds are {', '.join(IDENTITY_KINDS)}")
+    parsed = JoinToken.parse(token)
+    node = check_name(name or _host_name())
+    controller = _controller_address(address, grpc_address)
+    place = (folder or HOME / f"{kind}-{node}").expanduser().resolve()
+    if kind == "client":
+        place = context_path().parent / OPERATOR
+    _check_free(place, kind, node)
+    identity = asyncio.run(join(address, parsed, kind, node))
+    identity.save(place)
+    if kind == "client":
+        Cluster((controller,), place).save(context_path())
+        command = "eldric-cli status"
+    elif kind == "controller":
+        command = f"eldric-cli controller --folder {place}"
+    else:
+        store = " --models MODEL-FOLDER" if kind == "data" else ""
+        command = f"eldric-cli {kind} --folder {place} --controller {controller} --host 0.0.0.0{store}"
+    if as_json:
+        print_json({"kind": kind, "name": node, "folder": str(place), "cluster": identity.cluster, "command": command})
+        return
+    out.print(f"{kind} {node} is a member of cluster {identity.cluster}; its certificate is in {place}", soft_wrap=True)
+    out.print(f"next: {command}", soft_wrap=True)
+
+
+def _controller_address(join_at: str, given: str) -> str:
+    host, port = split_address(join_at)
+    if given:
+        split_address(given)
+        return given
+    return join_address(host, max(1, port - 1000))
+
+
+def _check_free(folder: Path, kind: str, name: str) -> None:
+    """Raises AlreadyExists when the folder is another node's."""
+    try:
+        there = Identity.load(folder)
+    except NotFound:
+        return
+    if (there.kind, there.name) != (kind, name):
+        raise AlreadyExists(f"{folder} is the folder of {there.kind} {there.name}: choose another with --folder")
+
+
+def _host_name() -> str:
+    """The machine's name, as far as it can be a node's."""
+    name = re.sub(r"[^A-Za-z0-9.-]+", "-", socket.gethostname().partition(".")[0]).strip("-.")[:63].rstrip("-.")
+    return name or "node"

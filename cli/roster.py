@@ -1,0 +1,81 @@
+"""Which nodes a local cluster has, and with which arguments each is started."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from eldric.cli.units import parse_bytes
+from eldric.errors import InvalidRequest
+
+MOST_WORKERS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class NodeEntry:
+    """One node. `arguments` are those of `eldric-cli KIND`, beyond its folder and controllers: options and values in
+    turn, and flags at the end."""
+
+    kind: str
+    name: str
+    arguments: tuple[str, ...] = ()
+
+    @property
+    def folder(self) -> str:
+        """Its folder, below the cluster's."""
+        return self.name if self.kind == "worker" else self.kind
+
+    def option(self, name: str) -> str | None:
+        """The value of an option, if it is given."""
+        return self.arguments[self.arguments.index(name) + 1] if name in self.arguments else None
+
+    def with_options(self, options: dict[str, str]) -> "NodeEntry":
+        """The same node with these options in place of what was given of them."""
+        kept: list[str] = []
+        pairs = iter(self.arguments)
+        for argument in pairs:
+            if argument in options:
+                next(pairs, None)
+            else:
+                kept.append(argument)
+        return NodeEntry(self.kind, self.name, (*(part for each in options.items() for part in each), *kept))
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What a person says of a cluster."""
+
+    workers: int = 2
+    memory: str = ""  # of each worker; empty: the machine's, shared evenly
+    threads: int = 0  # of each worker; 0: cores / workers
+    pin: bool = False  # whether each worker has cores of its own
+    router_port: int = 0  # 0: a free one
+
+
+def roster(folder: Path, shape: Shape, *, cores: int = 0, memory_bytes: int = 0) -> list[NodeEntry]:
+    """The nodes of a local cluster in `folder`. cores, memory_bytes: the machine's; 0: what it has.
+
+    Raises InvalidRequest.
+    """
+    if not 1 <= shape.workers <= MOST_WORKERS:
+        raise InvalidRequest(f"{shape.workers} workers: 1 to {MOST_WORKERS} run on one machine")
+    if shape.threads < 0:
+        raise InvalidRequest(f"{shape.threads} threads: at least 1, or 0 for cores / workers")
+    cores = cores or psutil.cpu_count() or 1
+    machine = memory_bytes or psutil.virtual_memory().total
+    memory = parse_bytes(shape.memory) if shape.memory else machine // shape.workers
+    threads = shape.threads or max(1, cores // shape.workers)
+    ports = ("--http-port", "0")
+    models = ("--models", str(folder / "models"))
+    nodes = [
+        NodeEntry("controller", "controller", ports),
+        NodeEntry("data", "data", (*ports, *models)),
+        NodeEntry("router", "router", ("--http-port", str(shape.router_port))),
+    ]
+    for index in range(shape.workers):
+        arguments: tuple[str, ...] = (*ports, *models, "--memory", str(memory), "--threads", str(threads))
+        if shape.pin:
+            own = [(index * threads + offset) % cores for offset in range(threads)]
+            arguments = (*arguments, "--cpus", ",".join(map(str, dict.fromkeys(own))))
+        nodes.append(NodeEntry("worker", f"worker-{index + 1}", arguments))
+    return nodes

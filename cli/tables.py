@@ -1,0 +1,112 @@
+"""Pipelines, workers and nodes as tables for people."""
+
+import re
+from collections.abc import Sequence
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from eldric.cli.output import human_bytes, table
+from eldric.cli.progress import layer_range
+from eldric.client import NodeInfo, PipelineInfo, StageInfo, Worker
+
+_STATE_STYLES = {
+    "ready": "green",
+    "up": "green",
+    "serving": "green",
+    "deploying": "yellow",
+    "loading": "yellow",
+    "loaded": "yellow",
+    "draining": "yellow",
+    "undeploying": "yellow",
+    "unloading": "yellow",
+    "suspect": "yellow",
+    "degraded": "red",
+    "broken": "red",
+    "lost": "red",
+}
+
+
+#: The order in which nodes are listed.
+_KINDS = ("controller", "data", "router", "edge", "worker")
+
+
+def natural(name: str) -> list[tuple[int, str]]:
+    """A key that sorts worker-10 after worker-9."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"([0-9]+)", name)]
+
+
+def state_text(state: str) -> Text:
+    return Text(state, _STATE_STYLES.get(state, ""))
+
+
+def pipelines_view(pipelines: Sequence[PipelineInfo]) -> RenderableType:
+    """Each pipeline with its stages."""
+    if not pipelines:
+        return Text("nothing is deployed; `eldric-cli deploy MODEL` does")
+    parts: list[RenderableType] = []
+    for info in pipelines:
+        parts += [Text(), _headline(info)]
+        if info.message:
+            parts.append(Text(f"  {info.message}", "yellow"))
+        if info.stages:
+            parts.append(_stages(info.stages))
+    return Group(*parts[1:])
+
+
+def _headline(info: PipelineInfo) -> Text:
+    model = "" if info.model == info.name else f"  model {info.model}"
+    share = f" {info.progress:.0%}" if info.state == "deploying" else ""
+    load = f"{info.slots_used}/{info.slots} slots, {info.queued} waiting"
+    return Text.assemble(
+        (info.name, "bold"),
+        f"{model}  ",
+        state_text(info.state),
+        f"{share}  epoch {info.epoch}  context {info.context}  {load}",
+    )
+
+
+def _stages(stages: Sequence[StageInfo]) -> Table:
+    listing = table(
+        "stage", "worker", "right:pid", "layers", "right:memory", "right:step ms", "right:steps", "link", "state"
+    )
+    for stage in stages:
+        link = f"{stage.transport}, {'encrypted' if stage.encrypted else 'PLAIN'}" if stage.transport else ""
+        listing.add_row(
+            str(stage.index),
+            stage.worker,
+            str(stage.pid or ""),
+            layer_range(stage.layers),
+            human_bytes(stage.memory_bytes),
+            f"{stage.step_ms:.2f}" if stage.step_ms else "",
+            str(stage.steps or ""),
+            link,
+            Text.assemble(state_text(stage.state), f" {stage.message}" if stage.message else ""),
+        )
+    return listing
+
+
+def workers_view(workers: Sequence[Worker]) -> RenderableType:
+    if not workers:
+        return Text("no worker has joined; `eldric-cli join` makes this machine one")
+    listing = table("name", "state", "right:pid", "right:threads", "right:memory", "right:used", "engine", "devices")
+    for worker in sorted(workers, key=lambda worker: natural(worker.name)):
+        listing.add_row(
+            worker.name,
+            state_text(worker.state),
+            str(worker.pid),
+            str(worker.cores),
+            human_bytes(worker.memory_bytes),
+            human_bytes(worker.memory_used_bytes),
+            worker.engine,
+            ", ".join(worker.devices),
+        )
+    return listing
+
+
+def nodes_view(nodes: Sequence[NodeInfo]) -> Table:
+    listing = table("kind", "name", "state", "right:pid", "gRPC", "HTTP")
+    for node in sorted(nodes, key=lambda node: (_KINDS.index(node.kind), natural(node.name))):
+        listing.add_row(node.kind, node.name, state_text(node.state), str(node.pid), node.grpc_address, node.http_url)
+    return listing

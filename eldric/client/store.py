@@ -1,0 +1,71 @@
+"""The model store, through the cluster's data worker."""
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from eldric.client import convert, types
+from eldric.client.connections import Connections
+from eldric.errors import Unavailable
+from eldric.v1 import model_store_pb2, model_store_pb2_grpc
+
+_DATA_WORKER = "the data worker"
+
+
+class Models:
+    """Its methods raise subclasses of EldricError; NotFound for an unknown model."""
+
+    def __init__(self, connections: Connections) -> None:
+        self._connections = connections
+
+    async def _stub(self) -> "model_store_pb2_grpc.ModelStoreAsyncStub":
+        return model_store_pb2_grpc.ModelStoreStub(await self._connections.data_worker())
+
+    async def list(self) -> list[types.ModelInfo]:
+        stub = await self._stub()
+        with self._connections.calling(_DATA_WORKER):
+            return [convert.model(info) for info in (await stub.List(model_store_pb2.ListModelsRequest())).models]
+
+    async def show(self, name: str) -> types.ModelDetails:
+        stub = await self._stub()
+        with self._connections.calling(_DATA_WORKER):
+            return convert.model_details(await stub.Metadata(model_store_pb2.ModelRequest(id=name)))
+
+    async def add_events(
+        self, path: Path | str, name: str = "", mode: str = "copy"
+    ) -> AsyncIterator[types.ImportProgress | types.ModelInfo]:
+        """Take a GGUF file of the data worker's machine into the store: progress, then the model. Closing the iterator
+        leaves nothing of it behind."""
+        stub = await self._stub()
+        request = model_store_pb2.ImportRequest(path=str(path), id=name, mode=mode)
+        with self._connections.calling(_DATA_WORKER):
+            call = stub.Import(request)
+            try:
+                async for event in call:
+                    if event.HasField("model"):
+                        yield convert.model(event.model)
+                    else:
+                        yield types.ImportProgress(event.phase, event.done_bytes, event.total_bytes)
+            finally:
+                call.cancel()
+
+    async def add(self, path: Path | str, name: str = "", mode: str = "copy") -> types.ModelInfo:
+        async for event in self.add_events(path, name, mode):
+            if isinstance(event, types.ModelInfo):
+                return event
+        raise Unavailable("the data worker ended the import without a word")
+
+    async def remove(self, name: str) -> None:
+        stub = await self._stub()
+        with self._connections.calling(_DATA_WORKER):
+            await stub.Remove(model_store_pb2.RemoveModelRequest(id=name))
+
+    async def verify_events(self, name: str) -> AsyncIterator[types.ImportProgress]:
+        """Compare the files with their checksums. Raises DataLoss, which names the file that differs."""
+        stub = await self._stub()
+        with self._connections.calling(_DATA_WORKER):
+            call = stub.Verify(model_store_pb2.ModelRequest(id=name))
+            try:
+                async for event in call:
+                    yield types.ImportProgress("verifying", event.done_bytes, event.total_bytes)
+            finally:
+                call.cancel()
