@@ -13,7 +13,7 @@ from eldric.engine.chat import ChatTemplate
 from eldric.engine.errors import InvalidModel, InvalidPrompt
 from eldric.engine.gguf import ModelFile
 from eldric.engine.tokenizer import Tokenizer
-from eldric.errors import DataLoss, EldricError, Unavailable
+from eldric.errors import DataLoss, EldricError, NotFound, Unavailable
 from eldric.node import Node
 from eldric.v1 import model_store_pb2, model_store_pb2_grpc, registry_pb2, registry_pb2_grpc, stage_pb2
 
@@ -55,6 +55,7 @@ class Vocabularies:
         self._executor = executor
         self._limit = limit
         self._made: OrderedDict[bytes, asyncio.Task[Vocabulary]] = OrderedDict()
+        self._prefetched: set[bytes] = set()
 
     async def get(self, source: stage_pb2.ModelSource) -> Vocabulary:
         """The vocabulary of a model. Raises UnsupportedModel for a tokenizer that is not known, InvalidModel for a
@@ -62,8 +63,11 @@ class Vocabularies:
         return await asyncio.shield(self._task(source))
 
     def prefetch(self, source: stage_pb2.ModelSource) -> None:
-        """Makes the vocabulary in the background, so that the first request need not wait."""
-        if source.files and _key(source) not in self._made:
+        """Makes the vocabulary in the background, so that the first request need not wait. Tried once for each model:
+        what fails, or is dropped for newer ones, waits for a request."""
+        key = _key(source)
+        if source.files and key not in self._prefetched:
+            self._prefetched.add(key)
             self._task(source)
 
     async def close(self) -> None:
@@ -110,6 +114,8 @@ class Vocabularies:
                 if not source.header_sha256 or hashlib.sha256(header).digest() == source.header_sha256:
                     return header
                 problem = DataLoss(f"the model {source.model!r} in the store is not the file that was deployed")
+            except NotFound as error:
+                problem = Unavailable(f"the file of {source.model!r} is not in the store any more: {error.message}")
             except EldricError as error:
                 problem = error
         raise problem
