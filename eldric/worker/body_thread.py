@@ -19,6 +19,14 @@ class BodyThread(ComputeThread):
     def __init__(self, stage: Stage, transport: Transport, place: Place, on_change: Callable[[], None]) -> None:
         super().__init__(stage, transport, place, on_change)
         self._tail = Tail(stage.spec.vocab_size) if place.is_tail else None
+        self._slots: set[int] = set()
+
+    @property
+    def sequences(self) -> int:
+        return len(self._slots)
+
+    def _end_sequences(self, reason: str) -> None:
+        self._slots.clear()
 
     def _turn(self) -> None:
         self._take_commands()
@@ -56,6 +64,7 @@ class BodyThread(ComputeThread):
     def _open(self, frame: Frame) -> None:
         message = frame_pb2.SequenceOpen.FromString(bytes(frame.payload))
         self._stage.truncate(message.slot, message.first_position)
+        self._slots.add(message.slot)
         if self._tail is None:
             self._ring.pass_on(frame)
         else:
@@ -64,6 +73,7 @@ class BodyThread(ComputeThread):
     def _close(self, frame: Frame) -> None:
         slot = frame_pb2.SequenceClose.FromString(bytes(frame.payload)).slot
         self._stage.truncate(slot, 0)
+        self._slots.discard(slot)
         if self._tail is None:
             self._ring.pass_on(frame)
         else:

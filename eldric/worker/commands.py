@@ -43,7 +43,9 @@ class Follow:
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    pass
+    """End the stage, and what runs for this reason."""
+
+    reason: str
 
 
 Command = Connect | Submit | Cancel | Degrade | Follow | Stop

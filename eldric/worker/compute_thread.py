@@ -14,7 +14,7 @@ from eldric.engine.errors import EngineError
 from eldric.engine.stage import Stage
 from eldric.engine.step import Run
 from eldric.transport.base import Transport
-from eldric.transport.errors import TransportError
+from eldric.transport.errors import ConnectFailed, TransportError
 from eldric.transport.frame import Frame
 from eldric.v1 import frame_pb2, stage_pb2
 from eldric.worker.commands import Command, Connect, Degrade, Stop
@@ -24,6 +24,9 @@ log = logging.getLogger(__name__)
 
 #: Longest wait in `recv`: a command wakes it, so this only bounds the time until a missed wake is noticed.
 _IDLE_S = 1.0
+
+#: Longest wait for the next stage to listen and let this one in, but for a new command.
+_CONNECT_S = 10.0
 
 #: Decode steps that the median of `step_ms` looks back on.
 _REMEMBERED_STEPS = 64
@@ -125,20 +128,42 @@ class ComputeThread(ABC):
                 self._connect(command)
             case Degrade():
                 self._break(command.message)
-            case Stop():
+            case Stop(reason):
                 self._stopping = True
+                self._end_sequences(reason)
             case _:
                 raise TypeError(f"stage {self.place.index} cannot take {command}")
 
     def _connect(self, command: Connect) -> None:
+        if not command.done.set_running_or_notify_cancel():
+            return  # whoever asked for it is gone
         try:
-            self._ring.connect(command.next, command.allowed, command.epoch)
+            self._reach(command)
         except TransportError as error:
             command.done.set_exception(error)
             self._break(f"cannot reach the next stage: {error}")
         else:
             self._change(stage_pb2.SERVING)
             command.done.set_result(None)
+
+    def _reach(self, command: Connect) -> None:
+        """Try again and again, as the next stage may not listen or not allow this one yet; a command ends it."""
+        deadline = time.monotonic() + _CONNECT_S
+        while True:
+            try:
+                return self._ring.connect(command.next, command.allowed, command.epoch)
+            except ConnectFailed:
+                if time.monotonic() > deadline or not self._commands.empty():
+                    raise
+
+    @property
+    @abstractmethod
+    def sequences(self) -> int:
+        """Sequences that hold a slot. May be read from any thread."""
+
+    @abstractmethod
+    def _end_sequences(self, reason: str) -> None:
+        """Nothing that runs can go on."""
 
     def _receive(self, timeout_s: float = _IDLE_S) -> Frame | None:
         """The next frame of this pipeline and epoch, or None. Raises PeerLost when a neighbour is gone."""
@@ -149,6 +174,7 @@ class ComputeThread(ABC):
         if self.state != stage_pb2.BROKEN:
             log.warning("stage broken %s reason=%s", self.place.key, message)
             self._change(stage_pb2.BROKEN, message)
+        self._end_sequences(message)
 
     def _change(self, state: "stage_pb2.StageState.ValueType", message: str = "") -> None:
         self.state, self.message = state, message

@@ -26,9 +26,8 @@ class Head:
         self._metrics = metrics.of_pipeline(name)
         self._loop = asyncio.get_running_loop()
         self._live: dict[str, Generation] = {}
-        self._followers: set[asyncio.Queue[stage_pb2.StepTrace]] = set()
-        self._drained = asyncio.Event()
-        self._drained.set()
+        self._followers: set[asyncio.Queue[stage_pb2.StepTrace | None]] = set()
+        self._closed = False
         self._post: Callable[[Command], None] = lambda command: None
 
     def attach(self, post: Callable[[Command], None]) -> None:
@@ -43,7 +42,6 @@ class Head:
         if generation.sequence.id in self._live:
             raise InvalidRequest(f"a request of the id {generation.sequence.id!r} is running")
         self._live[generation.sequence.id] = generation
-        self._drained.clear()
         self._metrics.live.set(len(self._live))
         self._post(Submit(generation))
 
@@ -54,9 +52,16 @@ class Head:
             self._post(Cancel(generation))
         return generation is not None
 
-    async def drained(self) -> None:
-        """Wait until nothing runs or waits."""
-        await self._drained.wait()
+    @property
+    def live(self) -> int:
+        """Generations that run or wait."""
+        return len(self._live)
+
+    def close(self) -> None:
+        """The stage was unloaded: those who follow its steps are told."""
+        self._closed = True
+        for queue in self._followers:
+            _put(queue, None)
 
     def deliver(self, news: News) -> None:
         """Called by the compute thread."""
@@ -72,8 +77,6 @@ class Head:
             if isinstance(happening, Ended | Failed):
                 self._live.pop(generation.sequence.id, None)
                 self._metrics.live.set(len(self._live))
-                if not self._live:
-                    self._drained.set()
             self._measure(generation, happening)
 
     def _measure(self, generation: Generation, happening: Admitted | Token | Ended | Failed) -> None:
@@ -93,13 +96,13 @@ class Head:
                 self._metrics.ended("failed")
 
     async def follow(self) -> AsyncIterator[stage_pb2.StepTrace]:
-        """Every step from now on, until the caller closes the iterator."""
-        queue: asyncio.Queue[stage_pb2.StepTrace] = asyncio.Queue(_FOLLOWED_STEPS)
+        """Every step from now on, until the stage is unloaded or the caller closes the iterator."""
+        queue: asyncio.Queue[stage_pb2.StepTrace | None] = asyncio.Queue(_FOLLOWED_STEPS)
         self._followers.add(queue)
         self._post(Follow(True))
         try:
-            while True:
-                yield await queue.get()
+            while not self._closed and (step := await queue.get()) is not None:
+                yield step
         finally:
             self._followers.discard(queue)
             if not self._followers:
@@ -107,6 +110,10 @@ class Head:
 
     def _show(self, step: stage_pb2.StepTrace) -> None:
         for queue in self._followers:
-            if queue.full():
-                queue.get_nowait()
-            queue.put_nowait(step)
+            _put(queue, step)
+
+
+def _put(queue: "asyncio.Queue[stage_pb2.StepTrace | None]", step: stage_pb2.StepTrace | None) -> None:
+    if queue.full():
+        queue.get_nowait()
+    queue.put_nowait(step)

@@ -57,6 +57,10 @@ class HeadThread(ComputeThread):
     def waiting(self) -> int:
         return self._scheduler.waiting
 
+    @property
+    def sequences(self) -> int:
+        return self.running
+
     def _turn(self) -> None:
         self._take_commands()
         while self._scheduler.in_flight and (frame := self._receive(0)) is not None:
@@ -178,11 +182,10 @@ class HeadThread(ComputeThread):
         failed = self._scheduler.step_failed(number)
         self._finish([(self._generations[sequence.id], Failed(StepFailed(error))) for sequence in failed])
 
-    def _break(self, message: str) -> None:
-        super()._break(message)
+    def _end_sequences(self, reason: str) -> None:
         self._entered.clear()
         ended = self._scheduler.cancel_all()
-        self._finish([(self._generations[sequence.id], Failed(PipelineDegraded(message))) for sequence in ended])
+        self._finish([(self._generations[sequence.id], Failed(PipelineDegraded(reason))) for sequence in ended])
 
     def _finish(self, news: News) -> None:
         for generation, _ in news:

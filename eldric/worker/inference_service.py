@@ -1,7 +1,7 @@
 """The Inference service of a head worker: token ids in, token ids out."""
 
 import secrets
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 
 import numpy as np
 
@@ -91,9 +91,8 @@ class Answer:
         started = inference_pb2.Started(request_id=sequence.id, prompt_tokens=len(sequence.prompt))
         return inference_pb2.GenerateEvent(started=started)
 
-    def events(self, happenings: Sequence[Happening]) -> list[inference_pb2.GenerateEvent]:
-        """Tokens that came together make one delta. Raises the error of a generation that failed."""
-        events = []
+    def events(self, happenings: Sequence[Happening]) -> Iterator[inference_pb2.GenerateEvent]:
+        """Tokens that came together make one delta. Raises the error of a generation that failed, after its tokens."""
         delta = inference_pb2.Delta()
         failure = None
         for happening in happenings:
@@ -111,12 +110,11 @@ class Answer:
                     self.ended = True
                     failure = error
         if delta.tokens:
-            events.append(inference_pb2.GenerateEvent(delta=delta))
+            yield inference_pb2.GenerateEvent(delta=delta)
         if failure is not None:
             raise failure
         if self.ended:
-            events.append(inference_pb2.GenerateEvent(finished=finished))
-        return events
+            yield inference_pb2.GenerateEvent(finished=finished)
 
     def _finished(self, ended: Ended, at_ns: int) -> inference_pb2.Finished:
         first_ns = self._first_ns if self._tokens else at_ns

@@ -1,6 +1,5 @@
 """A worker process: its node, its stages and its membership."""
 
-import asyncio
 import sys
 
 from eldric.member import Member
@@ -46,7 +45,7 @@ class Worker:
             inference_pb2.DESCRIPTOR.services_by_name["Inference"],
         )
         self._member = Member(self.node, lambda: self._resources, self._beat, self._answered)
-        self.node.on_drain(self._drain)
+        self.node.on_drain(self.stages.drain)
         self.node.on_stop(self.stages.close)
 
     def statuses(self) -> list[stage_pb2.StageStatus]:
@@ -60,10 +59,6 @@ class Worker:
 
     def _changed(self) -> None:
         self._member.beat_now()
-
-    async def _drain(self) -> None:
-        """Generations that run may end; the node's drain time bounds the wait."""
-        await asyncio.gather(*(held.head.drained() for held in self.stages if held.head is not None))
 
 
 async def run(config: WorkerConfig) -> None:

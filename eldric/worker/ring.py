@@ -16,8 +16,8 @@ from eldric.v1 import frame_pb2
 #: Longest wait for room at the next stage: a peer that is alive but takes nothing for so long is as good as lost.
 _SEND_S = 30.0
 
-#: Longest wait for the next stage to listen and let this one in.
-_CONNECT_S = 10.0
+#: Longest wait for the next stage to listen and let this one in, at a time.
+_CONNECT_S = 1.0
 
 #: (received_ns, began_ns, computed_ns) of a step in this stage.
 Times = tuple[int, int, int]

@@ -6,7 +6,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from eldric.errors import AlreadyExists, InvalidRequest, NotEnoughMemory, NotFound, NotReady, StaleEpoch
+from eldric.engine.errors import LoadCancelled
+from eldric.errors import (
+    AlreadyExists,
+    InvalidRequest,
+    NotEnoughMemory,
+    NotFound,
+    NotReady,
+    StaleEpoch,
+    Unavailable,
+)
 from eldric.transport.base import Peer
 from eldric.v1 import common_pb2, heartbeat_pb2, stage_pb2
 from eldric.worker.commands import Connect, Degrade, Stop
@@ -20,6 +29,9 @@ log = logging.getLogger(__name__)
 
 #: Answers in a row that must leave a stage out before it is unloaded: one may be older than the stage.
 _UNWANTED_ANSWERS = 3
+
+#: Time between two looks at what still runs while the worker drains.
+_DRAIN_POLL_S = 0.02
 
 #: Longest wait for a compute thread to end its step and give its memory back.
 _JOIN_S = 30.0
@@ -39,13 +51,13 @@ class HeldStage:
 
     key: StageKey
     request: stage_pb2.LoadRequest
-    reserved_bytes: int
-    options: common_pb2.StageOptions
+    reserved_bytes: int = 0
+    options: common_pb2.StageOptions = field(default_factory=common_pb2.StageOptions)
     progress: stage_pb2.LoadProgress = field(default_factory=stage_pb2.LoadProgress)
-    cancelled: bool = False
     loaded: LoadedStage | None = None
     unwanted: int = 0
-    unloading: bool = False
+    unloading: bool = False  # a load that is under way sees it and gives everything back
+    gone: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def head(self) -> Head | None:
@@ -67,6 +79,7 @@ class StageTable:
         self._config = config
         self._loader = loader
         self._stages: dict[StageKey, HeldStage] = {}
+        self._draining = False
 
     def __iter__(self) -> Iterator[HeldStage]:
         return iter(tuple(self._stages.values()))
@@ -81,8 +94,10 @@ class StageTable:
     def find_head(self, name: str) -> Head:
         """The head of the pipeline of that name or id: the newest that serves, or the newest when none does.
 
-        Raises NotFound, or NotReady while it loads.
+        Raises NotFound, NotReady while it loads, Unavailable when the worker is about to end.
         """
+        if self._draining:
+            raise Unavailable(f"worker {self._config.node.name} is about to end")
         found = [
             stage
             for stage in self._stages.values()
@@ -102,38 +117,43 @@ class StageTable:
 
         Raises AlreadyExists, NotEnoughMemory, InvalidRequest and what the loader raises.
         """
-        key = self._admit(request)
+        held = self._admit(request)
+        loading = asyncio.ensure_future(self._bring(held, progress))
+        try:
+            loaded = await asyncio.shield(loading)
+            if held.unloading:
+                raise LoadCancelled("the stage was unloaded while it was loading")
+        except BaseException:
+            held.unloading = True
+            await self._give_up(held, loading)
+            raise
+        held.loaded = loaded
+        loaded.thread.start()
+        log.info("stage loaded %s bytes=%d", loaded.thread.place.key, held.memory_bytes)
+        return stage_pb2.Loaded(endpoint=loaded.endpoint, memory=loaded.memory)
+
+    async def _bring(self, held: HeldStage, progress: Progress) -> LoadedStage:
+        """Runs to its end: whoever does not want it any more sets `unloading`."""
+        request = held.request
         plan = await asyncio.to_thread(self._loader.prepare, request)
         free = memory_budget(self._config) - self.memory_used_bytes
         if plan.needed_bytes > free:
             plan.close()
             raise NotEnoughMemory(
-                f"stage {key.stage} of {request.name!r} needs {plan.needed_bytes} bytes, and worker "
+                f"stage {request.index} of {request.name!r} needs {plan.needed_bytes} bytes, and worker "
                 f"{self._config.node.name} has {free} free"
             )
-        if key in self._stages:
-            plan.close()
-            raise AlreadyExists(f"worker {self._config.node.name} is loading stage {key.stage} of {request.name!r}")
-        held = HeldStage(key, request, plan.needed_bytes, plan.options)
-        self._stages[key] = held
+        held.reserved_bytes, held.options = plan.needed_bytes, plan.options
 
         def advance(event: stage_pb2.LoadProgress) -> None:
             held.progress = event
             progress(event)
 
-        loading = asyncio.ensure_future(self._loader.load(plan, advance, lambda: held.cancelled))
-        try:
-            held.loaded = await asyncio.shield(loading)
-        except BaseException:
-            held.cancelled = True
-            held.unloading = True
-            await self._give_up(held, loading)
-            raise
-        held.loaded.thread.start()
-        log.info("stage loaded %s bytes=%d", held.loaded.thread.place.key, held.memory_bytes)
-        return stage_pb2.Loaded(endpoint=held.loaded.endpoint, memory=held.loaded.memory)
+        return await self._loader.load(plan, advance, lambda: held.unloading)
 
-    def _admit(self, request: stage_pb2.LoadRequest) -> StageKey:
+    def _admit(self, request: stage_pb2.LoadRequest) -> HeldStage:
+        if self._draining:
+            raise Unavailable(f"worker {self._config.node.name} is about to end")
         if not request.pipeline_id or request.stage_count == 0 or request.index >= request.stage_count:
             raise InvalidRequest("a load request needs a pipeline id, and an index below its stage count")
         if request.insecure_tensors and not self._config.allow_insecure_tensors:
@@ -147,17 +167,22 @@ class StageTable:
                 raise AlreadyExists(
                     f"worker {self._config.node.name} holds stage {key.stage} of {request.name!r}, epoch {held.epoch}"
                 )
-        return key
+        self._stages[key] = HeldStage(key, request)
+        return self._stages[key]
 
     async def _give_up(self, held: HeldStage, loading: "asyncio.Future[LoadedStage]") -> None:
         try:
-            loaded = await loading
-        except Exception as error:
-            log.info("load ended pipeline=%s stage=%d reason=%s", *held.key[:2], error)
-        else:
-            loaded.discard()
+            await asyncio.wait([loading])
+            if (error := loading.exception()) is None:
+                await asyncio.to_thread(loading.result().discard)
+            else:
+                log.info("load ended pipeline=%s stage=%d reason=%s", *held.key[:2], error)
         finally:
-            self._stages.pop(held.key, None)
+            self._forget(held)
+
+    def _forget(self, held: HeldStage) -> None:
+        self._stages.pop(held.key, None)
+        held.gone.set()
 
     async def connect(self, request: stage_pb2.ConnectRequest) -> None:
         """Name a stage's neighbours, and wait until the next one is reached.
@@ -165,8 +190,8 @@ class StageTable:
         Raises NotFound, NotReady while it loads, StaleEpoch, TransportError.
         """
         held = self._held(request)
-        if held.loaded is None:
-            raise NotReady(f"stage {request.index} is still loading")
+        if held.loaded is None or held.unloading:
+            raise NotReady(f"stage {request.index} is {'being unloaded' if held.unloading else 'still loading'}")
         if request.HasField("next"):
             peer = Peer(request.next.address, request.next.public_key, request.next_index)
         else:
@@ -194,18 +219,23 @@ class StageTable:
             and index in (None, stage.key.stage)
             and (epoch == 0 or stage.key.epoch <= epoch)
         ]
-        await asyncio.gather(*(self._unload(stage) for stage in chosen))
+        await asyncio.gather(*(self._unload(stage, "the pipeline was undeployed") for stage in chosen))
         return len(chosen)
 
-    async def _unload(self, held: HeldStage) -> None:
-        held.cancelled = held.unloading = True
+    async def _unload(self, held: HeldStage, reason: str) -> None:
+        """Returns when its memory and ports are given back. reason: what generations that run are told."""
+        held.unloading = True
         if held.loaded is None:
-            return  # the load sees `cancelled` and gives everything back
+            await held.gone.wait()
+            return
         thread = held.loaded.thread
-        thread.post(Stop())
+        thread.post(Stop(reason))
         if not await asyncio.to_thread(thread.join, _JOIN_S):
             log.error("stage does not end %s", thread.place.key)
-        if self._stages.pop(held.key, None) is not None:
+        if held.head is not None:
+            held.head.close()
+        if not held.gone.is_set():
+            self._forget(held)
             log.info("stage unloaded %s", thread.place.key)
 
     async def follow(self, wanted: list[heartbeat_pb2.WantedStage]) -> None:
@@ -222,11 +252,18 @@ class StageTable:
                 unwanted.append(held)
         for held in unwanted:
             log.warning("unloading a stage that no deployment wants pipeline=%s stage=%d", *held.key[:2])
-        await asyncio.gather(*(self._unload(held) for held in unwanted))
+        await asyncio.gather(*(self._unload(held, "no deployment wants this stage") for held in unwanted))
+
+    async def drain(self) -> None:
+        """Take nothing new, and wait until no sequence is left: none at a head, and in other stages none of others'."""
+        self._draining = True
+        while any(_is_busy(held) for held in self):
+            await asyncio.sleep(_DRAIN_POLL_S)
 
     async def close(self) -> None:
         """Unload everything."""
-        await asyncio.gather(*(self._unload(held) for held in self))
+        reason = f"worker {self._config.node.name} has ended"
+        await asyncio.gather(*(self._unload(held, reason) for held in self))
 
 
 def status_of(held: HeldStage) -> stage_pb2.StageStatus:
@@ -257,6 +294,12 @@ def status_of(held: HeldStage) -> stage_pb2.StageStatus:
     if held.unloading:
         status.state = stage_pb2.UNLOADING
     return status
+
+
+def _is_busy(held: HeldStage) -> bool:
+    if held.head is not None:
+        return held.head.live > 0
+    return held.loaded is not None and held.loaded.thread.sequences > 0
 
 
 def _is_serving(held: HeldStage) -> bool:

@@ -116,8 +116,8 @@ async def test_cancelling_midway_frees_the_slot_for_the_next() -> None:
                     break
             await events.aclose()  # type: ignore[attr-defined]
         assert await pipeline.generate(prompt_of(10), 8) == expected
-        head = pipeline.tables[0].find_head(PIPELINE)
-        await asyncio.wait_for(head.drained(), 5)
+        for table in pipeline.tables:
+            await asyncio.wait_for(table.drain(), 5)
 
 
 async def test_a_lost_stage_ends_the_stream_with_an_error_that_says_so() -> None:
@@ -128,7 +128,7 @@ async def test_a_lost_stage_ends_the_stream_with_an_error_that_says_so() -> None
                 break
         [held] = list(pipeline.tables[1])
         assert held.loaded is not None
-        held.loaded.thread.post(Stop())
+        held.loaded.thread.post(Stop("the test ends it"))
         with pytest.raises(PipelineDegraded, match="stage"):
             async for _ in events:
                 pass
