@@ -80,6 +80,12 @@ class Calls:
         answer = await self.registry.List(registry_pb2.ListNodesRequest(kind=kind))
         return {node.name: registry_pb2.NodeState.Name(node.state) for node in answer.nodes}
 
+    async def wait_for_node(self, kind: "registry_pb2.NodeKind.ValueType", name: str) -> None:
+        """Returns once that node is up."""
+        async with asyncio.timeout(15):
+            while (await self.nodes(kind)).get(name) != "UP":
+                await asyncio.sleep(0.01)
+
     async def wait_for(self, state: "pipeline_pb2.PipelineState.ValueType", name: str = MODEL) -> Any:
         """The pipeline's info once it is in that state."""
         async with asyncio.timeout(15):

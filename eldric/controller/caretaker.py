@@ -5,7 +5,7 @@ import logging
 from collections.abc import Coroutine
 from typing import Any
 
-from eldric.controller.cluster import Chore, Cluster
+from eldric.controller.cluster import Chore, Cluster, Forget
 from eldric.controller.deployments import Mend, Orphan
 from eldric.controller.metrics import ControllerMetrics
 from eldric.controller.pipelines import Phase
@@ -13,6 +13,9 @@ from eldric.controller.registry import Probe
 from eldric.controller.ring import RingMaker
 from eldric.controller.workers import Workers
 from eldric.errors import EldricError
+
+#: How long a connection to a node that left is kept, so that calls to it end by themselves, in seconds.
+FORGET_S = 60.0
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +53,8 @@ class Caretaker:
                 self._spawn(self._unload(chore))
             case Mend():
                 self._spawn(self._mend(chore))
+            case Forget():
+                self._spawn(self._forget(chore.address))
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(self._guarded(work))
@@ -94,6 +99,11 @@ class Caretaker:
             return
         log.info("event=unloading_orphan node=%s pipeline=%s stage=%d", node.id, key.pipeline_id, key.index)
         await self._workers.unload(node, key.pipeline_id, key.epoch, key.index)
+
+    async def _forget(self, address: str) -> None:
+        await asyncio.sleep(FORGET_S)
+        if all(node.info.grpc_address != address for node in self._cluster.nodes()):
+            await self._workers.forget(address)
 
     async def _mend(self, mend: Mend) -> None:
         deployment = self._cluster.deployments.get(mend.pipeline_id)

@@ -7,6 +7,7 @@ answered to workers over their Beat streams, or handed out as chores, which need
 import asyncio
 import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from eldric import PROTOCOL
@@ -32,8 +33,16 @@ from eldric.v1 import heartbeat_pb2, pipeline_pb2, registry_pb2
 
 T = TypeVar("T")
 
+
+@dataclass(frozen=True, slots=True)
+class Forget:
+    """Nobody listens at this address any more."""
+
+    address: str
+
+
 #: What the pure parts ask for and the network does.
-Chore = Probe | Orphan | Mend
+Chore = Probe | Orphan | Mend | Forget
 
 
 class Cluster:
@@ -54,7 +63,11 @@ class Cluster:
     # What nodes do.
 
     def register(self, info: NodeInfo, *, permanent: bool = False) -> None:
+        known = self.registry.get(info.id)
+        before = known.info.grpc_address if known is not None else info.grpc_address
         self._apply(self.registry.register(info, time.monotonic(), time.time(), permanent=permanent))
+        if before != info.grpc_address:
+            self._perform(Forget(before))
 
     def deregister(self, node_id: str) -> None:
         self._apply(self.registry.deregister(node_id))
@@ -184,6 +197,7 @@ class Cluster:
             if isinstance(event, NodeRemoved):
                 node_id = event.node.id
                 self.node_news.publish(registry_pb2.NodeEvent(node=convert.node_message(event.node), removed=True))
+                self._perform(Forget(event.node.info.grpc_address))
             else:
                 node_id = event.node_id
                 self._publish_node(event)

@@ -209,16 +209,7 @@ class Deployments:
     def _evaluate(self, deployment: Deployment) -> list[Change]:
         """Look at every stage and settle the pipeline's state."""
         record, before = deployment.record, (deployment.state, deployment.message, deployment.degraded)
-        deployment.verdicts = tuple(
-            judge(
-                record,
-                stage,
-                self._node(stage.node_id),
-                deployment.absent.get(stage.index, 0),
-                settled=deployment.settle_by is None,
-            )
-            for stage in record.stages
-        )
+        deployment.verdicts = tuple(self._judge(deployment, stage) for stage in record.stages)
         if record.phase is Phase.RUNNING:
             self._settle(deployment)
         else:
@@ -230,6 +221,14 @@ class Deployments:
         if deployment.degraded != before[2]:
             changes += _workers(record)
         return changes
+
+    def _judge(self, deployment: Deployment, stage: StageRecord) -> Verdict:
+        """How a stage is; of a pipeline that does not run nothing is expected."""
+        record = deployment.record
+        if record.phase is not Phase.RUNNING:
+            return Verdict(Condition.WAITING)
+        node, absent = self._node(stage.node_id), deployment.absent.get(stage.index, 0)
+        return judge(record, stage, node, absent, settled=deployment.settle_by is None)
 
     def _settle(self, deployment: Deployment) -> None:
         verdicts = deployment.verdicts

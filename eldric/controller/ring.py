@@ -119,7 +119,7 @@ class RingMaker:
             unload = self._workers.unload(node, pipeline_id, epoch)
             await self._cluster.while_alive(stage.node_id, stage.incarnation, unload)
         except EldricError as error:
-            log.warning("event=unload_failed pipeline=%s worker=%s error=%r", pipeline_id, stage.worker, error.message)
+            log.info("event=unload_failed pipeline=%s worker=%s error=%r", pipeline_id, stage.worker, error.message)
         else:
             self._cluster.stages_gone(stage.node_id, pipeline_id, epoch)
 

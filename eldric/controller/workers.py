@@ -75,6 +75,10 @@ class Workers:
                 return None if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED else True
             return True
 
+    async def forget(self, address: str) -> None:
+        """Closes the connections to an address, and ends their calls."""
+        await self._channels.forget(address)
+
     def _stub(self, node: Node) -> "stage_pb2_grpc.StageAsyncStub":
         info = node.info
         return stage_pb2_grpc.StageStub(self._channels.to(info.grpc_address, info.kind, info.name))

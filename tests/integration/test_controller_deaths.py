@@ -47,9 +47,7 @@ async def victim(world: World, name: str = "victim") -> AsyncIterator[asyncio.su
     arguments = "-m", "tests.workers", str(folder), world.address, name
     process = await asyncio.create_subprocess_exec(sys.executable, *arguments, start_new_session=True)
     try:
-        async with asyncio.timeout(20):
-            while (await world.calls.nodes()).get(name) != "UP":
-                await asyncio.sleep(0.02)
+        await world.calls.wait_for_node(registry_pb2.WORKER, name)
         yield process
     finally:
         with contextlib.suppress(ProcessLookupError):
@@ -79,10 +77,8 @@ async def test_a_frozen_worker_is_lost_with_its_lease_and_welcome_back(world: Wo
     async with victim(world) as process:
         await world.calls.deploy(stages=3)
         process.send_signal(signal.SIGSTOP)
-        began = time.monotonic()
         info = await world.calls.wait_for(DEGRADED)
         assert info.message.startswith("victim is lost: no beat for")
-        assert time.monotonic() - began > 1.0
         process.send_signal(signal.SIGCONT)
         info = await world.calls.wait_for(READY)
         assert (info.epoch, info.message) == (1, "")
@@ -147,6 +143,8 @@ async def test_a_controller_killed_in_the_middle_of_a_deploy_undoes_it_at_its_st
     with pytest.raises(NotFound):
         await world.calls.status()
     await until(lambda: world.stages() == [("a", 1, 0), ("b", 1, 1)])
+    await world.calls.wait_for_node(registry_pb2.DATA, "store")
+    await world.calls.wait_for_node(registry_pb2.WORKER, "c")
     assert (await world.calls.deploy(stages=3))[-1].ready.state == READY
 
 
@@ -186,6 +184,8 @@ async def test_a_controller_killed_in_the_middle_of_a_rebalance_keeps_the_old_st
     await process.start()
     assert (await world.calls.wait_for(READY)).epoch == 1
     await until(lambda: world.stages() == before)
+    await world.calls.wait_for_node(registry_pb2.DATA, "store")
+    await world.calls.wait_for_node(registry_pb2.WORKER, "d")
     assert all(
         status.state == stage_pb2.SERVING for worker in world.workers.values() for status in worker.stages.values()
     )

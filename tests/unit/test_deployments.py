@@ -278,6 +278,16 @@ def test_memory_is_taken_by_the_promise_until_the_report_and_by_strays_too() -> 
     assert committed(world.node("a")) == 0
 
 
+def test_stages_that_still_load_are_not_said_to_be_missing() -> None:
+    world = World("a")
+    world.deployments.add(record("a", phase=Phase.DEPLOYING))
+    for _ in range(5):
+        world.beat("a", LOADING)
+    assert [verdict.reason for verdict in world.deployments.find("m").verdicts] == [""]
+    world.deployments.update(record("a"))
+    assert world.deployments.find("m").state is PipelineState.READY
+
+
 def test_progress_of_a_deploy_is_news() -> None:
     world = World("a")
     world.deployments.add(record("a", phase=Phase.DEPLOYING))
