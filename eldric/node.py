@@ -30,9 +30,9 @@ log = logging.getLogger(__name__)
 
 Callback = Callable[[], Awaitable[None]]
 
-#: Time that each stop callback gets, and after them the calls and requests that still run, in seconds.
+#: Time that each stop callback gets, and after them calls that still run, watchers for example, in seconds.
 STOP_CALLBACK_S = 3.0
-STOP_SERVERS_S = 1.0
+STOP_SERVERS_S = 0.2
 
 
 class Node:
@@ -172,6 +172,8 @@ class Node:
         log.info("event=draining limit_s=%g", self.config.drain_s)
         for callback in [*self._on_drain, self._guard.wait_idle]:
             await _bounded(callback, deadline - time.monotonic())
+        if self._web is not None:  # requests that no guard knows of may end as well
+            await self._web.stop(max(STOP_SERVERS_S, deadline - time.monotonic()))
         for callback in reversed(self._on_stop):
             await _bounded(callback, STOP_CALLBACK_S)
         await self._stop_servers(STOP_SERVERS_S)
@@ -182,12 +184,12 @@ class Node:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._tasks.clear()
-        await self.channels.close()
-        if self._grpc is not None:
-            await self._grpc.stop(grace_s)
         if self._web is not None:
             await self._web.stop(grace_s)
+        if self._grpc is not None:
+            await self._grpc.stop(grace_s)
         self._grpc = self._web = None
+        await self.channels.close()
         self._file.remove()
 
     async def run(self) -> None:

@@ -1,10 +1,13 @@
-"""The OpenAPI description of a node's REST faces, and a page that shows it; both made from the descriptors.
+"""The OpenAPI description of a node's REST faces, and a page that shows it; both made from the protos.
 
 Format: OpenAPI 3.1.0.
 """
 
+import functools
 import html
+import json
 from collections.abc import Iterable, Sequence
+from importlib import resources
 from typing import Any
 
 from google.protobuf.descriptor import FieldDescriptor, ServiceDescriptor
@@ -52,6 +55,18 @@ _ERROR = {
 }
 
 
+@functools.cache
+def comments() -> dict[str, str]:
+    """What the protos say of services, methods, messages and fields, by their full names."""
+    made: dict[str, str] = json.loads(resources.files("eldric.v1").joinpath("comments.json").read_text("utf-8"))
+    return made
+
+
+def _commented(made: dict[str, Any], full_name: str) -> dict[str, Any]:
+    text = comments().get(full_name)
+    return made if text is None else {**made, "description": text}
+
+
 def describe(title: str, services: Iterable[ServiceDescriptor]) -> dict[str, Any]:
     """The OpenAPI document of the REST faces of `services`."""
     schemas: dict[str, Any] = {"Error": _ERROR}
@@ -74,12 +89,13 @@ def _operation(binding: Binding, schemas: dict[str, Any]) -> dict[str, Any]:
     content = {"application/json": {"schema": answer}}
     if method.server_streaming:
         content = {
-            "text/event-stream": {"schema": {"type": "string", "description": f"events of {answer['$ref']}"}},
+            "text/event-stream": {"schema": {"type": "string", "format": f"events of {method.output_type.name}"}},
             "application/json": {"schema": {"type": "array", "items": answer}},
         }
     error = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
     operation: dict[str, Any] = {
         "operationId": f"{method.containing_service.name}_{method.name}",
+        "description": comments().get(method.full_name, ""),
         "tags": [method.containing_service.name],
         "parameters": _parameters(binding),
         "responses": {
@@ -103,7 +119,7 @@ def _parameters(binding: Binding) -> list[dict[str, Any]]:
         return made
     for field in request.fields:
         if field.name not in binding.variables and field.message_type is None:
-            made.append({"name": field.name, "in": "query", "schema": _schema(field, {})})
+            made.append(_commented({"name": field.name, "in": "query", "schema": _schema(field, {})}, field.full_name))
     return made
 
 
@@ -114,8 +130,9 @@ def _reference(descriptor: Any, schemas: dict[str, Any]) -> dict[str, Any]:
     name = descriptor.name
     if name not in schemas:
         schemas[name] = {}  # a message may hold itself
-        properties = {field.name: _schema(field, schemas) for field in descriptor.fields}
-        schemas[name] = {"type": "object", "properties": properties, "additionalProperties": False}
+        properties = {field.name: _commented(_schema(field, schemas), field.full_name) for field in descriptor.fields}
+        made = {"type": "object", "properties": properties, "additionalProperties": False}
+        schemas[name] = _commented(made, descriptor.full_name)
     return {"$ref": f"#/components/schemas/{name}"}
 
 
@@ -156,22 +173,30 @@ _STYLE = (
 
 
 def _call(verb: str, path: str, operation: dict[str, Any]) -> str:
-    rows = [(f"{each['name']} ({each['in']})", _words(each["schema"])) for each in operation["parameters"]]
+    rows = [
+        (f"{each['name']} ({each['in']})", _words(each["schema"]), each.get("description", ""))
+        for each in operation["parameters"]
+    ]
     for body in operation.get("requestBody", {}).get("content", {}).values():
-        rows.append(("body", _words(body["schema"])))
+        rows.append(("body", _words(body["schema"]), ""))
     for kind, content in operation["responses"]["200"]["content"].items():
-        rows.append((f"answer, {kind}", _words(content["schema"])))
-    name = html.escape(operation["operationId"].replace("_", "."))
-    return f"<h3><code>{verb.upper()} {html.escape(path)}</code></h3><p>{name}</p>{_table(rows)}"
+        rows.append((f"answer, {kind}", _words(content["schema"]), ""))
+    text = html.escape(operation["description"])
+    return f"<h3><code>{verb.upper()} {html.escape(path)}</code></h3><p>{text}</p>{_table(rows)}"
 
 
 def _type(name: str, schema: dict[str, Any]) -> str:
-    rows = [(field, _words(value)) for field, value in schema.get("properties", {}).items()]
-    return f"<h3 id={html.escape(name)}><code>{html.escape(name)}</code></h3>{_table(rows)}"
+    rows = [
+        (field, _words(value), value.get("description", "")) for field, value in schema.get("properties", {}).items()
+    ]
+    text = html.escape(schema.get("description", ""))
+    return f"<h3 id={html.escape(name)}><code>{html.escape(name)}</code></h3><p>{text}</p>{_table(rows)}"
 
 
-def _table(rows: Sequence[tuple[str, str]]) -> str:
-    cells = (f"<tr><td><code>{html.escape(name)}</code><td>{words}" for name, words in rows)
+def _table(rows: Sequence[tuple[str, str, str]]) -> str:
+    cells = (
+        f"<tr><td><code>{html.escape(name)}</code><td>{words}<td>{html.escape(text)}" for name, words, text in rows
+    )
     return f"<table>{''.join(cells)}</table>"
 
 
@@ -186,4 +211,4 @@ def _words(schema: dict[str, Any]) -> str:
         return f"map to {_words(schema['additionalProperties'])}"
     if "enum" in schema:
         return html.escape(" | ".join(schema["enum"]))
-    return html.escape(str(schema.get("description") or schema.get("format") or schema.get("type", "anything")))
+    return html.escape(str(schema.get("format") or schema.get("type", "anything")))

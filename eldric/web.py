@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import uvicorn
+from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from eldric.errors import AddressInUse, InvalidRequest
@@ -17,6 +18,8 @@ from eldric.security.access import Caller, caller_from_names
 
 #: Largest request line and headers, in bytes.
 MAX_HEAD_BYTES = 64 * 1024
+#: Time for connections to close in an orderly way when the server ends, in seconds.
+LINGER_S = 0.4
 
 
 def bind(host: str, port: int, option: str) -> socket.socket:
@@ -92,12 +95,17 @@ class _Server(uvicorn.Server):
 class WebServer:
     """Serves an ASGI application on a bound socket, over TLS when there is a context."""
 
-    def __init__(self, app: Any, bound: socket.socket, tls: ssl.SSLContext | None) -> None:
+    def __init__(self, app: ASGIApp, bound: socket.socket, tls: ssl.SSLContext | None) -> None:
+        self._app = app
         self._socket = bound
+        self._requests = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
         self._server = _Server(
             uvicorn.Config(
-                app,
+                self._count,
                 http=_Protocol,
+                interface="asgi3",
                 ws="none",
                 lifespan="off",
                 log_config=None,
@@ -105,6 +113,7 @@ class WebServer:
                 proxy_headers=False,
                 server_header=False,
                 timeout_keep_alive=30,
+                timeout_graceful_shutdown=1,
                 h11_max_incomplete_event_size=MAX_HEAD_BYTES,
                 ssl_context_factory=(lambda config, default: tls) if tls is not None else None,
             )
@@ -115,6 +124,16 @@ class WebServer:
     def port(self) -> int:
         return int(self._socket.getsockname()[1])
 
+    async def _count(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._requests += 1
+        self._idle.clear()
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._requests -= 1
+            if not self._requests:
+                self._idle.set()
+
     async def start(self) -> None:
         self._task = asyncio.create_task(self._server.serve(sockets=[self._socket]), name="http")
         ready = asyncio.create_task(self._server.ready.wait())
@@ -124,10 +143,15 @@ class WebServer:
             self._task.result()  # raises why it could not start
 
     async def stop(self, grace_s: float) -> None:
-        """Takes no new request, gives those that run `grace_s` seconds, then cancels them."""
-        if self._task is None:
+        """Gives requests that run `grace_s` seconds, then cancels them and closes every connection."""
+        task, self._task = self._task, None
+        if task is None:
             self._socket.close()
             return
-        self._server.config.timeout_graceful_shutdown = grace_s  # type: ignore[assignment]  # any number will do
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), grace_s)
         self._server.should_exit = True
-        await self._task
+        await asyncio.wait({task}, timeout=LINGER_S)
+        for connection in list(self._server.server_state.connections):
+            connection.transport.abort()  # a client that keeps it open without reading answers no TLS farewell
+        await task

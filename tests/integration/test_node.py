@@ -12,6 +12,9 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
 
 from eldric import errors
 from eldric.channels import call_errors, channel, sync_channel
@@ -269,6 +272,30 @@ async def test_drain_lets_calls_end_and_is_not_held_by_watchers(
             await watch.read()
     assert order == ["drain 1", "drain 2", "stop 2", "stop 1"]
     assert len(asyncio.all_tasks()) == 1
+
+
+async def test_drain_lets_a_request_of_a_route_by_hand_end(
+    tmp_path: Path, authority: Authority, admin: Identity
+) -> None:
+    node = make_node(tmp_path, authority, drain_s=20.0)
+    begun, release = asyncio.Event(), asyncio.Event()
+
+    async def slow(request: Request) -> Response:
+        begun.set()
+        await release.wait()
+        return PlainTextResponse("done")
+
+    node.routes([Route("/slow", slow)])
+    await node.start()
+    async with http(node, admin) as client:
+        asked = asyncio.create_task(client.get("/slow"))
+        await asyncio.wait_for(begun.wait(), 10)
+        stopping = asyncio.create_task(node.stop())
+        done, _ = await asyncio.wait({stopping}, timeout=0.5)
+        assert not done
+        release.set()
+        assert (await asked).text == "done"
+        await asyncio.wait_for(stopping, 10)
 
 
 async def test_drain_is_bounded(tmp_path: Path, authority: Authority, caplog: pytest.LogCaptureFixture) -> None:

@@ -210,7 +210,7 @@ async def test_certificate_is_renewed_at_two_thirds_without_a_restart(
         config = NodeConfig(
             "worker", "w1", tmp_path / "w", http_port=0, controllers=("127.0.0.1:1", controller.grpc_address)
         )
-        short = authority.issue_identity("worker", "w1", datetime.timedelta(seconds=4))
+        short = authority.issue_identity("worker", "w1", datetime.timedelta(seconds=6))
         node = Node(config, short)
         async with running(node), channel(node.grpc_address, admin, "worker") as old_connection:
             health = health_pb2_grpc.HealthStub(old_connection)

@@ -33,6 +33,9 @@ def test_description_holds_every_face_and_every_type() -> None:
         each["name"]: each["in"] for each in document["paths"]["/api/v1/models/{id}/metadata"]["get"]["parameters"]
     }
     assert names == {"id": "path"}
+    assert "ALREADY_EXISTS: a pipeline of that name is there" in deploy["description"]
+    stages = document["components"]["schemas"]["DeployRequest"]["properties"]["stages"]
+    assert stages == {"type": "integer", "minimum": 0, "description": "Number of stages. 0: as few as fit."}
     json.dumps(document)
 
 
