@@ -447,6 +447,7 @@ class StageStatus(_message.Message):
     DROPPED_FRAMES_FIELD_NUMBER: _builtins.int
     ENDPOINT_FIELD_NUMBER: _builtins.int
     OPTIONS_FIELD_NUMBER: _builtins.int
+    REFUSED_LINKS_FIELD_NUMBER: _builtins.int
     pipeline_id: _builtins.str
     name: _builtins.str
     epoch: _builtins.int
@@ -458,9 +459,12 @@ class StageStatus(_message.Message):
     """Median compute time of a decode step over the last steps, in milliseconds. 0 before the first."""
     steps: _builtins.int
     slots_used: _builtins.int
-    """Head only."""
+    """Slots that sequences hold in this stage."""
     slots_total: _builtins.int
     queued: _builtins.int
+    """Generations that wait for a slot. Head only."""
+    refused_links: _builtins.int
+    """Connections to the tensor endpoint that were refused: no key or a wrong one, another pipeline or protocol version."""
     @_builtins.property
     def layers(self) -> _common_pb2.LayerRange: ...
     @_builtins.property
@@ -498,10 +502,11 @@ class StageStatus(_message.Message):
         dropped_frames: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         endpoint: _common_pb2.TensorEndpoint | None = ...,
         options: _common_pb2.StageOptions | None = ...,
+        refused_links: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["endpoint", b"endpoint", "layers", b"layers", "memory", b"memory", "options", b"options", "progress", b"progress"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dropped_frames", b"dropped_frames", "endpoint", b"endpoint", "epoch", b"epoch", "index", b"index", "layers", b"layers", "memory", b"memory", "message", b"message", "name", b"name", "options", b"options", "pipeline_id", b"pipeline_id", "progress", b"progress", "queued", b"queued", "slots_total", b"slots_total", "slots_used", b"slots_used", "stage_count", b"stage_count", "state", b"state", "step_ms", b"step_ms", "steps", b"steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dropped_frames", b"dropped_frames", "endpoint", b"endpoint", "epoch", b"epoch", "index", b"index", "layers", b"layers", "memory", b"memory", "message", b"message", "name", b"name", "options", b"options", "pipeline_id", b"pipeline_id", "progress", b"progress", "queued", b"queued", "refused_links", b"refused_links", "slots_total", b"slots_total", "slots_used", b"slots_used", "stage_count", b"stage_count", "state", b"state", "step_ms", b"step_ms", "steps", b"steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -29,7 +29,6 @@ class BodyThread(ComputeThread):
         self._slots.clear()
 
     def _turn(self) -> None:
-        self._take_commands()
         frame = self._receive()
         if frame is None:
             return

@@ -14,7 +14,7 @@ from eldric.engine.errors import EngineError
 from eldric.engine.stage import Stage
 from eldric.engine.step import Run
 from eldric.transport.base import Transport
-from eldric.transport.errors import ConnectFailed, TransportError
+from eldric.transport.errors import ConnectFailed, PeerLost, TransportError
 from eldric.transport.frame import Frame
 from eldric.v1 import frame_pb2, stage_pb2
 from eldric.worker.commands import Command, Connect, Degrade, Stop
@@ -27,6 +27,9 @@ _IDLE_S = 1.0
 
 #: Longest wait for the next stage to listen and let this one in, but for a new command.
 _CONNECT_S = 10.0
+
+#: Most frames that wait for a broken stage to be connected again: far more than a ring has under way.
+_EARLY_FRAMES = 256
 
 #: Decode steps that the median of `step_ms` looks back on.
 _REMEMBERED_STEPS = 64
@@ -63,6 +66,7 @@ class ComputeThread(ABC):
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._step_ns: deque[int] = deque(maxlen=_REMEMBERED_STEPS)
         self._on_change = on_change
+        self._early: deque[Frame] = deque(maxlen=_EARLY_FRAMES)
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name=f"stage-{place.index}", daemon=True)
 
@@ -89,6 +93,10 @@ class ComputeThread(ABC):
     def dropped_frames(self) -> dict[str, int]:
         return self._ring.dropped
 
+    @property
+    def refused_links(self) -> int:
+        return self._ring.refused
+
     def _run(self) -> None:
         try:
             while not self._stopping:
@@ -104,8 +112,11 @@ class ComputeThread(ABC):
     def _guarded_turn(self) -> None:
         """A turn after which the stage is whole, or broken and says why."""
         try:
+            self._take_commands()
+            if self._stopping:
+                return
             if self.state == stage_pb2.BROKEN:
-                self._take(self._commands.get())
+                self._wait_for_mending()
             else:
                 self._turn()
         except TransportError as error:
@@ -116,7 +127,22 @@ class ComputeThread(ABC):
 
     @abstractmethod
     def _turn(self) -> None:
-        """One round: commands, then a frame or a step."""
+        """One round: a frame or a step."""
+
+    def _wait_for_mending(self) -> None:
+        """A stage may lose both its neighbours: the second loss must not break the ring again once it is mended.
+
+        Frames that come are of neighbours that were connected again before this stage, and wait until it is, too.
+        """
+        try:
+            frame = self._ring.receive(_IDLE_S)
+        except PeerLost:
+            return
+        except TransportError:
+            self._take(self._commands.get())
+            return
+        if frame is not None:
+            self._early.append(frame)
 
     def _take_commands(self) -> None:
         while not self._commands.empty():
@@ -167,7 +193,7 @@ class ComputeThread(ABC):
 
     def _receive(self, timeout_s: float = _IDLE_S) -> Frame | None:
         """The next frame of this pipeline and epoch, or None. Raises PeerLost when a neighbour is gone."""
-        return self._ring.receive(timeout_s)
+        return self._early.popleft() if self._early else self._ring.receive(timeout_s)
 
     def _break(self, message: str) -> None:
         """The ring is broken here."""

@@ -50,19 +50,15 @@ class HeadThread(ComputeThread):
         self._entered: dict[int, Step] = {}
 
     @property
-    def running(self) -> int:
+    def sequences(self) -> int:
         return self._scheduler.running
 
     @property
     def waiting(self) -> int:
+        """Sequences that wait for a slot. May be read from any thread."""
         return self._scheduler.waiting
 
-    @property
-    def sequences(self) -> int:
-        return self.running
-
     def _turn(self) -> None:
-        self._take_commands()
         while self._scheduler.in_flight and (frame := self._receive(0)) is not None:
             self._frame(frame)
         match self._scheduler.next_action():

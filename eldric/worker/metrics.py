@@ -88,6 +88,7 @@ class StageCollector(Collector):
         queued = GaugeMetricFamily("eldric_queue_length", "Generations that wait for a slot", labels=["pipeline"])
         memory = GaugeMetricFamily("eldric_stage_memory_bytes", "Memory held", labels=[*labels, "kind"])
         dropped = CounterMetricFamily("eldric_dropped_frames", "Frames dropped", labels=[*labels, "reason"])
+        refused = CounterMetricFamily("eldric_refused_links", "Connections refused at the tensor port", labels=labels)
         for status in self._source.statuses():
             at = [status.name, str(status.index)]
             step.add_metric(at, status.step_ms / 1000)
@@ -96,7 +97,8 @@ class StageCollector(Collector):
                 memory.add_metric([*at, kind], getattr(status.memory, f"{kind}_bytes"))
             for reason, count in status.dropped_frames.items():
                 dropped.add_metric([*at, reason], count)
+            refused.add_metric(at, status.refused_links)
             if status.index == 0:
                 slots.add_metric([status.name], status.slots_used)
                 queued.add_metric([status.name], status.queued)
-        yield from (step, steps, slots, queued, memory, dropped)
+        yield from (step, steps, slots, queued, memory, dropped, refused)

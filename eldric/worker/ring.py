@@ -9,7 +9,7 @@ from pathlib import Path
 from eldric.engine.schedule import Step
 from eldric.engine.step import Hidden
 from eldric.transport.base import Link, Peer, Transport
-from eldric.transport.errors import LinkClosed
+from eldric.transport.errors import LinkClosed, PeerLost
 from eldric.transport.frame import Frame, FrameDtype, FrameKind, Header, Payload, Run, StageTrace
 from eldric.v1 import frame_pb2
 
@@ -47,6 +47,11 @@ class Ring:
         """Frames that were not let in, by reason. May be read from any thread."""
         return dict(self._transport.stats.dropped)
 
+    @property
+    def refused(self) -> int:
+        """Connections that were refused. May be read from any thread."""
+        return self._transport.stats.refused
+
     def connect(self, peer: Peer | None, allowed: Collection[str], epoch: int) -> None:
         """Let the stage before in, and reach the next one (None: this stage is alone). Raises TransportError."""
         self._transport.allow(allowed)
@@ -56,7 +61,12 @@ class Ring:
 
     def receive(self, timeout_s: float) -> Frame | None:
         """The next frame; None after a wake or the timeout. Raises PeerLost, TransportClosed."""
-        return self._transport.recv(timeout_s)
+        try:
+            return self._transport.recv(timeout_s)
+        except PeerLost as lost:
+            if lost.inbound or self._link is None or self._link.closed is not None:
+                raise
+            return None  # the end of a link that was replaced since
 
     def wake(self) -> None:
         self._transport.wake()

@@ -288,8 +288,10 @@ def status_of(held: HeldStage) -> stage_pb2.StageStatus:
         status.endpoint.CopyFrom(loaded.endpoint)
         status.step_ms, status.steps = thread.step_ms, thread.steps
         status.dropped_frames.update(thread.dropped_frames)
+        status.refused_links = thread.refused_links
+        status.slots_used = thread.sequences
         if isinstance(thread, HeadThread):
-            status.slots_used, status.queued = thread.running, thread.waiting
+            status.queued = thread.waiting
         status.slots_total = held.options.slots
     if held.unloading:
         status.state = stage_pb2.UNLOADING
