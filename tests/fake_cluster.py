@@ -10,6 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
+import openai
+from google.protobuf.descriptor import FileDescriptor
+
 from eldric.config import NodeConfig
 from eldric.engine.gguf import ModelFile
 from eldric.engine.tokenizer import Tokenizer
@@ -240,10 +244,6 @@ class FakeCluster:
                 await asyncio.sleep(0.005)
 
 
-def _config(folder: Path, kind: str, name: str, controllers: tuple[str, ...] = ()) -> NodeConfig:
-    return NodeConfig(kind, name, folder / f"{kind}-{name}", http_port=0, grpc_port=0, controllers=controllers)
-
-
 @contextlib.asynccontextmanager
 async def fake_cluster(
     folder: Path,
@@ -261,55 +261,87 @@ async def fake_cluster(
     with ModelFile.open(storyteller()) as model:
         tokenizer = Tokenizer.from_metadata(model.metadata)
     registry, pipelines = FakeRegistry(), FakePipelines()  # type: ignore[abstract]
-    controller_node = Node(_config(folder, "controller", "c1"), authority.issue_identity("controller", "c1"))
-    for servicer, adder, descriptor in (
-        (registry, registry_pb2_grpc.add_RegistryServicer_to_server, registry_pb2.DESCRIPTOR),
-        (registry, heartbeat_pb2_grpc.add_HeartbeatServicer_to_server, heartbeat_pb2.DESCRIPTOR),
-        (pipelines, pipeline_pb2_grpc.add_PipelineServicer_to_server, pipeline_pb2.DESCRIPTOR),
-    ):
-        (service,) = descriptor.services_by_name.values()
-        controller_node.service(servicer, adder, service)
-    async with contextlib.AsyncExitStack() as stack:
-        await _run(stack, controller_node)
-        known = (controller_node.grpc_address,)
-        head_nodes, fakes = {}, {}
-        for name in heads:
-            fakes[name] = FakeHead(speak(tokenizer.encode("Once upon a time.", special=True, add_bos=False)))  # type: ignore[abstract]
-            head_nodes[name] = Node(_config(folder, "worker", name, known), authority.issue_identity("worker", name))
-            head_nodes[name].service(
-                fakes[name],
-                inference_pb2_grpc.add_InferenceServicer_to_server,
-                inference_pb2.DESCRIPTOR.services_by_name["Inference"],
-            )
-            await _run(stack, head_nodes[name])
+    controller = _controller(folder, authority, registry, pipelines)
+    async with _running(controller):
+        known = (controller.grpc_address,)
+        words = tokenizer.encode("Once upon a time.", special=True, add_bos=False)
+        fakes = {name: FakeHead(speak(words)) for name in heads}  # type: ignore[abstract]
+        nodes = {name: _node(folder, authority, "worker", name, known) for name in fakes}
+        for name, fake in fakes.items():
+            _serve(nodes[name], fake, inference_pb2_grpc.add_InferenceServicer_to_server, inference_pb2.DESCRIPTOR)
         config = _config(folder, "router", "r1", known)
         authority.issue_identity("router", "r1").save(config.folder)
         router = Router(RouterConfig(config, **settings))
-        cluster = FakeCluster(
-            folder, authority, tokenizer, registry, pipelines, controller_node, fakes, head_nodes, router
-        )
+        cluster = FakeCluster(folder, authority, tokenizer, registry, pipelines, controller, fakes, nodes, router)
+        others = list(nodes.values())
         if store:
             cluster.store = FakeStore(storyteller())  # type: ignore[abstract]
-            await _run_store(stack, cluster, known)
-        await _run(stack, router.node)
-        if deployed:
-            await cluster.put(cluster.info(head=next(iter(fakes))))
-        yield cluster
+            others.append(_node(folder, authority, "data", "d1", known))
+            adder = model_store_pb2_grpc.add_ModelStoreServicer_to_server
+            _serve(others[-1], cluster.store, adder, model_store_pb2.DESCRIPTOR)
+        async with _running(*others), _running(router.node):
+            if store:
+                address = others[-1].grpc_address
+                registry.nodes["data/d1"] = registry_pb2.Node(
+                    id="data/d1", name="d1", kind=registry_pb2.DATA, state=registry_pb2.UP, grpc_address=address
+                )
+            if deployed:
+                await cluster.put(cluster.info(head=next(iter(fakes))))
+            yield cluster
 
 
-async def _run_store(stack: contextlib.AsyncExitStack, cluster: FakeCluster, known: tuple[str, ...]) -> None:
-    node = Node(_config(cluster.folder, "data", "d1", known), cluster.authority.issue_identity("data", "d1"))
-    node.service(
-        cluster.store,
-        model_store_pb2_grpc.add_ModelStoreServicer_to_server,
-        model_store_pb2.DESCRIPTOR.services_by_name["ModelStore"],
-    )
-    await _run(stack, node)
-    cluster.registry.nodes["data/d1"] = registry_pb2.Node(
-        id="data/d1", name="d1", kind=registry_pb2.DATA, state=registry_pb2.UP, grpc_address=node.grpc_address
-    )
+def _controller(folder: Path, authority: Authority, registry: FakeRegistry, pipelines: FakePipelines) -> Node:
+    node = _node(folder, authority, "controller", "c1", ())
+    _serve(node, registry, registry_pb2_grpc.add_RegistryServicer_to_server, registry_pb2.DESCRIPTOR)
+    _serve(node, registry, heartbeat_pb2_grpc.add_HeartbeatServicer_to_server, heartbeat_pb2.DESCRIPTOR)
+    _serve(node, pipelines, pipeline_pb2_grpc.add_PipelineServicer_to_server, pipeline_pb2.DESCRIPTOR)
+    return node
 
 
-async def _run(stack: contextlib.AsyncExitStack, node: Node) -> None:
-    await node.start()
-    stack.push_async_callback(node.stop)
+def _config(folder: Path, kind: str, name: str, controllers: tuple[str, ...]) -> NodeConfig:
+    return NodeConfig(kind, name, folder / f"{kind}-{name}", http_port=0, grpc_port=0, controllers=controllers)
+
+
+def _node(folder: Path, authority: Authority, kind: str, name: str, controllers: tuple[str, ...]) -> Node:
+    return Node(_config(folder, kind, name, controllers), authority.issue_identity(kind, name))
+
+
+def _serve(node: Node, servicer: Any, adder: Callable[[Any, Any], None], file: FileDescriptor) -> None:
+    (service,) = file.services_by_name.values()
+    node.service(servicer, adder, service)
+
+
+@contextlib.asynccontextmanager
+async def _running(*nodes: Node) -> AsyncIterator[None]:
+    try:
+        await asyncio.gather(*(node.start() for node in nodes))
+        yield
+    finally:
+        await asyncio.gather(*(node.stop() for node in nodes))
+
+
+@contextlib.asynccontextmanager
+async def client_of(cluster: FakeCluster) -> AsyncIterator[openai.AsyncOpenAI]:
+    """OpenAI's own client."""
+    async with openai.AsyncOpenAI(base_url=f"{cluster.url}/v1", api_key="none", max_retries=0, timeout=10) as made:
+        yield made
+
+
+@contextlib.asynccontextmanager
+async def http_of(cluster: FakeCluster) -> AsyncIterator[httpx.AsyncClient]:
+    """Plain HTTP to the router."""
+    async with httpx.AsyncClient(base_url=cluster.url, timeout=10) as made:
+        yield made
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Waits until a condition holds."""
+    async with asyncio.timeout(5):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+async def silent(request: inference_pb2.GenerateRequest) -> AsyncIterator[inference_pb2.Delta]:
+    """For `FakeHead.say`: takes a request and never says a word."""
+    await asyncio.Event().wait()
+    yield inference_pb2.Delta()

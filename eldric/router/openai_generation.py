@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator, Coroutine, Sequence
@@ -27,6 +28,8 @@ from eldric.router.openai_types import MAX_CHOICES, ChatBody, CompletionBody
 from eldric.router.prompts import Prompts, Target
 from eldric.router.sse import ChunkStream
 from eldric.v1 import sampling_pb2
+
+log = logging.getLogger(__name__)
 
 Body = ChatBody | CompletionBody
 Result = TypeVar("Result")
@@ -180,6 +183,7 @@ async def _chunks(made: _Request, feed: Feed, path: str) -> AsyncGenerator[bytes
             yield format.usage(choices)
         yield DONE
     except Exception as error:
+        log.warning("event=stream_failed id=%s error=%r", format.id, str(error))
         yield f"data: {json.dumps(api_error(error, path).as_json())}\n\n".encode()
 
 
