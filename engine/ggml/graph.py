@@ -169,10 +169,10 @@ class GraphPlan:
         keys = self._product("attn_k", layer, normed, rows)
         keys = self._rope(api.ggml_reshape_3d(ctx, keys, spec.head_dim, spec.kv_heads, rows), positions)
         values = self._product("attn_v", layer, normed, rows)
-        self._expand(
-            api.ggml_set_rows(ctx, cache.keys[index], api.ggml_reshape_2d(ctx, keys, cache.width, rows), cells)
-        )
-        self._expand(api.ggml_set_rows(ctx, cache.values[index], values, cells))
+        for store, new in ((cache.keys[index], keys), (cache.values[index], values)):
+            head = 4 * spec.head_dim
+            by_head = api.ggml_view_3d(ctx, new, spec.head_dim, rows, spec.kv_heads, head * spec.kv_heads, head, 0)
+            self._expand(api.ggml_set_rows(ctx, store, by_head, cells))
 
     def _attend(self, index: int, queries: int, rows: int) -> int:
         """queries: [head_dim, heads, rows]. Returns [heads * head_dim, rows], in the port that it always fills.
@@ -201,9 +201,10 @@ class GraphPlan:
 
     def _slot_view(self, cells: int) -> int:
         """Keys or values of slot 0 as [head_dim, context, kv_heads]; Graph.attend moves and shortens it."""
-        cache = self.b.cache
+        cache, dim = self.b.cache, self.spec.head_dim
+        head_bytes = cache.cells * cache.cell_bytes
         view: int = self.api.ggml_view_3d(
-            self.ctx, cells, self.spec.head_dim, cache.context, self.spec.kv_heads, cache.row_bytes, cache.head_bytes, 0
+            self.ctx, cells, dim, cache.context, cache.kv_heads, cache.cell_bytes, head_bytes, 0
         )
         return view
 
