@@ -53,7 +53,8 @@ def check_nodes(nodes: Sequence[NodeInfo]) -> Iterator[Finding]:
     up = {node.kind for node in nodes if node.state == "up"}
     for kind, advice in _NEEDED.items():
         if kind not in up:
-            yield problem("nodes", f"no {kind} is up", f"start one with {advice}")
+            title = "data worker" if kind == "data" else kind
+            yield problem("nodes", f"no {title} is up", f"start one with {advice}")
     if up >= _NEEDED.keys() and all(node.state == "up" for node in nodes):
         yield ok("nodes", f"{len(nodes)} nodes, all up")
 

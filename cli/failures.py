@@ -66,8 +66,15 @@ def report(failure: Failure, *, as_json: bool, verbose: bool) -> int:
         if verbose and failure.cause is not None:
             traceback.print_exception(failure.cause)
         print(f"error: {failure.message}", file=sys.stderr)
-        if as_json:
-            print(json.dumps({"error": {"code": failure.code, "message": failure.message}}, ensure_ascii=False))
+    except BrokenPipeError:
+        quiet_pipe()
+    return report_json(failure) if as_json else failure.exit_code
+
+
+def report_json(failure: Failure) -> int:
+    """Say it on stdout; returns the exit code."""
+    try:
+        print(json.dumps({"error": {"code": failure.code, "message": failure.message}}, ensure_ascii=False))
         sys.stdout.flush()
     except BrokenPipeError:
         quiet_pipe()

@@ -160,7 +160,7 @@ class LocalCluster:
             folders = {self.node_folder(entry): entry for entry in group}
             ending = {folder: running[folder] for folder in folders if folder in running}
             for folder in ending:
-                say(f"stopping {folders[folder].kind} {folders[folder].name}")
+                say(f"stopping {folders[folder].name}")
             killed += [folders[folder] for folder in processes.end(ending, _STOP_S)]
             for folder in folders:
                 (folder / "node.json").unlink(missing_ok=True)
@@ -178,7 +178,7 @@ class LocalCluster:
         for entry in missing:
             if self.node_folder(entry) in under_way:
                 continue
-            say(f"starting {entry.kind} {entry.name}")
+            say(f"starting {entry.name}")
             known = self.controllers if entry.kind != "controller" else []
             with interrupts.deferred():
                 started[entry.name] = processes.spawn(entry, self.node_folder(entry), known)

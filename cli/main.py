@@ -8,7 +8,7 @@ import typer
 from eldric import __version__
 from eldric.cli import interrupts
 from eldric.cli.commands import Commands
-from eldric.cli.failures import BROKEN_PIPE, Failure, failure_of, quiet_pipe, report
+from eldric.cli.failures import BROKEN_PIPE, Failure, failure_of, quiet_pipe, report, report_json
 
 app = typer.Typer(cls=Commands, add_completion=True, rich_markup_mode=None, context_settings={"max_content_width": 100})
 
@@ -36,8 +36,8 @@ def eldric_cli(
 def run(arguments: list[str]) -> int:
     """Do what the arguments say; returns the exit code.
 
-    0: done. 1: an error, one line on stderr. 2: wrong usage. 130: Ctrl-C. With --json an error is also an object
-    {"error": {"code", "message"}} on stdout; its code is the name of a gRPC status.
+    0: done. 1: an error, one line on stderr. 2: wrong usage. 130: Ctrl-C. With --json an error, or an interrupt, is
+    also an object {"error": {"code", "message"}} on stdout; its code is the name of a gRPC status.
     """
     end = arguments.index("--") if "--" in arguments else len(arguments)
     options, rest = arguments[:end], arguments[end:]
@@ -56,8 +56,8 @@ def run(arguments: list[str]) -> int:
         code = interrupts.INTERRUPTED
     except Exception as error:
         return report(failure_of(error), as_json=as_json, verbose=verbose)
-    if code == interrupts.INTERRUPTED:
-        return report(Failure("CANCELLED", "interrupted", interrupts.INTERRUPTED), as_json=as_json, verbose=False)
+    if code == interrupts.INTERRUPTED and as_json:
+        return report_json(Failure("CANCELLED", "interrupted", interrupts.INTERRUPTED))
     return int(code or 0)
 
 

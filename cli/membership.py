@@ -206,6 +206,8 @@ def _check_free(folder: Path, kind: str, name: str) -> None:
         there = Identity.load(folder)
     except NotFound:
         return
+    if kind == "client" and there.name != name:
+        raise AlreadyExists(f"you are operator {there.name} of cluster {there.cluster} already: remove {folder} first")
     if (there.kind, there.name) != (kind, name):
         raise AlreadyExists(f"{folder} is the folder of {there.kind} {there.name}: choose another with --folder")
 

@@ -15,6 +15,7 @@ import psutil
 from eldric import node_file
 from eldric.cli.roster import NodeEntry
 from eldric.errors import EldricError
+from eldric.names import KINDS
 
 POLL_S = 0.02
 #: Longest wait for a process that was killed to be gone, in seconds.
@@ -74,13 +75,19 @@ def find(folders: Iterable[Path]) -> dict[Path, int]:
     wanted, found = list(folders), {}
     for process in psutil.process_iter(["cmdline", "status"]):
         line = process.info["cmdline"] or []
-        if process.info["status"] != psutil.STATUS_ZOMBIE and _MODULE in line:
+        if process.info["status"] != psutil.STATUS_ZOMBIE and _is_ours(line):
             found.update({folder: process.pid for folder in wanted if _is_node_line(line, folder)})
     return found
 
 
 def _is_node_line(line: list[str], folder: Path) -> bool:
-    return _MODULE in line and str(folder) in line
+    return _is_ours(line) and str(folder) in line
+
+
+def _is_ours(line: list[str]) -> bool:
+    """Whether a command line is a node's: "python -m eldric.cli.main KIND ..." or "[python] eldric-cli KIND ..."."""
+    program = _MODULE in line[:4] or any(Path(part).name == "eldric-cli" for part in line[:2])
+    return program and any(kind in line[1:5] for kind in KINDS)
 
 
 def spawn(entry: NodeEntry, folder: Path, controllers: Iterable[str]) -> "subprocess.Popen[bytes]":
@@ -136,4 +143,4 @@ def _signal(pid: int, number: int) -> None:
 
 def node_pids() -> list[int]:
     """All processes of nodes on this machine, of any cluster."""
-    return [process.pid for process in psutil.process_iter(["cmdline"]) if _MODULE in (process.info["cmdline"] or [])]
+    return [process.pid for process in psutil.process_iter(["cmdline"]) if _is_ours(process.info["cmdline"] or [])]

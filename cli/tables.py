@@ -32,6 +32,11 @@ _STATE_STYLES = {
 _KINDS = ("controller", "data", "router", "edge", "worker")
 
 
+def _place(node: NodeInfo) -> tuple[int, list[tuple[int, str]]]:
+    """Where a node stands in a list; kinds of a newer cluster come last."""
+    return _KINDS.index(node.kind) if node.kind in _KINDS else len(_KINDS), natural(node.name)
+
+
 def natural(name: str) -> list[tuple[int, str]]:
     """A key that sorts worker-10 after worker-9."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"([0-9]+)", name)]
@@ -107,6 +112,6 @@ def workers_view(workers: Sequence[Worker]) -> RenderableType:
 
 def nodes_view(nodes: Sequence[NodeInfo]) -> Table:
     listing = table("kind", "name", "state", "right:pid", "gRPC", "HTTP")
-    for node in sorted(nodes, key=lambda node: (_KINDS.index(node.kind), natural(node.name))):
+    for node in sorted(nodes, key=_place):
         listing.add_row(node.kind, node.name, state_text(node.state), str(node.pid), node.grpc_address, node.http_url)
     return listing

@@ -14,12 +14,21 @@ _FINISH: dict[int, types.Finish] = {
 }
 
 
+def _name(enum: Any, value: int) -> str:
+    """An enum's value in lower case; "unknown" for none, and for one of a newer controller."""
+    try:
+        name = str(enum.Name(value)).lower()
+    except ValueError:
+        return "unknown"
+    return "unknown" if name.endswith("_unspecified") else name
+
+
 def worker(node: registry_pb2.Node) -> types.Worker:
     resources = node.resources
     return types.Worker(
         name=node.name,
         pid=node.pid,
-        state=registry_pb2.NodeState.Name(node.state).lower(),
+        state=_name(registry_pb2.NodeState, node.state),
         devices=tuple(device.description or device.name for device in resources.devices),
         memory_bytes=resources.memory_bytes,
         memory_used_bytes=node.memory_used_bytes,
@@ -32,8 +41,8 @@ def worker(node: registry_pb2.Node) -> types.Worker:
 def node_info(node: registry_pb2.Node) -> types.NodeInfo:
     return types.NodeInfo(
         name=node.name,
-        kind=registry_pb2.NodeKind.Name(node.kind).lower(),
-        state=registry_pb2.NodeState.Name(node.state).lower(),
+        kind=_name(registry_pb2.NodeKind, node.kind),
+        state=_name(registry_pb2.NodeState, node.state),
         pid=node.pid,
         grpc_address=node.grpc_address,
         http_url=node.http_url,
@@ -58,7 +67,7 @@ def _stage(stage: pipeline_pb2.PipelineStage) -> types.StageInfo:
         worker=stage.worker,
         pid=stage.pid,
         layers=(stage.layers.start, stage.layers.end),
-        state=stage_pb2.StageState.Name(stage.state).removeprefix("STAGE_STATE_").lower(),
+        state=_name(stage_pb2.StageState, stage.state),
         memory_bytes=sum(memory.values()),
         memory=memory,
         step_ms=round(stage.step_ms, 3),
@@ -78,7 +87,7 @@ def pipeline(info: pipeline_pb2.PipelineInfo) -> types.PipelineInfo:
         name=info.name,
         id=info.id,
         model=info.model,
-        state=pipeline_pb2.PipelineState.Name(info.state).removeprefix("PIPELINE_STATE_").lower(),
+        state=_name(pipeline_pb2.PipelineState, info.state),
         epoch=info.epoch,
         stages=tuple(_stage(stage) for stage in info.stages),
         context=info.options.context,

@@ -1,0 +1,219 @@
+"""What commands write: JSON, tables, progress, generated text."""
+
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from eldric.cli import generating, output, progress, tables
+from eldric.cli.log_files import Follower, last_lines
+from eldric.client import (
+    Delta,
+    Event,
+    Finished,
+    ImportProgress,
+    ModelInfo,
+    NodeInfo,
+    PipelineInfo,
+    Plan,
+    PlannedStage,
+    StageProgress,
+    Started,
+    Token,
+)
+from eldric.errors import Unavailable
+from tests.unit.test_cli_doctor import PIPELINE, WORKERS
+
+MODEL = ModelInfo("tale", 6, 5, "gguf", "llama", "Q8_0", 4_860_000, 1024)
+STAGES = tuple(PlannedStage(index, f"w{index}", (index * 3, index * 3 + 3), 100, 1, 1, 1000) for index in range(2))
+
+
+def text_of(view: object) -> str:
+    """A view as it is in a pipe."""
+    console = Console(file=io.StringIO(), width=200)
+    console.print(view)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_json_is_one_line_with_the_names_of_the_contract(capsys: pytest.CaptureFixture[str]) -> None:
+    output.print_json({"pipelines": [PIPELINE], "workers": WORKERS, "text": "é\n"})
+    line = capsys.readouterr().out
+    assert line.count("\n") == 1
+    document = json.loads(line)
+    pipeline = document["pipelines"][0]
+    assert {"name", "model", "state", "epoch", "stages"} <= pipeline.keys()
+    assert {"index", "worker", "pid", "layers", "memory_bytes", "step_ms"} <= pipeline["stages"][0].keys()
+    assert pipeline["stages"][1]["layers"] == [1, 2]
+    assert {"name", "pid", "state", "devices", "memory_bytes", "memory_used_bytes"} <= document["workers"][0].keys()
+    assert document["text"] == "é\n"
+
+
+def test_pipelines_for_people() -> None:
+    text = text_of(
+        tables.pipelines_view([PIPELINE, replace(PIPELINE, name="two", message="a [b] c", state="degraded")])
+    )
+    assert "tale  ready  epoch 1" in text
+    assert "two  model tale  degraded" in text
+    assert "a [b] c" in text
+    assert "zmq, encrypted" in text
+    assert "PLAIN" in text_of(
+        tables.pipelines_view([replace(PIPELINE, stages=(replace(PIPELINE.stages[0], encrypted=False),))])
+    )
+
+
+@pytest.mark.parametrize(("view", "words"), [(tables.pipelines_view([]), "deploy"), (tables.workers_view([]), "join")])
+def test_where_there_is_nothing_the_next_step_is_named(view: object, words: str) -> None:
+    assert f"eldric-cli {words}" in text_of(view)
+
+
+def test_names_are_sorted_as_people_count() -> None:
+    workers = [replace(WORKERS[0], name=f"worker-{number}") for number in (10, 9, 1)]
+    lines = text_of(tables.workers_view(workers)).splitlines()[1:]
+    assert [line.split()[0] for line in lines] == ["worker-1", "worker-9", "worker-10"]
+    nodes = [NodeInfo("n", kind, "up", 1, "", "", "", 1) for kind in ("worker", "edge", "new", "controller")]
+    lines = text_of(tables.nodes_view(nodes)).splitlines()[1:]
+    assert [line.split()[0] for line in lines] == ["controller", "edge", "worker", "new"]
+
+
+@pytest.mark.parametrize(("layers", "text"), [((0, 10), "0-9"), ((4, 5), "4")])
+def test_layers_are_named_first_and_last(layers: tuple[int, int], text: str) -> None:
+    assert progress.layer_range(layers) == text
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
+    """What goes to stderr where that is no terminal."""
+    buffer = io.StringIO()
+    monkeypatch.setattr(progress, "err", Console(file=buffer, width=200, highlight=False))
+    return buffer
+
+
+DEPLOYMENT = (
+    Plan("tale", STAGES, {}),
+    StageProgress(0, "w0", "mapping", 10, 100),
+    StageProgress(0, "w0", "mapping", 90, 100),
+    StageProgress(1, "w1", "mapping", 10, 0),
+    StageProgress(0, "w0", "loaded", 0, 0),
+)
+
+
+def test_progress_elsewhere_than_on_a_terminal_is_a_line_for_each_change(said: io.StringIO) -> None:
+    assert progress.follow_deploy([*DEPLOYMENT, PIPELINE], quiet=False) is PIPELINE
+    assert said.getvalue().splitlines() == [
+        "stage 0  layers 0-2  w0  waiting",
+        "stage 1  layers 3-5  w1  waiting",
+        "stage 0  layers 0-2  w0  mapping",
+        "stage 1  layers 3-5  w1  mapping",
+        "stage 0  layers 0-2  w0  loaded",
+    ]
+
+
+def test_progress_of_an_import(said: io.StringIO) -> None:
+    events: list[ImportProgress | ModelInfo] = [*(ImportProgress("copying", done, 5) for done in (1, 5)), MODEL]
+    assert progress.follow_import(events, "tale", quiet=False) is MODEL
+    assert said.getvalue() == "tale  copying\n"
+
+
+def test_no_progress_beside_json(said: io.StringIO) -> None:
+    assert progress.follow_deploy([*DEPLOYMENT, PIPELINE], quiet=True) is PIPELINE
+    assert progress.follow_import([ImportProgress("copying", 1, 5), MODEL], "tale", quiet=True) is MODEL
+    assert said.getvalue() == ""
+
+
+def test_a_stream_that_just_ends_is_an_error(said: io.StringIO) -> None:
+    with pytest.raises(Unavailable):
+        progress.follow_deploy(DEPLOYMENT, quiet=False)
+    with pytest.raises(Unavailable):
+        progress.follow_import([], "tale", quiet=False)
+
+
+def test_progress_on_a_terminal_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    buffer = io.StringIO()
+    monkeypatch.setattr(progress, "err", Console(file=buffer, width=120, force_terminal=True, color_system="standard"))
+    info: PipelineInfo = progress.follow_deploy([*DEPLOYMENT, PIPELINE], quiet=False)
+    assert info is PIPELINE
+    text = buffer.getvalue()
+    assert "\x1b[" in text
+    assert "━" in text
+    assert "ready" in text
+
+
+def events(*pieces: str) -> Iterator[Event]:
+    yield Started("id", 3)
+    for number, piece in enumerate(pieces):
+        yield Delta(piece, (Token(number, piece.encode()),))
+    yield Finished("stop", 3, len(pieces), 1.0, 2.0, 100.0)
+
+
+@pytest.mark.parametrize(
+    ("pieces", "text"),
+    [(("a", "b"), "ab\n"), (("a\n",), "a\n"), ((), ""), (("a", "\n", "b"), "a\nb\n"), (("", ""), "")],
+)
+def test_text_is_written_as_it_comes_and_ends_its_line(
+    pieces: tuple[str, ...], text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said: list[str] = []
+    finished = generating.stream(events(*pieces), said)
+    assert capsys.readouterr().out == text
+    assert "".join(said) == "".join(pieces)
+    assert finished.completion_tokens == len(pieces)
+
+
+def test_text_that_breaks_off_ends_its_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def broken() -> Iterator[Event]:
+        yield Delta("half", ())
+        raise KeyboardInterrupt
+
+    said: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        generating.stream(broken(), said)
+    assert capsys.readouterr().out == "half\n"
+    assert said == ["half"]
+
+
+def test_a_generation_as_an_object() -> None:
+    assert generating.whole(events("a", "b", "c")) == {
+        "text": "abc",
+        "tokens": [0, 1, 2],
+        "finish_reason": "stop",
+        "usage": {"prompt_tokens": 3, "completion_tokens": 3, "total_tokens": 6},
+        "timings": {"queue_ms": 1.0, "prompt_ms": 2.0, "generation_ms": 100.0, "tokens_per_second": 20.0},
+    }
+
+
+def test_speed_counts_from_the_first_token() -> None:
+    finished = Finished("stop", 3, 11, 1.0, 2.0, 1000.0)
+    assert generating.speed(finished) == 10
+    assert generating.speed(replace(finished, generation_ms=0.0)) == 0
+    assert generating.speed_line(finished) == "11 tokens, first after 3 ms, then 10.0 per second"
+    assert generating.speed_line(replace(finished, completion_tokens=1)) == "1 tokens, first after 3 ms"
+
+
+def test_the_last_lines_of_a_log(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    assert last_lines(log, 3) == []
+    log.write_bytes(b"a\nb\xff\nc\n")
+    assert last_lines(log, 2) == ["b\N{REPLACEMENT CHARACTER}", "c"]
+    assert last_lines(log, 0) == []
+
+
+def test_a_log_is_followed_over_its_rotation(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    follower = Follower(log)
+    log.write_text("one\ntw")
+    assert follower.new_lines() == ["one"]
+    with log.open("a") as file:
+        file.write("o\n")
+    assert follower.new_lines() == ["two"]
+    assert follower.new_lines() == []
+    log.rename(tmp_path / "log.1")
+    assert follower.new_lines() == []
+    log.write_text("a new file, which is longer\n")
+    assert follower.new_lines() == ["a new file, which is longer"]
+    log.unlink()
+    assert follower.new_lines() == []
