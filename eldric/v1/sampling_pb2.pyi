@@ -20,8 +20,8 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class SamplingParams(_message.Message):
-    """Sampling of one sequence. An absent field means the default that is named; the empty message is plain sampling
-    at temperature 1. Order: logit_bias, penalties, temperature, top_k, top_p, min_p, draw.
+    """Sampling of one sequence. An absent field means the default that is named; they and the order are llama.cpp's:
+    logit_bias, penalties, top_k, top_p, min_p, temperature, draw.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -58,13 +58,13 @@ class SamplingParams(_message.Message):
     SEED_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
     temperature: _builtins.float
-    """Divides the logits. 0: greedy (the highest logit, the lowest id on a tie), and nothing below is drawn. [0, 100]. Default 1."""
+    """Divides the logits. 0: greedy (the highest logit, the lowest id on a tie), and nothing below is drawn. [0, 100]. Default 0.8."""
     top_k: _builtins.int
-    """Keeps the k most likely tokens. 0: all. Default 0."""
+    """Keeps the k most likely tokens. 0: all. Default 40."""
     top_p: _builtins.float
-    """Keeps the smallest set of most likely tokens whose probabilities sum to at least p. (0, 1]; 1: all. Default 1."""
+    """Keeps the smallest set of most likely tokens whose probabilities sum to at least p. (0, 1]; 1: all. Default 0.95."""
     min_p: _builtins.float
-    """Keeps tokens at least this fraction as likely as the most likely one. [0, 1); 0: all. Default 0."""
+    """Keeps tokens at least this fraction as likely as the most likely one. [0, 1); 0: all. Default 0.05."""
     repetition_penalty: _builtins.float
     """Divides the positive and multiplies the negative logits of tokens seen before. (0, 10]; 1: off. Default 1."""
     presence_penalty: _builtins.float

@@ -100,7 +100,7 @@ class HeadThread(ComputeThread):
         sequence = generation.sequence
         message = frame_pb2.SequenceOpen(slot=sequence.slot, sequence_id=sequence.id, sampling=generation.sampling)
         if _has_penalties(generation):
-            message.prompt.extend(sequence.prompt[-generation.sampling.penalty_last_n or None :].tolist())
+            message.prompt.extend(sequence.prompt.tolist())
         self._stage.truncate(sequence.slot, 0)
         if self._tail is not None:
             self._tail.open(message)
