@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import grpc
 
-from eldric.channels import call_errors
+from eldric.channels import call_errors, channel
 from eldric.errors import EldricError
 from eldric.node import Node
 from eldric.router.pipelines import Pipelines
@@ -50,8 +50,10 @@ class PipelineWatcher:
             address = controllers[turn % len(controllers)]
             began = asyncio.get_running_loop().time()
             try:
-                with call_errors(f"controller at {address}"):
-                    await self._session(self._node.channels.to(address, "controller"))
+                # A connection of its own each time: a kept one would not try again for as long as it has failed.
+                async with channel(address, self._node.identity, "controller") as connection:
+                    with call_errors(f"controller at {address}"):
+                        await self._session(connection)
             except EldricError as error:
                 log.warning("event=watch_lost controller=%s error=%r", address, error.message)
             except Exception:
@@ -62,9 +64,9 @@ class PipelineWatcher:
             await asyncio.sleep(pause_s * random.uniform(0.8, 1.2))
             pause_s = min(pause_s * 2, MAX_PAUSE_S)
 
-    async def _session(self, channel: grpc.aio.Channel) -> None:
+    async def _session(self, connection: grpc.aio.Channel) -> None:
         """Returns or raises when the controller is lost."""
-        stub = pipeline_pb2_grpc.PipelineStub(channel)
+        stub = pipeline_pb2_grpc.PipelineStub(connection)
         tasks = [asyncio.create_task(self._watch(stub)), asyncio.create_task(self._list(stub))]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
