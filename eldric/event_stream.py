@@ -79,7 +79,8 @@ class EventStream(Response):
     async def _next(self) -> bytes | Failure | None:
         """The next event, a comment when there is none for long, or None at the end."""
         try:
-            return await asyncio.wait_for(self._queue.get(), KEEP_ALIVE_S)
+            async with asyncio.timeout(KEEP_ALIVE_S):  # wait_for of Python 3.11 may lose a cancellation
+                return await self._queue.get()
         except TimeoutError:
             return b": still there\n\n"
 

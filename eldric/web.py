@@ -149,7 +149,8 @@ class WebServer:
             self._socket.close()
             return
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._idle.wait(), grace_s)
+            async with asyncio.timeout(grace_s):
+                await self._idle.wait()
         self._server.should_exit = True
         await asyncio.wait({task}, timeout=LINGER_S)
         for connection in list(self._server.server_state.connections):

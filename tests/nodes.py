@@ -51,10 +51,12 @@ STATUS = pipeline_pb2.PipelineStatusRequest
 
 
 class Pipelines(pipeline_pb2_grpc.PipelineServicer):
-    """Status answers with the caller, or raises `error`; Deploy sends an event and goes on until `release`."""
+    """Status answers with the caller, or raises `error`; Deploy sends an event and goes on at
+    `release`, or sends more for ever while `busy`."""
 
     def __init__(self) -> None:
         self.error: Exception | None = None
+        self.busy = False
         self.begun, self.release, self.ended = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
     async def Status(self, request: Any, context: Any) -> Any:
@@ -67,6 +69,9 @@ class Pipelines(pipeline_pb2_grpc.PipelineServicer):
         try:
             yield pipeline_pb2.DeployEvent(stage=pipeline_pb2.StageProgress(worker="w1"))
             self.begun.set()
+            while self.busy:
+                yield pipeline_pb2.DeployEvent(stage=pipeline_pb2.StageProgress(worker="w1"))
+                await asyncio.sleep(0.001)
             await self.release.wait()
             yield pipeline_pb2.DeployEvent(ready=pipeline_pb2.PipelineInfo(name=request.model))
         finally:

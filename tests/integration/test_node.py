@@ -167,6 +167,32 @@ async def test_client_that_leaves_an_event_stream_cancels_the_call(
         await asyncio.wait_for(pipelines.ended.wait(), 5)
 
 
+async def test_clients_that_leave_busy_streams_leave_nothing_behind(
+    tmp_path: Path, authority: Authority, admin: Identity
+) -> None:
+    node = make_node(tmp_path, authority)
+    serve_pipelines(node).busy = True
+    async with running(node), http(node, admin) as client, channel(node.grpc_address, admin, "controller") as link:
+
+        async def leave_events() -> None:
+            async with client.stream("POST", "/api/v1/pipeline/deploy", json={"model": "m"}) as answer:
+                lines = answer.aiter_lines()
+                for _ in range(3):
+                    await anext(lines)
+
+        async def leave_call() -> None:
+            call = pipeline_pb2_grpc.PipelineStub(link).Deploy(pipeline_pb2.DeployRequest())
+            await call.read()
+            call.cancel()
+
+        await leave_call()
+        before = len(asyncio.all_tasks())
+        await asyncio.gather(*(leave() for leave in (leave_events, leave_call) for _ in range(20)))
+        async with asyncio.timeout(10):
+            while len(asyncio.all_tasks()) > before:
+                await asyncio.sleep(0.01)
+
+
 async def test_node_file_says_where_the_node_is(tmp_path: Path, authority: Authority) -> None:
     node = make_node(tmp_path, authority)
     serve_members(node, authority)
