@@ -1,0 +1,220 @@
+"""Local clusters for tests: real processes, as `eldric-cli up` starts them, each below a folder of its own."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import ssl
+import warnings
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+from prometheus_client.parser import text_string_to_metric_families
+
+from eldric.cli import processes
+from eldric.cli.local import LocalCluster
+from eldric.cli.roster import Shape
+from eldric.client import AsyncClient
+from eldric.client.types import Delta, Event, Finished, PipelineInfo, StageInfo
+from eldric.errors import NotFound, Unavailable
+from eldric.v1 import stage_pb2, stage_pb2_grpc
+from tests.models import SmallLlama, storyteller, write_small_llama
+
+STORY = "story"
+#: A model whose generations last as long as a test needs: thousands of tokens, a millisecond or so each.
+ENDLESS = "endless"
+ENDLESS_LLAMA = SmallLlama(layers=6, context=16384, type="Q8_0")
+
+
+@dataclass(slots=True)
+class LiveCluster:
+    """A cluster that runs. `client` is an operator's."""
+
+    local: LocalCluster
+    client: AsyncClient
+
+    @property
+    def folder(self) -> Path:
+        return self.local.folder
+
+    async def up(self) -> None:
+        """Start what does not run, as `eldric-cli up` does."""
+        await asyncio.to_thread(_up, self.local)
+
+    async def down(self) -> list[str]:
+        """End every node, as `eldric-cli down` does. Returns the names of those that had to be killed."""
+        _, killed = await asyncio.to_thread(self.local.down, _say_nothing)
+        return [entry.name for entry in killed]
+
+    def node(self, name: str) -> processes.NodeProcess:
+        return next(each for each in self.local.processes() if each.entry.name == name)
+
+    def process(self, name: str) -> psutil.Process:
+        return psutil.Process(self.node(name).pid)
+
+    def pids(self) -> dict[str, int]:
+        return {each.entry.name: each.pid for each in self.local.processes()}
+
+    def signal(self, name: str, number: signal.Signals) -> None:
+        os.kill(self.node(name).pid, number)
+
+    async def kill(self, name: str) -> None:
+        """As kill -9 does; returns when the process is gone."""
+        process = self.process(name)
+        process.kill()
+        await until(lambda: not runs(process))
+
+    @property
+    def router_url(self) -> str:
+        return self.node("router").http_url
+
+    async def add_story(self) -> None:
+        await self.client.models.add(storyteller(), STORY)
+
+    async def add_endless(self, llama: SmallLlama = ENDLESS_LLAMA) -> None:
+        path = write_small_llama(self.folder / "endless.gguf", llama)
+        await self.client.models.add(path, ENDLESS)
+
+    async def deploy_endless(self, stages: int = 3, **options: Any) -> PipelineInfo:
+        settings = {"context": ENDLESS_LLAMA.context, "chunk": 64, "slots": 2, **options}
+        return await self.client.deploy(ENDLESS, stages=stages, **settings)
+
+    def endless(self, **options: Any) -> AsyncIterator[Event]:
+        """A generation of `endless` that goes on for thousands of tokens."""
+        return self.client.generate(ENDLESS, "a b", temperature=0.0, ignore_eos=True, **options)
+
+    async def pipeline(self, name: str = ENDLESS) -> PipelineInfo:
+        (info,) = await self.client.status(name)
+        return info
+
+    async def until_state(self, state: str, name: str = ENDLESS, limit_s: float = 15.0) -> PipelineInfo:
+        async with asyncio.timeout(limit_s):
+            while (info := await self.pipeline(name)).state != state:
+                await asyncio.sleep(0.02)
+        return info
+
+    async def stages_held(self, worker: str) -> list[stage_pb2.StageStatus]:
+        """What a worker says that it holds."""
+        channel = self.client.channel(self.node(worker).grpc_address, "worker", worker)
+        answer = await stage_pb2_grpc.StageStub(channel).Status(stage_pb2.StageStatusRequest(), timeout=5.0)
+        return list(answer.stages)
+
+    async def until_empty(self, *workers: str, limit_s: float = 10.0) -> None:
+        """Until none of these workers holds a stage."""
+        async with asyncio.timeout(limit_s):
+            for worker in workers:
+                while await self.stages_held(worker):
+                    await asyncio.sleep(0.02)
+
+    async def until_routed(self, limit_s: float = 5.0) -> None:
+        """Until the router answers for `endless`: one that lost its controller may be behind."""
+        async with asyncio.timeout(limit_s):
+            while True:
+                try:
+                    await self.client.complete(ENDLESS, "a", max_tokens=1)
+                    return
+                except (NotFound, Unavailable):
+                    await asyncio.sleep(0.05)
+
+    async def slots_used(self, name: str = ENDLESS) -> int:
+        """Slots that the head has given out, as the head itself says."""
+        info = await self.pipeline(name)
+        (stage,) = [
+            each for each in await self.stages_held(info.stages[0].worker) if each.name == name and not each.index
+        ]
+        return stage.slots_used + stage.queued
+
+    async def until_free(self, name: str = ENDLESS, limit_s: float = 1.0) -> None:
+        """Until no slot of the pipeline is taken."""
+        async with asyncio.timeout(limit_s):
+            while await self.slots_used(name):
+                await asyncio.sleep(0.01)
+
+    def http(self, name: str) -> httpx.AsyncClient:
+        """An HTTP client of a node, with the operator's certificate."""
+        return httpx.AsyncClient(base_url=self.node(name).http_url, verify=self._tls(), timeout=10.0)
+
+    async def metrics(self, name: str) -> dict[tuple[str, ...], float]:
+        """A node's metrics: values by name and label values in the order of the label names."""
+        async with self.http(name) as client:
+            text = (await client.get("/metrics")).raise_for_status().text
+        samples = (sample for family in text_string_to_metric_families(text) for sample in family.samples)
+        return {(each.name, *(each.labels[key] for key in sorted(each.labels))): each.value for each in samples}
+
+    def _tls(self) -> ssl.SSLContext:
+        operator = self.client.cluster.operator
+        context = ssl.create_default_context(cafile=operator / "ca.pem")
+        context.load_cert_chain(operator / "node.pem", operator / "node-key.pem")
+        return context
+
+
+@contextlib.asynccontextmanager
+async def local_cluster(folder: Path, workers: int = 3, **shape: Any) -> AsyncIterator[LiveCluster]:
+    """A cluster that ends with the block, whatever was done to it. shape: other fields of cli.roster.Shape."""
+    local = LocalCluster.create(folder / "cluster", Shape(workers=workers, threads=1, **shape))
+    try:
+        await asyncio.to_thread(_up, local)
+        async with AsyncClient(folder=local.folder) as client:
+            yield LiveCluster(local, client)
+    finally:
+        left = processes.find(map(local.node_folder, local.nodes))
+        for pid in left.values():
+            os.kill(pid, signal.SIGCONT)
+        processes.end(left)
+
+
+@contextlib.asynccontextmanager
+async def attached(folder: Path) -> AsyncIterator[LiveCluster]:
+    """A cluster that somebody else started and will end."""
+    async with AsyncClient(folder=folder) as client:
+        yield LiveCluster(LocalCluster.load(folder), client)
+
+
+def _up(local: LocalCluster) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "subprocess .* is still running", ResourceWarning)
+        local.up(_say_nothing)
+
+
+def _say_nothing(line: str) -> None:
+    pass
+
+
+async def until(condition: Callable[[], object], limit_s: float = 10.0) -> None:
+    """Returns once the condition holds. Raises TimeoutError."""
+    async with asyncio.timeout(limit_s):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+async def tokens_until(events: AsyncIterator[Event], count: int) -> list[int]:
+    """Token ids of a generation, until there are so many or it ends."""
+    ids: list[int] = []
+    async for event in events:
+        if isinstance(event, Delta):
+            ids.extend(token.id for token in event.tokens)
+        if len(ids) >= count or isinstance(event, Finished):
+            return ids
+    return ids
+
+
+def by_worker(info: PipelineInfo) -> dict[str, StageInfo]:
+    return {stage.worker: stage for stage in info.stages}
+
+
+def listening(*pids: int) -> set[int]:
+    """Ports that these processes listen on; without any: all that somebody listens on."""
+    return {
+        getattr(connection.laddr, "port", 0)
+        for connection in psutil.net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN and (not pids or connection.pid in pids)
+    }
+
+
+def runs(process: psutil.Process) -> bool:
+    """Whether a process is there and has not ended."""
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE

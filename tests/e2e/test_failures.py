@@ -1,0 +1,240 @@
+"""What dies, and what is left: every test breaks a running cluster of real processes in one way."""
+
+import asyncio
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import openai
+import psutil
+import pytest
+
+from eldric.client.types import Delta, Finished, StageProgress
+from eldric.errors import Unavailable
+from tests.e2e.clusters import (
+    ENDLESS,
+    LiveCluster,
+    listening,
+    local_cluster,
+    runs,
+    tokens_until,
+    until,
+)
+
+pytestmark = pytest.mark.timeout(60)
+
+
+def openai_client(cluster: LiveCluster) -> openai.AsyncOpenAI:
+    return openai.AsyncOpenAI(base_url=f"{cluster.router_url}/v1", api_key="any", max_retries=0)
+
+
+async def endless_stream(client: openai.AsyncOpenAI) -> Any:
+    """A stream of text that has begun to flow."""
+    stream = await client.completions.create(
+        model=ENDLESS, prompt="a b", temperature=0.0, max_tokens=8000, stream=True, extra_body={"ignore_eos": True}
+    )
+    async for _ in stream:
+        break
+    return stream
+
+
+async def read(events: Any) -> int:
+    """Reads to the end or the error. Returns how many events there were."""
+    return len([event async for event in events])
+
+
+async def test_a_worker_killed_midway_ends_the_streams_and_the_others_go_on(tmp_path: Path) -> None:
+    async with local_cluster(tmp_path) as cluster, openai_client(cluster) as client:
+        await cluster.add_endless()
+        await cluster.deploy_endless()
+        ours, theirs = cluster.endless(), await endless_stream(client)
+        await tokens_until(ours, 20)
+
+        os.kill(cluster.node("worker-2").pid, signal.SIGKILL)
+        killed = time.monotonic()
+        with pytest.raises(Unavailable, match="'endless' is lost"):
+            await read(ours)
+        with pytest.raises(openai.APIError, match="'endless' is lost"):
+            await read(theirs)
+        assert time.monotonic() - killed < 1.0
+
+        info = await cluster.until_state("degraded", limit_s=1.0)
+        assert "worker-2 is lost" in info.message
+        with pytest.raises(Unavailable, match="worker-2"):
+            await read(cluster.endless())
+        with pytest.raises(openai.APIStatusError, match="worker-2") as refused:
+            await endless_stream(client)
+        assert refused.value.status_code == 503
+
+        await cluster.client.undeploy(ENDLESS)
+        assert not await cluster.stages_held("worker-1") and not await cluster.stages_held("worker-3")
+        assert all(worker.memory_used_bytes == 0 for worker in await cluster.client.workers() if worker.state == "up")
+        info = await cluster.deploy_endless(stages=2)
+        assert {stage.worker for stage in info.stages} == {"worker-1", "worker-3"}
+        assert len(await tokens_until(cluster.endless(), 20)) >= 20
+
+
+async def test_a_deploy_that_a_worker_does_not_survive_leaves_nothing_on_the_others(tmp_path: Path) -> None:
+    async with local_cluster(tmp_path) as cluster:
+        await cluster.add_endless()
+        cluster.signal("worker-2", signal.SIGSTOP)  # so that its stage is still loading when it dies
+        deploying = cluster.client.deploy_events(ENDLESS, stages=3)
+        loaded: set[str] = set()
+        with pytest.raises(Unavailable, match="worker-2"):
+            async for event in deploying:
+                if isinstance(event, StageProgress) and event.phase == "loaded":
+                    loaded.add(event.worker)
+                if loaded == {"worker-1", "worker-3"}:
+                    killed = time.monotonic()
+                    await cluster.kill("worker-2")
+                    loaded.clear()
+        assert time.monotonic() - killed < 2.0
+        assert not await cluster.client.status()
+        assert not await cluster.stages_held("worker-1") and not await cluster.stages_held("worker-3")
+
+
+async def test_a_deploy_whose_caller_leaves_is_undone(tmp_path: Path) -> None:
+    async with local_cluster(tmp_path, workers=2) as cluster:
+        await cluster.add_endless()
+        cluster.signal("worker-2", signal.SIGSTOP)
+        deploying = cluster.client.deploy_events(ENDLESS, stages=2)
+        async for event in deploying:
+            if isinstance(event, StageProgress) and (event.worker, event.phase) == ("worker-1", "loaded"):
+                break
+        await deploying.aclose()  # type: ignore[attr-defined]
+        cluster.signal("worker-2", signal.SIGCONT)
+        await cluster.until_empty("worker-1", "worker-2")
+        async with asyncio.timeout(5):
+            while await cluster.client.status():
+                await asyncio.sleep(0.02)
+        await cluster.deploy_endless(stages=2)
+        assert len(await tokens_until(cluster.endless(), 5)) >= 5
+
+
+async def test_a_frozen_worker_is_noticed_and_goes_on_when_it_wakes(tmp_path: Path) -> None:
+    silence_s = 3.0  # of tensor links and of leases, by default
+    async with local_cluster(tmp_path) as cluster:
+        await cluster.add_endless()
+        await cluster.deploy_endless()
+        answer = await tokens_until(cluster.endless(), 20)
+        pids = cluster.pids()
+        events = cluster.endless()
+        await tokens_until(events, 20)
+        cluster.signal("worker-2", signal.SIGSTOP)
+        frozen = time.monotonic()
+        with pytest.raises(Unavailable, match="'endless' is lost"):
+            await read(events)
+        assert time.monotonic() - frozen < silence_s + 1.0
+        await cluster.until_state("degraded", limit_s=1.0)
+        cluster.signal("worker-2", signal.SIGCONT)
+        await cluster.until_state("ready")
+        assert await tokens_until(cluster.endless(), 20) == answer
+        assert cluster.pids() == pids
+
+
+async def test_generation_goes_on_without_a_controller_and_the_next_one_finds_everything(tmp_path: Path) -> None:
+    async with local_cluster(tmp_path) as cluster, openai_client(cluster) as client:
+        await cluster.add_endless()
+        epoch = (await cluster.deploy_endless()).epoch
+        events = cluster.endless()
+        await tokens_until(events, 20)
+        await cluster.kill("controller")
+        await (await endless_stream(client)).close()  # a new one begins
+        await tokens_until(events, 200)
+
+        await cluster.up()
+        info = await cluster.until_state("ready", limit_s=5.0)
+        assert (info.epoch, len(info.stages)) == (epoch, 3)
+        await tokens_until(events, 50)
+        await events.aclose()  # type: ignore[attr-defined]
+        await cluster.until_free()
+        await cluster.client.undeploy(ENDLESS)
+        await cluster.until_empty("worker-1", "worker-2", "worker-3")
+
+
+async def test_a_deploy_that_its_controller_does_not_survive_is_undone(tmp_path: Path) -> None:
+    async with local_cluster(tmp_path, workers=2) as cluster:
+        await cluster.add_endless()
+        cluster.signal("worker-2", signal.SIGSTOP)
+        with pytest.raises(Unavailable, match="controller"):
+            async for event in cluster.client.deploy_events(ENDLESS, stages=2):
+                if isinstance(event, StageProgress) and (event.worker, event.phase) == ("worker-1", "loaded"):
+                    await cluster.kill("controller")
+        assert len(await cluster.stages_held("worker-1")) == 1
+        cluster.signal("worker-2", signal.SIGCONT)
+        await cluster.up()
+        assert not await cluster.client.status()
+        await cluster.until_empty("worker-1", "worker-2")
+        await cluster.deploy_endless(stages=2)
+        await cluster.until_routed()
+        assert len(await tokens_until(cluster.endless(), 5)) >= 5
+
+
+async def test_a_router_that_dies_gives_the_slots_back(tmp_path: Path) -> None:
+    async with local_cluster(tmp_path, workers=2) as cluster:
+        await cluster.add_endless()
+        await cluster.deploy_endless(stages=2)
+        running = [cluster.endless() for _ in range(3)]  # one more than there are slots
+        await asyncio.gather(*(tokens_until(events, 5) for events in running[:2]))
+        waiting = asyncio.create_task(tokens_until(running[2], 1))
+        async with asyncio.timeout(5):
+            while await cluster.slots_used() < 3:
+                await asyncio.sleep(0.01)
+        await cluster.kill("router")
+        await cluster.until_free()
+        for events in running[:2]:
+            with pytest.raises(Unavailable):
+                await read(events)
+        with pytest.raises(Unavailable):
+            await waiting
+        await cluster.up()
+        assert len(await tokens_until(cluster.endless(), 5)) >= 5
+
+
+async def test_down_lets_what_runs_end_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    for variable in ("TMPDIR", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_RUNTIME_DIR"):
+        monkeypatch.setenv(variable, str(outside))
+    async with local_cluster(tmp_path) as cluster:
+        await cluster.add_endless()
+        await cluster.deploy_endless()
+        events = cluster.endless(max_tokens=600)
+        await tokens_until(events, 20)
+        processes = {name: psutil.Process(pid) for name, pid in cluster.pids().items()}
+        ports = listening(*(process.pid for process in processes.values()))
+        assert len(ports) >= 2 * len(processes)
+        written = [Path(file.path) for each in processes.values() for file in each.open_files() if file.mode != "r"]
+        assert written and all(cluster.folder in path.parents for path in written)
+
+        ending = asyncio.create_task(cluster.down())
+        last = [event async for event in events][-1]
+        assert isinstance(last, Finished) and (last.reason, last.completion_tokens) == ("length", 600)
+        assert await ending == [], "nobody had to be killed"
+        await until(lambda: not any(map(runs, processes.values())), 1.0)
+        assert not ports & listening()
+        assert not list(outside.iterdir())
+        assert not list(cluster.folder.rglob("node.json")) + list(cluster.folder.rglob("*.partial"))
+
+
+async def test_a_second_sigterm_ends_a_worker_at_once(tmp_path: Path) -> None:
+    async with local_cluster(tmp_path, workers=2) as cluster:
+        await cluster.add_endless()
+        await cluster.deploy_endless(stages=2)
+        events = cluster.endless()
+        await tokens_until(events, 20)
+        worker = cluster.process("worker-2")
+        worker.terminate()
+        async with asyncio.timeout(5):
+            while {each.name: each.state for each in await cluster.client.workers()}["worker-2"] != "draining":
+                await asyncio.sleep(0.01)
+        assert len(await tokens_until(events, 50)) >= 50, "the first one lets it finish"
+        worker.terminate()
+        ended = time.monotonic()
+        await until(lambda: not runs(worker), 1.0)
+        with pytest.raises(Unavailable, match="is lost"):
+            async for event in events:
+                assert isinstance(event, Delta)
+        assert time.monotonic() - ended < 1.0
