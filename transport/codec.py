@@ -51,6 +51,7 @@ def stamp(pipeline_id: str, epoch: int, from_stage: int) -> bytes:
 
 def encode_header(header: Header, stamped: bytes, serial: int, payload_bytes: int) -> bytes:
     """The header as it is sent. stamped: from `stamp`. Raises CorruptFrame for a frame that a peer would drop."""
+    rows = 0
     try:
         message = frame_pb2.FrameHeader(
             step=header.step,
@@ -61,14 +62,16 @@ def encode_header(header: Header, stamped: bytes, serial: int, payload_bytes: in
             shape=header.shape,
         )
         if header.runs:
-            slots, positions, counts, logits = zip(*header.runs, strict=True)
-            _check_runs(slots, positions, counts)
-            message.runs.CopyFrom(frame_pb2.FrameRuns(slot=slots, position=positions, count=counts, logits=logits))
-        _encode_rare_fields(header, message)
+            runs = [+number for run in header.runs for number in run]  # `+`: the field takes no bool
+            rows = _count_rows(runs)
+            message.runs.extend(runs)
+        if header.has_extras:
+            _encode_extras(header, message.extras)
     except (ValueError, TypeError) as error:  # a number that does not fit its field
         raise CorruptFrame(f"header: {error}") from error
-    _check_header(header)
-    _check_payload(header, payload_bytes)
+    if header.lane > MAX_INDEX:
+        raise CorruptFrame(f"lane {header.lane}, at most {MAX_INDEX}")
+    _check_payload(header, payload_bytes, rows)
     data = stamped + message.SerializeToString()
     if len(data) > MAX_HEADER_BYTES:
         raise CorruptFrame(f"header of {len(data)} bytes, at most {MAX_HEADER_BYTES}")
@@ -93,48 +96,42 @@ def decode_frame(message: frame_pb2.FrameHeader, payload: memoryview) -> Frame:
     dtype = _DTYPES.get(message.dtype)
     if dtype is None:
         raise CorruptFrame(f"unknown dtype {message.dtype}")
+    if message.lane > MAX_INDEX:
+        raise CorruptFrame(f"lane {message.lane}, at most {MAX_INDEX}")
     header = Header(
         kind=kind,
         step=message.step,
         lane=message.lane,
         dtype=dtype,
         shape=tuple(message.shape),
-        replay=message.replay,
-        speculation_window=message.speculation_window,
         pipeline_id=message.pipeline_id,
         epoch=message.epoch,
         from_stage=message.from_stage,
         serial=message.serial,
     )
-    if message.HasField("runs"):
-        header.runs = _decode_runs(message.runs)
-    if message.HasField("discard"):
-        discard = message.discard
-        header.discard = PositionRange(discard.slot, discard.start, discard.end)
-    if message.HasField("kv_cut"):
-        header.kv_cut = message.kv_cut
-    if message.trace:
-        header.trace = tuple(
-            StageTrace(t.stage, t.clock, t.received_ns, t.began_ns, t.computed_ns, t.sent_ns) for t in message.trace
-        )
-    _check_header(header)
-    _check_payload(header, payload.nbytes)
+    rows = 0
+    numbers = message.runs[:]
+    if numbers:
+        rows = _count_rows(numbers)
+        each = iter(numbers)
+        quadruples = zip(each, each, each, map(bool, each), strict=True)
+        header.runs = tuple([_new_tuple(Run, quadruple) for quadruple in quadruples])
+    if message.HasField("extras"):
+        _decode_extras(message.extras, header)
+    _check_payload(header, payload.nbytes, rows)
     return Frame(header, payload)
 
 
-def _encode_rare_fields(header: Header, message: frame_pb2.FrameHeader) -> None:
-    if header.replay:
-        message.replay = True
-    if header.speculation_window:
-        message.speculation_window = header.speculation_window
+def _encode_extras(header: Header, extras: frame_pb2.FrameExtras) -> None:
+    extras.replay = header.replay
+    extras.speculation_window = header.speculation_window
     if header.discard is not None:
         slot, start, end = header.discard
-        message.discard.slot, message.discard.start, message.discard.end = slot, start, end
-        message.discard.SetInParent()
+        extras.discard.CopyFrom(frame_pb2.PositionRange(slot=slot, start=start, end=end))
     if header.kv_cut is not None:
-        message.kv_cut = header.kv_cut
+        extras.kv_cut = header.kv_cut
     for t in header.trace:
-        message.trace.add(
+        extras.trace.add(
             stage=t.stage,
             clock=t.clock,
             received_ns=t.received_ns,
@@ -142,25 +139,40 @@ def _encode_rare_fields(header: Header, message: frame_pb2.FrameHeader) -> None:
             computed_ns=t.computed_ns,
             sent_ns=t.sent_ns,
         )
+    _check_extras(header)
 
 
-def _decode_runs(message: frame_pb2.FrameRuns) -> tuple[Run, ...]:
-    slots, positions, counts, logits = message.slot[:], message.position[:], message.count[:], message.logits[:]
-    _check_runs(slots, positions, counts)
-    try:
-        rows = zip(slots, positions, counts, logits, strict=True)
-        return tuple([_new_tuple(Run, row) for row in rows])
-    except ValueError as error:
-        raise CorruptFrame("columns of runs differ in length") from error
+def _decode_extras(extras: frame_pb2.FrameExtras, header: Header) -> None:
+    header.replay = extras.replay
+    header.speculation_window = extras.speculation_window
+    if extras.HasField("discard"):
+        discard = extras.discard
+        header.discard = PositionRange(discard.slot, discard.start, discard.end)
+    if extras.HasField("kv_cut"):
+        header.kv_cut = extras.kv_cut
+    header.trace = tuple(
+        [StageTrace(t.stage, t.clock, t.received_ns, t.began_ns, t.computed_ns, t.sent_ns) for t in extras.trace]
+    )
+    _check_extras(header)
 
 
-def _check_runs(slots: Sequence[int], positions: Sequence[int], counts: Sequence[int]) -> None:
-    if not 0 < len(slots) <= MAX_RUNS or not positions or not counts:
-        raise CorruptFrame(f"{len(slots)} runs, not 1 to {MAX_RUNS}")
-    if max(slots) > MAX_INDEX:
-        raise CorruptFrame(f"slot {max(slots)}, at most {MAX_INDEX}")
-    if min(counts) < 1 or max(positions) + max(counts) > MAX_POSITION:
-        raise CorruptFrame(f"runs of {min(counts)} to {max(counts)} tokens up to position {max(positions)}")
+def _count_rows(numbers: Sequence[int]) -> int:
+    """Tokens of all runs. numbers: slot, position, count and logits of each, one after the other; at least one."""
+    if len(numbers) % 4 or len(numbers) > 4 * MAX_RUNS:
+        raise CorruptFrame(f"{len(numbers)} numbers of runs, not 4 for each of at most {MAX_RUNS}")
+    counts = numbers[2::4]
+    if max(numbers[0::4]) > MAX_INDEX or max(numbers[3::4]) > 1:
+        raise CorruptFrame(f"a run's slot is {max(numbers[0::4])}, at most {MAX_INDEX}, or its logits are no flag")
+    if min(counts) < 1 or max(numbers[1::4]) + max(counts) > MAX_POSITION:
+        raise CorruptFrame(f"runs of {min(counts)} to {max(counts)} tokens up to position {max(numbers[1::4])}")
+    return sum(counts)
+
+
+def _check_extras(header: Header) -> None:
+    if len(header.trace) > MAX_TRACES:
+        raise CorruptFrame(f"{len(header.trace)} stage traces, at most {MAX_TRACES}")
+    if header.discard is not None and not header.discard.start < header.discard.end <= MAX_POSITION:
+        raise CorruptFrame(f"discard range [{header.discard.start}, {header.discard.end}) is empty or out of range")
 
 
 def _check_sender(pipeline_id: str, epoch: int, from_stage: int) -> None:
@@ -172,16 +184,7 @@ def _check_sender(pipeline_id: str, epoch: int, from_stage: int) -> None:
         raise CorruptFrame(f"stage {from_stage} is out of range")
 
 
-def _check_header(header: Header) -> None:
-    if not 0 <= header.lane <= MAX_INDEX:
-        raise CorruptFrame(f"lane {header.lane}, at most {MAX_INDEX}")
-    if len(header.trace) > MAX_TRACES:
-        raise CorruptFrame(f"{len(header.trace)} stage traces, at most {MAX_TRACES}")
-    if header.discard is not None and not header.discard.start < header.discard.end <= MAX_POSITION:
-        raise CorruptFrame(f"discard range [{header.discard.start}, {header.discard.end}) is empty or out of range")
-
-
-def _check_payload(header: Header, payload_bytes: int) -> None:
+def _check_payload(header: Header, payload_bytes: int, rows: int) -> None:
     shape = header.shape
     if header.dtype is _BYTES:
         if shape:
@@ -194,5 +197,5 @@ def _check_payload(header: Header, payload_bytes: int) -> None:
     expected = math.prod(shape) * NUMPY_DTYPES[header.dtype].itemsize
     if expected != payload_bytes or min(shape) < 1:
         raise CorruptFrame(f"shape {shape} of {header.dtype.name} is {expected} bytes, the payload {payload_bytes}")
-    if header.kind is _HIDDEN and (len(shape) != 2 or sum([run[2] for run in header.runs]) != shape[0]):
+    if header.kind is _HIDDEN and (len(shape) != 2 or shape[0] != rows):
         raise CorruptFrame(f"hidden states of shape {shape} do not match the rows of {len(header.runs)} runs")

@@ -99,6 +99,13 @@ class Header:
     from_stage: int = 0
     serial: int = 0
 
+    @property
+    def has_extras(self) -> bool:
+        """Whether anything is set that most frames do without."""
+        return bool(
+            self.replay or self.speculation_window or self.trace or self.kv_cut is not None or self.discard is not None
+        )
+
 
 @dataclass(slots=True)
 class Frame:

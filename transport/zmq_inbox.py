@@ -30,9 +30,6 @@ from eldric.v1 import frame_pb2
 
 logger = logging.getLogger(__name__)
 
-COPY_BYTES = 64 * 1024  # payloads below are copied out of ZeroMQ's memory: cheaper than an object that holds it
-_MORE = zmq.RCVMORE
-
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class _Sender(Sender):
@@ -42,7 +39,6 @@ class _Sender(Sender):
     key: str
     connection: int  # numbered by _on_router_event
     window: ReceiveWindow
-    copy: bool = True  # whether its next payload is copied: as its last one should have been
 
 
 class ZmqInbox:
@@ -182,20 +178,20 @@ class ZmqInbox:
     def _take(self, sender: _Sender) -> Frame | None:
         """The rest of a message from a known sender. None when it is no frame for us, or not yet."""
         router = self._router
-        header = router.recv()
-        if not router.get(_MORE):
-            self._greet_again(sender, header)
+        header = router.recv(copy=False)  # as objects, because asking a socket for RCVMORE costs more than they do
+        if not header.more:
+            self._greet_again(sender, header.bytes)
             return None
-        payload = memoryview(router.recv() if sender.copy else router.recv(copy=False).buffer)
+        part = router.recv(copy=False)
+        payload = part.buffer
         frame = None
-        if router.get(_MORE):
+        if part.more:
             self._skip_parts()
             self._filter.drop(DropReason.CORRUPT)
         elif self._encrypted and sender.key not in self._allowed:
             self._filter.drop(DropReason.UNKNOWN_PEER)
         else:
-            frame = self._filter.admit(header, payload, sender)
-        sender.copy = payload.nbytes < COPY_BYTES
+            frame = self._filter.admit(header.bytes, payload, sender)
         if sender.window.taken(payload.nbytes):
             self._tell(sender.routing_id, sender.window.grant())
         return frame
@@ -280,8 +276,8 @@ class ZmqInbox:
             raise lost
 
     def _skip_parts(self) -> None:
-        while self._router.get(_MORE):
-            self._router.recv()
+        while self._router.recv(copy=False).more:
+            pass
 
     def _tell(self, routing_id: bytes, grant: bytes) -> None:
         """A ROUTER drops what cannot go out, and never waits. The next grant makes up for a lost one."""

@@ -17,6 +17,7 @@ from eldric.transport.zmq_guard import HANDSHAKE_FAILURES, Guard, ZmqContext, Zm
 from eldric.v1 import frame_pb2
 
 MAX_GRANT_BYTES = 4096
+_FIRST_PART = int(zmq.NOBLOCK | zmq.SNDMORE)  # put together once: each `|` of flags takes half a microsecond
 SLICE_S = 0.02  # a sender that waits for room looks this often whether its peer was lost
 RETRY_S = 0.05  # between two tries to connect
 
@@ -112,7 +113,7 @@ class ZmqLink(Link):
 
     def _try_send(self, data: bytes, view: memoryview) -> bool:
         try:
-            self._socket.send(data, zmq.NOBLOCK | zmq.SNDMORE)
+            self._socket.send(data, _FIRST_PART)
         except zmq.Again:  # as many as this end may hold are waiting, or the connection has just gone
             return False
         self._socket.send(view)  # follows its first part without waiting

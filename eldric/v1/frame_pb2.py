@@ -25,37 +25,37 @@ _sym_db = _symbol_database.Default()
 from eldric.v1 import sampling_pb2 as eldric_dot_v1_dot_sampling__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x65ldric/v1/frame.proto\x12\teldric.v1\x1a\x18\x65ldric/v1/sampling.proto\"\xa5\x03\n\x0b\x46rameHeader\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x13\n\x0bpipeline_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x0c\n\x04step\x18\x04 \x01(\x04\x12\x12\n\nfrom_stage\x18\x05 \x01(\r\x12\x0e\n\x06serial\x18\x06 \x01(\x04\x12\"\n\x04kind\x18\x07 \x01(\x0e\x32\x14.eldric.v1.FrameKind\x12\x0c\n\x04lane\x18\x08 \x01(\r\x12$\n\x05\x64type\x18\t \x01(\x0e\x32\x15.eldric.v1.FrameDtype\x12\r\n\x05shape\x18\n \x03(\r\x12\"\n\x04runs\x18\x0b \x01(\x0b\x32\x14.eldric.v1.FrameRuns\x12\x0e\n\x06replay\x18\x0c \x01(\x08\x12\x1a\n\x12speculation_window\x18\r \x01(\x04\x12)\n\x07\x64iscard\x18\x0e \x01(\x0b\x32\x18.eldric.v1.PositionRange\x12\x13\n\x06kv_cut\x18\x0f \x01(\rH\x00\x88\x01\x01\x12$\n\x05trace\x18\x10 \x03(\x0b\x32\x15.eldric.v1.StageTraceB\t\n\x07_kv_cut\"J\n\tFrameRuns\x12\x0c\n\x04slot\x18\x01 \x03(\r\x12\x10\n\x08position\x18\x02 \x03(\r\x12\r\n\x05\x63ount\x18\x03 \x03(\r\x12\x0e\n\x06logits\x18\x04 \x03(\x08\"9\n\rPositionRange\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\r\n\x05start\x18\x02 \x01(\r\x12\x0b\n\x03\x65nd\x18\x03 \x01(\r\"w\n\nStageTrace\x12\r\n\x05stage\x18\x01 \x01(\r\x12\r\n\x05\x63lock\x18\x02 \x01(\x06\x12\x13\n\x0breceived_ns\x18\x03 \x01(\x06\x12\x10\n\x08\x62\x65gan_ns\x18\x04 \x01(\x06\x12\x13\n\x0b\x63omputed_ns\x18\x05 \x01(\x06\x12\x0f\n\x07sent_ns\x18\x06 \x01(\x06\"Z\n\nStepTokens\x12\'\n\x06tokens\x18\x01 \x03(\x0b\x32\x17.eldric.v1.SampledToken\x12#\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x14.eldric.v1.StepError\"w\n\x0cSampledToken\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\r\n\x05token\x18\x02 \x01(\x05\x12\x14\n\x07logprob\x18\x03 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\ntop_tokens\x18\x04 \x03(\x05\x12\x14\n\x0ctop_logprobs\x18\x05 \x03(\x02\x42\n\n\x08_logprob\"J\n\tStepError\x12\r\n\x05stage\x18\x01 \x01(\r\x12\x0e\n\x06status\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\r\n\x05slots\x18\x04 \x03(\r\"\x86\x01\n\x0cSequenceOpen\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\x13\n\x0bsequence_id\x18\x02 \x01(\t\x12+\n\x08sampling\x18\x03 \x01(\x0b\x32\x19.eldric.v1.SamplingParams\x12\x0e\n\x06prompt\x18\x04 \x03(\x05\x12\x16\n\x0e\x66irst_position\x18\x05 \x01(\r\"\x1d\n\rSequenceClose\x12\x0c\n\x04slot\x18\x01 \x01(\r\"]\n\tLinkHello\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x13\n\x0bpipeline_id\x18\x02 \x01(\t\x12\x12\n\nfrom_stage\x18\x03 \x01(\r\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\"t\n\tLinkGrant\x12\x14\n\x0ctaken_frames\x18\x01 \x01(\x04\x12\x13\n\x0btaken_bytes\x18\x02 \x01(\x04\x12\x15\n\rwindow_frames\x18\x03 \x01(\r\x12\x14\n\x0cwindow_bytes\x18\x04 \x01(\x04\x12\x0f\n\x07refused\x18\x05 \x01(\t*\x96\x01\n\tFrameKind\x12\x1a\n\x16\x46RAME_KIND_UNSPECIFIED\x10\x00\x12\x15\n\x11\x46RAME_KIND_HIDDEN\x10\x01\x12\x15\n\x11\x46RAME_KIND_TOKENS\x10\x02\x12\x13\n\x0f\x46RAME_KIND_OPEN\x10\x03\x12\x14\n\x10\x46RAME_KIND_CLOSE\x10\x04\x12\x14\n\x10\x46RAME_KIND_PROBE\x10\x05*x\n\nFrameDtype\x12\x15\n\x11\x46RAME_DTYPE_BYTES\x10\x00\x12\x13\n\x0f\x46RAME_DTYPE_F32\x10\x01\x12\x13\n\x0f\x46RAME_DTYPE_F16\x10\x02\x12\x14\n\x10\x46RAME_DTYPE_BF16\x10\x03\x12\x13\n\x0f\x46RAME_DTYPE_I32\x10\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x65ldric/v1/frame.proto\x12\teldric.v1\x1a\x18\x65ldric/v1/sampling.proto\"\x9a\x02\n\x0b\x46rameHeader\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x13\n\x0bpipeline_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x0c\n\x04step\x18\x04 \x01(\x04\x12\x12\n\nfrom_stage\x18\x05 \x01(\r\x12\x0e\n\x06serial\x18\x06 \x01(\x04\x12\"\n\x04kind\x18\x07 \x01(\x0e\x32\x14.eldric.v1.FrameKind\x12\x0c\n\x04lane\x18\x08 \x01(\r\x12$\n\x05\x64type\x18\t \x01(\x0e\x32\x15.eldric.v1.FrameDtype\x12\r\n\x05shape\x18\n \x03(\r\x12\x0c\n\x04runs\x18\x0b \x03(\r\x12&\n\x06\x65xtras\x18\x0c \x01(\x0b\x32\x16.eldric.v1.FrameExtras\"\xaa\x01\n\x0b\x46rameExtras\x12\x0e\n\x06replay\x18\x01 \x01(\x08\x12\x1a\n\x12speculation_window\x18\x02 \x01(\x04\x12)\n\x07\x64iscard\x18\x03 \x01(\x0b\x32\x18.eldric.v1.PositionRange\x12\x13\n\x06kv_cut\x18\x04 \x01(\rH\x00\x88\x01\x01\x12$\n\x05trace\x18\x05 \x03(\x0b\x32\x15.eldric.v1.StageTraceB\t\n\x07_kv_cut\"9\n\rPositionRange\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\r\n\x05start\x18\x02 \x01(\r\x12\x0b\n\x03\x65nd\x18\x03 \x01(\r\"w\n\nStageTrace\x12\r\n\x05stage\x18\x01 \x01(\r\x12\r\n\x05\x63lock\x18\x02 \x01(\x06\x12\x13\n\x0breceived_ns\x18\x03 \x01(\x06\x12\x10\n\x08\x62\x65gan_ns\x18\x04 \x01(\x06\x12\x13\n\x0b\x63omputed_ns\x18\x05 \x01(\x06\x12\x0f\n\x07sent_ns\x18\x06 \x01(\x06\"Z\n\nStepTokens\x12\'\n\x06tokens\x18\x01 \x03(\x0b\x32\x17.eldric.v1.SampledToken\x12#\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x14.eldric.v1.StepError\"w\n\x0cSampledToken\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\r\n\x05token\x18\x02 \x01(\x05\x12\x14\n\x07logprob\x18\x03 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\ntop_tokens\x18\x04 \x03(\x05\x12\x14\n\x0ctop_logprobs\x18\x05 \x03(\x02\x42\n\n\x08_logprob\"J\n\tStepError\x12\r\n\x05stage\x18\x01 \x01(\r\x12\x0e\n\x06status\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\r\n\x05slots\x18\x04 \x03(\r\"\x86\x01\n\x0cSequenceOpen\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\x13\n\x0bsequence_id\x18\x02 \x01(\t\x12+\n\x08sampling\x18\x03 \x01(\x0b\x32\x19.eldric.v1.SamplingParams\x12\x0e\n\x06prompt\x18\x04 \x03(\x05\x12\x16\n\x0e\x66irst_position\x18\x05 \x01(\r\"\x1d\n\rSequenceClose\x12\x0c\n\x04slot\x18\x01 \x01(\r\"]\n\tLinkHello\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x13\n\x0bpipeline_id\x18\x02 \x01(\t\x12\x12\n\nfrom_stage\x18\x03 \x01(\r\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\"t\n\tLinkGrant\x12\x14\n\x0ctaken_frames\x18\x01 \x01(\x04\x12\x13\n\x0btaken_bytes\x18\x02 \x01(\x04\x12\x15\n\rwindow_frames\x18\x03 \x01(\r\x12\x14\n\x0cwindow_bytes\x18\x04 \x01(\x04\x12\x0f\n\x07refused\x18\x05 \x01(\t*\x96\x01\n\tFrameKind\x12\x1a\n\x16\x46RAME_KIND_UNSPECIFIED\x10\x00\x12\x15\n\x11\x46RAME_KIND_HIDDEN\x10\x01\x12\x15\n\x11\x46RAME_KIND_TOKENS\x10\x02\x12\x13\n\x0f\x46RAME_KIND_OPEN\x10\x03\x12\x14\n\x10\x46RAME_KIND_CLOSE\x10\x04\x12\x14\n\x10\x46RAME_KIND_PROBE\x10\x05*x\n\nFrameDtype\x12\x15\n\x11\x46RAME_DTYPE_BYTES\x10\x00\x12\x13\n\x0f\x46RAME_DTYPE_F32\x10\x01\x12\x13\n\x0f\x46RAME_DTYPE_F16\x10\x02\x12\x14\n\x10\x46RAME_DTYPE_BF16\x10\x03\x12\x13\n\x0f\x46RAME_DTYPE_I32\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'eldric.v1.frame_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FRAMEKIND']._serialized_start=1413
-  _globals['_FRAMEKIND']._serialized_end=1563
-  _globals['_FRAMEDTYPE']._serialized_start=1565
-  _globals['_FRAMEDTYPE']._serialized_end=1685
+  _globals['_FRAMEKIND']._serialized_start=1371
+  _globals['_FRAMEKIND']._serialized_end=1521
+  _globals['_FRAMEDTYPE']._serialized_start=1523
+  _globals['_FRAMEDTYPE']._serialized_end=1643
   _globals['_FRAMEHEADER']._serialized_start=63
-  _globals['_FRAMEHEADER']._serialized_end=484
-  _globals['_FRAMERUNS']._serialized_start=486
-  _globals['_FRAMERUNS']._serialized_end=560
-  _globals['_POSITIONRANGE']._serialized_start=562
-  _globals['_POSITIONRANGE']._serialized_end=619
-  _globals['_STAGETRACE']._serialized_start=621
-  _globals['_STAGETRACE']._serialized_end=740
-  _globals['_STEPTOKENS']._serialized_start=742
-  _globals['_STEPTOKENS']._serialized_end=832
-  _globals['_SAMPLEDTOKEN']._serialized_start=834
-  _globals['_SAMPLEDTOKEN']._serialized_end=953
-  _globals['_STEPERROR']._serialized_start=955
-  _globals['_STEPERROR']._serialized_end=1029
-  _globals['_SEQUENCEOPEN']._serialized_start=1032
-  _globals['_SEQUENCEOPEN']._serialized_end=1166
-  _globals['_SEQUENCECLOSE']._serialized_start=1168
-  _globals['_SEQUENCECLOSE']._serialized_end=1197
-  _globals['_LINKHELLO']._serialized_start=1199
-  _globals['_LINKHELLO']._serialized_end=1292
-  _globals['_LINKGRANT']._serialized_start=1294
-  _globals['_LINKGRANT']._serialized_end=1410
+  _globals['_FRAMEHEADER']._serialized_end=345
+  _globals['_FRAMEEXTRAS']._serialized_start=348
+  _globals['_FRAMEEXTRAS']._serialized_end=518
+  _globals['_POSITIONRANGE']._serialized_start=520
+  _globals['_POSITIONRANGE']._serialized_end=577
+  _globals['_STAGETRACE']._serialized_start=579
+  _globals['_STAGETRACE']._serialized_end=698
+  _globals['_STEPTOKENS']._serialized_start=700
+  _globals['_STEPTOKENS']._serialized_end=790
+  _globals['_SAMPLEDTOKEN']._serialized_start=792
+  _globals['_SAMPLEDTOKEN']._serialized_end=911
+  _globals['_STEPERROR']._serialized_start=913
+  _globals['_STEPERROR']._serialized_end=987
+  _globals['_SEQUENCEOPEN']._serialized_start=990
+  _globals['_SEQUENCEOPEN']._serialized_end=1124
+  _globals['_SEQUENCECLOSE']._serialized_start=1126
+  _globals['_SEQUENCECLOSE']._serialized_end=1155
+  _globals['_LINKHELLO']._serialized_start=1157
+  _globals['_LINKHELLO']._serialized_end=1250
+  _globals['_LINKGRANT']._serialized_start=1252
+  _globals['_LINKGRANT']._serialized_end=1368
 # @@protoc_insertion_point(module_scope)

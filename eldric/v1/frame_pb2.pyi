@@ -109,11 +109,7 @@ class FrameHeader(_message.Message):
     DTYPE_FIELD_NUMBER: _builtins.int
     SHAPE_FIELD_NUMBER: _builtins.int
     RUNS_FIELD_NUMBER: _builtins.int
-    REPLAY_FIELD_NUMBER: _builtins.int
-    SPECULATION_WINDOW_FIELD_NUMBER: _builtins.int
-    DISCARD_FIELD_NUMBER: _builtins.int
-    KV_CUT_FIELD_NUMBER: _builtins.int
-    TRACE_FIELD_NUMBER: _builtins.int
+    EXTRAS_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     """Version of this protocol; now 1. A receiver drops frames of any other."""
     pipeline_id: _builtins.str
@@ -137,14 +133,6 @@ class FrameHeader(_message.Message):
     """Lane of the step, from 0. At most 4095."""
     dtype: Global___FrameDtype.ValueType
     """Element type of the payload. FRAME_DTYPE_BYTES: the payload is a serialized message, or empty."""
-    replay: _builtins.bool
-    """The step only fills the KV cache again: no stage computes logits, and the tail answers without tokens."""
-    speculation_window: _builtins.int
-    """Identifies the speculation window that the step's draft tokens belong to. 0: the step holds no drafts."""
-    kv_cut: _builtins.int
-    """Each stage drops the KV rows at and after this absolute position, of each slot in `runs`, before the step.
-    Absent: nothing is cut.
-    """
     @_builtins.property
     def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Dimensions of the payload, outermost first: [tokens, hidden_size] for hidden states. At most 4, each from 1;
@@ -152,16 +140,16 @@ class FrameHeader(_message.Message):
         """
 
     @_builtins.property
-    def runs(self) -> Global___FrameRuns:
-        """The runs of the step, in the order of the payload's rows. Absent when there are none."""
+    def runs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The runs of the step, consecutive tokens of one sequence each, in the order of the payload's rows. Four numbers for
+        each run, at most 1024 runs: slot (index of the sequence's KV cache, the same in every stage, at most 4095), absolute
+        position of the run's first token (from 0), number of tokens (from 1), and 1 if the tail computes logits and samples
+        for the run's last token, else 0. The token counts of a HIDDEN frame's runs sum to its rows.
+        """
 
     @_builtins.property
-    def discard(self) -> Global___PositionRange:
-        """Absolute positions of rejected drafts: each stage drops their KV rows before the step. Absent: nothing to drop."""
-
-    @_builtins.property
-    def trace(self) -> _containers.RepeatedCompositeFieldContainer[Global___StageTrace]:
-        """When the pipeline traces: one entry per stage that the step has passed, in order. At most 64."""
+    def extras(self) -> Global___FrameExtras:
+        """What most frames do without. Absent: nothing of it."""
 
     def __init__(
         self,
@@ -176,66 +164,60 @@ class FrameHeader(_message.Message):
         lane: _builtins.int = ...,
         dtype: Global___FrameDtype.ValueType = ...,
         shape: _abc.Iterable[_builtins.int] | None = ...,
-        runs: Global___FrameRuns | None = ...,
+        runs: _abc.Iterable[_builtins.int] | None = ...,
+        extras: Global___FrameExtras | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["extras", b"extras"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "epoch", b"epoch", "extras", b"extras", "from_stage", b"from_stage", "kind", b"kind", "lane", b"lane", "pipeline_id", b"pipeline_id", "protocol_version", b"protocol_version", "runs", b"runs", "serial", b"serial", "shape", b"shape", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FrameHeader: _TypeAlias = FrameHeader  # noqa: Y015
+
+@_typing.final
+class FrameExtras(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REPLAY_FIELD_NUMBER: _builtins.int
+    SPECULATION_WINDOW_FIELD_NUMBER: _builtins.int
+    DISCARD_FIELD_NUMBER: _builtins.int
+    KV_CUT_FIELD_NUMBER: _builtins.int
+    TRACE_FIELD_NUMBER: _builtins.int
+    replay: _builtins.bool
+    """The step only fills the KV cache again: no stage computes logits, and the tail answers without tokens."""
+    speculation_window: _builtins.int
+    """Identifies the speculation window that the step's draft tokens belong to. 0: the step holds no drafts."""
+    kv_cut: _builtins.int
+    """Each stage drops the KV rows at and after this absolute position, of each slot in `runs`, before the step.
+    Absent: nothing is cut.
+    """
+    @_builtins.property
+    def discard(self) -> Global___PositionRange:
+        """Absolute positions of rejected drafts: each stage drops their KV rows before the step. Absent: nothing to drop."""
+
+    @_builtins.property
+    def trace(self) -> _containers.RepeatedCompositeFieldContainer[Global___StageTrace]:
+        """When the pipeline traces: one entry per stage that the step has passed, in order. At most 64."""
+
+    def __init__(
+        self,
+        *,
         replay: _builtins.bool = ...,
         speculation_window: _builtins.int = ...,
         discard: Global___PositionRange | None = ...,
         kv_cut: _builtins.int | None = ...,
         trace: _abc.Iterable[Global___StageTrace] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_kv_cut", b"_kv_cut", "discard", b"discard", "kv_cut", b"kv_cut", "runs", b"runs"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_kv_cut", b"_kv_cut", "discard", b"discard", "kv_cut", b"kv_cut"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_kv_cut", b"_kv_cut", "discard", b"discard", "dtype", b"dtype", "epoch", b"epoch", "from_stage", b"from_stage", "kind", b"kind", "kv_cut", b"kv_cut", "lane", b"lane", "pipeline_id", b"pipeline_id", "protocol_version", b"protocol_version", "replay", b"replay", "runs", b"runs", "serial", b"serial", "shape", b"shape", "speculation_window", b"speculation_window", "step", b"step", "trace", b"trace"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_kv_cut", b"_kv_cut", "discard", b"discard", "kv_cut", b"kv_cut", "replay", b"replay", "speculation_window", b"speculation_window", "trace", b"trace"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__kv_cut: _TypeAlias = _typing.Literal["kv_cut"]  # noqa: Y015
     _WhichOneofArgType__kv_cut: _TypeAlias = _typing.Literal["_kv_cut", b"_kv_cut"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__kv_cut) -> _WhichOneofReturnType__kv_cut | None: ...
 
-Global___FrameHeader: _TypeAlias = FrameHeader  # noqa: Y015
-
-@_typing.final
-class FrameRuns(_message.Message):
-    """The runs of a step: consecutive tokens of one sequence each. Four columns of equal length, at most 1024, because a
-    header is read and written for every token, and columns cost half of what a message per run does.
-    """
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    SLOT_FIELD_NUMBER: _builtins.int
-    POSITION_FIELD_NUMBER: _builtins.int
-    COUNT_FIELD_NUMBER: _builtins.int
-    LOGITS_FIELD_NUMBER: _builtins.int
-    @_builtins.property
-    def slot(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Slot of the sequence's KV cache, the same in every stage, from 0."""
-
-    @_builtins.property
-    def position(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Absolute position of the run's first token in its sequence, from 0."""
-
-    @_builtins.property
-    def count(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Number of tokens, from 1. The counts of a HIDDEN frame's runs sum to its rows."""
-
-    @_builtins.property
-    def logits(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bool]:
-        """Whether the tail computes logits and samples for the run's last token."""
-
-    def __init__(
-        self,
-        *,
-        slot: _abc.Iterable[_builtins.int] | None = ...,
-        position: _abc.Iterable[_builtins.int] | None = ...,
-        count: _abc.Iterable[_builtins.int] | None = ...,
-        logits: _abc.Iterable[_builtins.bool] | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "logits", b"logits", "position", b"position", "slot", b"slot"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___FrameRuns: _TypeAlias = FrameRuns  # noqa: Y015
+Global___FrameExtras: _TypeAlias = FrameExtras  # noqa: Y015
 
 @_typing.final
 class PositionRange(_message.Message):
