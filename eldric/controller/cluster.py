@@ -6,9 +6,8 @@ answered to workers over their Beat streams, or handed out as chores, which need
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
 
 from eldric import PROTOCOL
 from eldric.controller import convert
@@ -28,10 +27,7 @@ from eldric.controller.pipelines import PipelineRecord
 from eldric.controller.registry import Event, Node, NodeChanged, NodeRemoved, Probe, Registry
 from eldric.controller.seating import DEFAULT_TRANSPORT, WorkerView
 from eldric.controller.watch import Broadcast
-from eldric.errors import Unavailable
 from eldric.v1 import heartbeat_pb2, pipeline_pb2, registry_pb2
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +42,7 @@ Chore = Probe | Orphan | Mend | Forget
 
 
 class Cluster:
-    """Nodes and pipelines. All methods but `while_alive` are immediate; they belong to the event loop."""
+    """Nodes and pipelines. All methods but `gone` are immediate; they belong to the event loop."""
 
     def __init__(self, config: ControllerConfig, perform: Callable[[Chore], None]) -> None:
         """`perform` starts a chore and returns at once."""
@@ -150,22 +146,15 @@ class Cluster:
         """The workers as planning sees them; `without`: as if the pipeline of this id took no memory."""
         return [self._view(node, without) for node in self.nodes("worker")]
 
-    async def while_alive(self, node_id: str, incarnation: int, work: Coroutine[Any, Any, T]) -> T:
-        """The result of `work`, which is cancelled when that process is lost. Raises Unavailable then."""
+    async def gone(self, node_id: str, incarnation: int) -> str:
+        """Returns why that process is gone, once it is."""
         gone: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         waiting = incarnation, gone
         self._gone.setdefault(node_id, set()).add(waiting)
         self._tell_gone(node_id)
-        task = asyncio.ensure_future(work)
-        either: set[asyncio.Future[Any]] = {task, gone}
         try:
-            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-            if not task.done():
-                raise Unavailable(gone.result())
-            return task.result()
+            return await gone
         finally:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
             self._gone[node_id].discard(waiting)
             if not self._gone[node_id]:
                 del self._gone[node_id]
@@ -241,8 +230,8 @@ class Cluster:
             if gone.done():
                 continue
             if node is None:
-                gone.set_result(f"{node_id} left the cluster")
+                gone.set_result("it left the cluster")
             elif node.info.incarnation != incarnation:
-                gone.set_result(f"{node_id} restarted")
+                gone.set_result("it restarted")
             elif not node.is_alive:
-                gone.set_result(f"{node_id} is lost: {node.reason}")
+                gone.set_result(f"it is lost: {node.reason}")

@@ -5,7 +5,7 @@ stages that nobody wants, rings to connect again.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import Enum
 
 from eldric.controller.nodes import StageKey, StageState
@@ -191,7 +191,7 @@ class Deployments:
         total, known = 0, set()
         for deployment in self._by_node.get(node.id, ()):
             record = deployment.record
-            for key, stage in replace(record, phase=Phase.RUNNING).wanted:
+            for key, stage in record.known:
                 if stage.node_id != node.id or stage.incarnation != node.info.incarnation:
                     continue
                 known.add(key)
@@ -270,9 +270,10 @@ class Deployments:
         return [*self._evaluate(deployment), Mend(deployment.record.id)]
 
     def _find_orphans(self, node: Node) -> list[Change]:
-        wanted = {wanted.key for wanted in self.wanted(node.id)}
+        pipelines = self._by_node.get(node.id, ())
+        known = {key for each in pipelines for key, stage in each.record.known if stage.node_id == node.id}
         seen = self._orphans.get(node.id, {})
-        now = {key: seen.get(key, -1) + 1 for key in node.stages if key not in wanted}
+        now = {key: seen.get(key, -1) + 1 for key in node.stages if key not in known}
         self._orphans[node.id] = now
         return [
             Orphan(node.id, key)

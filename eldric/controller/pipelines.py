@@ -66,12 +66,15 @@ class PipelineRecord:
         return StageKey(self.id, self.epoch, stage.index)
 
     @property
-    def wanted(self) -> list[tuple[StageKey, StageRecord]]:
-        """Every stage that should exist now."""
-        if self.phase is Phase.UNDEPLOYING:
-            return []
+    def known(self) -> list[tuple[StageKey, StageRecord]]:
+        """Every stage that is there, is being made or is being unloaded."""
         now = [(self.key(stage), stage) for stage in self.stages]
         return now + [(StageKey(self.id, self.epoch + 1, stage.index), stage) for stage in self.next_stages]
+
+    @property
+    def wanted(self) -> list[tuple[StageKey, StageRecord]]:
+        """Every stage that should exist now."""
+        return [] if self.phase is Phase.UNDEPLOYING else self.known
 
 
 class Condition(Enum):

@@ -114,44 +114,58 @@ class RingMaker:
             raise DeadlineExceeded(f"it does not serve within {SERVING_S:g} s") from None
 
     async def _unload(self, pipeline_id: str, stage: StageRecord, epoch: int) -> None:
+        async def unload(stage: StageRecord) -> None:
+            await self._workers.unload(self._node(stage), pipeline_id, epoch)
+
         try:
-            node = self._node(stage)
-            unload = self._workers.unload(node, pipeline_id, epoch)
-            await self._cluster.while_alive(stage.node_id, stage.incarnation, unload)
+            await self._on_each([stage], unload)
         except EldricError as error:
-            log.info("event=unload_failed pipeline=%s worker=%s error=%r", pipeline_id, stage.worker, error.message)
+            log.info("event=unload_failed pipeline=%s error=%r", pipeline_id, error.message)
         else:
             self._cluster.stages_gone(stage.node_id, pipeline_id, epoch)
 
-    async def _on_each(
-        self, stages: Sequence[StageRecord], work: Callable[[StageRecord], Coroutine[Any, Any, T]]
-    ) -> list[T]:
-        """The results of `work` on every stage at once. The first error ends the others."""
+    async def _on_each(self, stages: Sequence[StageRecord], work: Work[T]) -> list[T]:
+        """The results of `work` on every stage at once.
+
+        The first error ends the others, and so does the loss of a worker, even of one that has done its part.
+        """
 
         async def on(stage: StageRecord) -> T:
             try:
                 self._node(stage)
-                return await self._cluster.while_alive(stage.node_id, stage.incarnation, work(stage))
+                return await work(stage)
             except EldricError as error:
-                raise type(error)(f"stage {stage.index} on {stage.worker}: {error.message}") from error
+                raise _named(stage, error) from error
 
         try:
             async with asyncio.TaskGroup() as group:
+                guards = [group.create_task(self._guard(stage)) for stage in stages]
                 tasks = [group.create_task(on(stage)) for stage in stages]
+                await asyncio.wait(tasks)
+                for guard in guards:
+                    guard.cancel()
         except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from None
         return [task.result() for task in tasks]
+
+    async def _guard(self, stage: StageRecord) -> None:
+        """Raises Unavailable when the process of a stage is gone."""
+        raise _named(stage, Unavailable(await self._cluster.gone(stage.node_id, stage.incarnation)))
 
     def _node(self, stage: StageRecord) -> Node:
         """The process that a stage belongs to. Raises Unavailable when it is gone."""
         node = self._cluster.registry.get(stage.node_id)
         if node is None:
-            raise Unavailable(f"{stage.worker} left the cluster")
+            raise Unavailable("it left the cluster")
         if node.info.incarnation != stage.incarnation:
-            raise Unavailable(f"{stage.worker} restarted")
+            raise Unavailable("it restarted")
         if not node.is_alive:
-            raise Unavailable(f"{stage.worker} is lost: {node.reason}")
+            raise Unavailable(f"it is lost: {node.reason}")
         return node
+
+
+def _named(stage: StageRecord, error: EldricError) -> EldricError:
+    return type(error)(f"stage {stage.index} on {stage.worker}: {error.message}")
 
 
 def connect_request(

@@ -240,6 +240,7 @@ def test_an_undeploying_pipeline_wants_nothing_and_its_workers_hear_it() -> None
     assert WantedChanged("worker/a") in world.deployments.update(record("a", phase=Phase.UNDEPLOYING))
     assert world.wanted("a") == []
     assert world.deployments.find("m").state is PipelineState.UNDEPLOYING
+    assert world.beat("a", SERVING) == []  # not an orphan: the undeploy is at it
     removed = world.deployments.remove("id-m")
     assert isinstance(removed[0], PipelineRemoved)
     with pytest.raises(NotFound, match="there is no pipeline 'm'; there are: none"):
