@@ -2,13 +2,16 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import count
 
 from eldric.transport import registry
 from eldric.transport.base import Link, Peer, Transport, TransportOptions
+from eldric.transport.errors import QueueFull
 from eldric.transport.frame import Frame, FrameKind, Header
 
 PIPELINE = "pipeline-1"
 QUICK = TransportOptions(silence_s=0.6, linger_s=0.5)
+SHORT = 0.05  # seconds in which nothing is expected to happen
 
 
 def make_transport(scheme: str, stage: int, options: TransportOptions = QUICK, pipeline: str = PIPELINE) -> Transport:
@@ -42,3 +45,13 @@ def receive(transport: Transport, timeout: float = 5.0) -> Frame:
     frame = transport.recv(timeout)
     assert frame is not None, f"no frame in {timeout} s; {transport.stats}"
     return frame
+
+
+def fill(link: Link) -> int:
+    """Send until the queue is full; gives how many frames went."""
+    for number in count():
+        try:
+            link.send(numbered(number), b"", timeout=0.2)
+        except QueueFull:
+            return number
+    raise AssertionError
