@@ -180,7 +180,7 @@ class Deployments:
     def wanted(self, node_id: str) -> list[Wanted]:
         """The stages that a worker should hold."""
         return [
-            Wanted(key, deployment.degraded)
+            Wanted(key, deployment.degraded and key.epoch == deployment.record.epoch)  # not those that replace it
             for deployment in self._by_node.get(node_id, ())
             for key, stage in deployment.record.wanted
             if stage.node_id == node_id
