@@ -125,6 +125,7 @@ class FakeWorker(stage_pb2_grpc.StageServicer):
         return stage_pb2.UnloadResponse(unloaded=len(gone))
 
     async def Status(self, request: stage_pb2.StageStatusRequest, context: object) -> stage_pb2.StageStatusResponse:
+        await self._arrive("Status")
         held = [status for status in self.stages.values() if request.pipeline_id in ("", status.pipeline_id)]
         return stage_pb2.StageStatusResponse(stages=held)
 

@@ -117,8 +117,9 @@ class Cluster:
         self._carry_out(self.deployments.note(pipeline_id, message, progress))
 
     def stage_seen(self, node_id: str, report: StageReport) -> None:
-        """A worker said this of a stage in answer to a call."""
-        self.registry.update_stage(node_id, report)
+        """A worker said this of a stage in answer to a call. Of a pipeline that is gone by now it counts no more."""
+        if self.deployments.get(report.key.pipeline_id) is not None:
+            self.registry.update_stage(node_id, report)
 
     def look_again(self, node_id: str) -> None:
         """Settle the state of the pipelines on a node by what `stage_seen` brought."""

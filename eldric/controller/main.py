@@ -10,6 +10,7 @@ from eldric.controller.cluster import Chore, Cluster
 from eldric.controller.config import ControllerConfig
 from eldric.controller.deployer import Deployer
 from eldric.controller.deployments import PipelineState
+from eldric.controller.fresh import FreshReports
 from eldric.controller.heartbeat_service import HeartbeatService
 from eldric.controller.membership_service import MembershipService
 from eldric.controller.metrics import ClusterCollector, ControllerMetrics
@@ -57,7 +58,7 @@ class Controller:
         self._store = store
         self._deployer = Deployer(self.cluster, store, planning, rings, metrics)
         self._caretaker = Caretaker(self.cluster, workers, rings, metrics, config.beat_interval_ms / 1000 / _TICKS)
-        self._serve(authority, metrics)
+        self._serve(authority, metrics, FreshReports(self.cluster, workers))
         self.node.health(self._look)
         self.node.on_start(self._start)
         self.node.on_drain(self._deployer.close)
@@ -77,7 +78,7 @@ class Controller:
             raise
         return controller
 
-    def _serve(self, authority: Authority, metrics: ControllerMetrics) -> None:
+    def _serve(self, authority: Authority, metrics: ControllerMetrics, fresh: FreshReports) -> None:
         node, cluster = self.node, self.cluster
         node.service(
             RegistryService(self._config, cluster),
@@ -90,7 +91,7 @@ class Controller:
             heartbeat_pb2.DESCRIPTOR.services_by_name["Heartbeat"],
         )
         node.service(
-            PipelineService(cluster, self._deployer),
+            PipelineService(cluster, self._deployer, fresh),
             pipeline_pb2_grpc.add_PipelineServicer_to_server,
             pipeline_pb2.DESCRIPTOR.services_by_name["Pipeline"],
         )

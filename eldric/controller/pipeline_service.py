@@ -6,14 +6,16 @@ from collections.abc import AsyncIterator
 from eldric.controller import convert
 from eldric.controller.cluster import Cluster
 from eldric.controller.deployer import Deployer
+from eldric.controller.fresh import FreshReports
 from eldric.controller.operation import Operation
 from eldric.v1 import pipeline_pb2, pipeline_pb2_grpc
 
 
 class PipelineService(pipeline_pb2_grpc.PipelineServicer):
-    def __init__(self, cluster: Cluster, deployer: Deployer) -> None:
+    def __init__(self, cluster: Cluster, deployer: Deployer, fresh: FreshReports) -> None:
         self._cluster = cluster
         self._deployer = deployer
+        self._fresh = fresh
 
     async def Plan(self, request: pipeline_pb2.DeployRequest, context: object) -> pipeline_pb2.DeploymentPlan:
         return await self._deployer.plan(request)
@@ -39,6 +41,7 @@ class PipelineService(pipeline_pb2_grpc.PipelineServicer):
     ) -> pipeline_pb2.PipelineStatusResponse:
         deployments = self._cluster.deployments
         chosen = [deployments.find(request.name)] if request.name else list(deployments)
+        await self._fresh.ask(chosen)
         return pipeline_pb2.PipelineStatusResponse(pipelines=[self._cluster.info(each) for each in chosen])
 
     async def List(

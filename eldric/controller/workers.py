@@ -46,11 +46,13 @@ class Workers:
         with call_errors(node.id):
             await self._stub(node).Connect(request, timeout=self._config.call_s)
 
-    async def statuses(self, node: Node, pipeline_id: str) -> list[stage_pb2.StageStatus]:
-        """The stages of a pipeline that a worker holds."""
+    async def statuses(
+        self, node: Node, pipeline_id: str = "", timeout_s: float | None = None
+    ) -> list[stage_pb2.StageStatus]:
+        """The stages that a worker holds; only those of one pipeline where it is named."""
         with call_errors(node.id):
             request = stage_pb2.StageStatusRequest(pipeline_id=pipeline_id)
-            answer = await self._stub(node).Status(request, timeout=self._config.call_s)
+            answer = await self._stub(node).Status(request, timeout=timeout_s or self._config.call_s)
             return list(answer.stages)
 
     async def unload(self, node: Node, pipeline_id: str, epoch: int = 0, index: int | None = None) -> None:

@@ -318,6 +318,17 @@ async def test_a_pipeline_is_undeployed_although_a_worker_is_gone(world: World) 
     assert [stage for stage in world.stages() if stage[0] != "b"] == []
 
 
+async def test_status_is_fresher_than_the_last_beat_and_waits_for_no_silent_worker(world: World) -> None:
+    await world.calls.deploy(stages=2)
+    for worker in world.workers.values():
+        for status in worker.stages.values():
+            status.step_ms, status.steps = 1.5, 7  # and no beat
+    info = await world.calls.status()
+    assert [(stage.step_ms, stage.steps) for stage in info.stages] == [(1.5, 7)] * 2
+    world.workers["a"].gates["Status"] = Gate()
+    assert (await world.calls.status()).state == READY
+
+
 async def test_the_rest_face_plans_deploys_and_tells(here: tuple[World, Controller], world: World) -> None:
     _, controller = here
     tls = world.authority.issue_identity("client", "tester").client_context()
