@@ -27,7 +27,7 @@ from eldric.controller.progress import Progress
 from eldric.controller.rebalance import Rebalance
 from eldric.controller.ring import RingMaker
 from eldric.controller.state import Store
-from eldric.errors import AlreadyExists, EldricError, NotReady, Unavailable
+from eldric.errors import EldricError, NotReady, Unavailable
 from eldric.v1 import pipeline_pb2
 
 log = logging.getLogger(__name__)
@@ -119,7 +119,7 @@ class Deployer:
     async def _deploy(
         self, pipeline_id: str, request: pipeline_pb2.DeployRequest, operation: Operation
     ) -> pipeline_pb2.PipelineInfo:
-        self._check_name(pipeline_name(request))
+        self._cluster.deployments.check_free(pipeline_name(request))
         prepared = await self._planning.prepare(request)
         made = self._planning.plan(prepared)
         record = self._planning.record(pipeline_id, prepared, made)
@@ -141,11 +141,6 @@ class Deployer:
         self._cluster.update(record)
         log.info("event=deployed pipeline=%s id=%s", record.name, record.id)
         return self._cluster.info(self._cluster.deployments.find(record.id))
-
-    def _check_name(self, name: str) -> None:
-        for deployment in self._cluster.deployments:
-            if deployment.record.name == name:
-                raise AlreadyExists(f"there is a pipeline {name!r} ({deployment.state.value}): undeploy it first")
 
     async def _undeploy(self, pipeline_id: str) -> None:
         operation = self._operations.get(pipeline_id)

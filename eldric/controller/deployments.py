@@ -113,11 +113,15 @@ class Deployments:
     def get(self, pipeline_id: str) -> Deployment | None:
         return self._all.get(pipeline_id)
 
+    def check_free(self, name: str) -> None:
+        """Raises AlreadyExists when there is a pipeline of that name."""
+        for other in self:
+            if other.record.name == name:
+                raise AlreadyExists(f"there is a pipeline {name!r} ({other.state.value}): undeploy it first")
+
     def add(self, record: PipelineRecord, *, settle_by: float | None = None) -> list[Change]:
         """A new pipeline, or one that was kept over a restart (`settle_by`). Raises AlreadyExists."""
-        for other in self:
-            if other.record.name == record.name:
-                raise AlreadyExists(f"there is a pipeline {record.name!r} ({other.state.value}): undeploy it first")
+        self.check_free(record.name)
         deployment = self._all[record.id] = Deployment(record, settle_by=settle_by)
         self._index()
         return [PipelineChanged(record.id), *self._evaluate(deployment), *_workers(record)]

@@ -1,7 +1,7 @@
 """What the controller keeps over a restart: pipelines and join tokens, in SQLite.
 
 Every method is one transaction, and returns when it is on disk. A kill between two of them leaves the state before or
-after, never a mixture; what the states in between mean is said in `recovery`.
+after, never a mixture; what the states in between mean is said in `deployer`.
 """
 
 import asyncio
