@@ -11,6 +11,8 @@ from eldric.client import NodeInfo, PipelineInfo, Plan, Worker
 
 #: Certificates live for 30 days and are renewed at two thirds: one that has less time left was not renewed.
 _RENEWAL_IS_LATE = datetime.timedelta(days=8)
+#: The planner's word for a worker that could be used, but need not be.
+_SPARE = "not needed"
 _NEEDED = {
     "controller": "`eldric-cli controller`",
     "data": "`eldric-cli data`: without it there are no models",
@@ -108,7 +110,7 @@ def check_plans(plans: Mapping[str, Plan | str]) -> Iterator[Finding]:
         if isinstance(plan, str):
             yield warning("plans", f"{model} cannot be deployed: {plan}", "see `eldric-cli deploy --dry-run`")
         else:
-            left_out |= plan.excluded
+            left_out |= {name: reason for name, reason in plan.excluded.items() if reason != _SPARE}
     for worker, reason in sorted(left_out.items()):
         yield warning("plans", f"{worker} is left out: {reason}", "see to that, or live with it")
 

@@ -1,39 +1,41 @@
 """eldric-cli up and down: a cluster of processes on this machine."""
 
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from eldric.cli import options
-from eldric.cli.connect import HERE
+from eldric.cli.connect import local_folder
 from eldric.cli.folder_lock import locked
 from eldric.cli.local import LocalCluster
+from eldric.cli.options import option
 from eldric.cli.output import err, out, print_json, table
 from eldric.cli.processes import NodeProcess
 from eldric.cli.roster import Shape
+from eldric.client import Client
 
 app = options.new_app()
 
 
 @app.command()
 def up(
-    workers: Annotated[int | None, typer.Option("--workers", help="Number of workers.", show_default="2")] = None,
+    workers: Annotated[int | None, option("--workers", metavar="N", help="Number of workers.", default="2")] = None,
     folder: options.Dir = None,
     memory: Annotated[
         str | None,
-        typer.Option("--memory", help="Memory of each worker.", show_default="the machine's, shared evenly"),
+        option("--memory", metavar="SIZE", help="Memory of each worker.", default="the machine's, shared evenly"),
     ] = None,
     threads: Annotated[
-        int | None, typer.Option("--threads", help="Compute threads of each worker.", show_default="cores / workers")
+        int | None,
+        option("--threads", metavar="N", help="Compute threads of each worker.", default="cores / workers"),
     ] = None,
     pin: Annotated[
         bool | None, typer.Option("--pin/--no-pin", help="Give each worker cores of its own.", show_default="no-pin")
     ] = None,
     router_port: Annotated[
         int | None,
-        typer.Option("--router-port", help="Port of the OpenAI API.", show_default="a free one", min=0, max=64535),
+        option("--router-port", metavar="PORT", help="Port of the OpenAI API.", default="a free one", min=0, max=64535),
     ] = None,
     as_json: options.Json = False,
 ) -> None:
@@ -53,6 +55,7 @@ def up(
     with locked(place, say):
         cluster = LocalCluster.open(place, shape, given.keys())
         summary = summarize(place, cluster.up(say))
+        left = [] if as_json else _not_ready(place)
     if as_json:
         print_json(summary)
         return
@@ -61,6 +64,8 @@ def up(
         listing.add_row(node["name"], node["kind"], str(node["pid"]), node["http_url"])
     out.print(listing)
     out.print(f"\nOpenAI API   {summary['router_url']}/v1")
+    for name in left:
+        out.print(f"{name} was deployed before; `eldric-cli rebalance {name}{which(folder, place)}` loads it again")
     out.print(f"next         eldric-cli deploy MODEL{which(folder, place)}")
 
 
@@ -84,9 +89,10 @@ def down(folder: options.Dir = None, as_json: options.Json = False) -> None:
         err.print(f"{entry.kind} {entry.name} did not end by itself and was killed", style="yellow")
 
 
-def local_folder(folder: Path | None) -> Path:
-    """Where the local cluster lies: what was asked for, ELDRIC_DIR, or ./eldric-cluster. Absolute."""
-    return (folder or Path(os.environ.get("ELDRIC_DIR") or HERE)).expanduser().resolve()
+def _not_ready(folder: Path) -> list[str]:
+    """Pipelines that were deployed before the cluster went down."""
+    with Client(folder=folder) as client:
+        return [info.name for info in client.status() if info.state != "ready"]
 
 
 def which(folder: Path | None, place: Path) -> str:

@@ -12,7 +12,7 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
     "A cluster on this machine": {
         "up": ("clusters", "Start a cluster on this machine, in the background, and wait until it is ready."),
         "down": ("clusters", "End a local cluster. Its models and certificates stay in the folder."),
-        "logs": ("looking", "Show the logs of a local cluster's nodes."),
+        "logs": ("logs", "Show the logs of a local cluster's nodes."),
     },
     "Models and pipelines": {
         "models": ("models", "The model store: list, show, add, remove and verify."),

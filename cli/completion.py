@@ -37,7 +37,7 @@ def workers(ctx: typer.Context, incomplete: str) -> list[str]:
     """Of a list of names, the last is completed."""
     before, comma, last = incomplete.rpartition(",")
     found = _names(ctx, last, lambda client: [worker.name for worker in client.workers()])
-    return [f"{before}{comma}{name}" for name in found]
+    return [f"{before}{comma}{name}" for name in found if name not in before.split(",")]
 
 
 def deployable(ctx: typer.Context, incomplete: str) -> list[str]:

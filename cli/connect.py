@@ -12,6 +12,11 @@ from eldric.node_file import is_running
 HERE = Path("eldric-cluster")
 
 
+def local_folder(folder: Path | None) -> Path:
+    """Where the local cluster lies: what was asked for, ELDRIC_DIR, or ./eldric-cluster. Absolute."""
+    return (folder or Path(os.environ.get("ELDRIC_DIR") or HERE)).expanduser().resolve()
+
+
 def cluster_of(folder: Path | None, controller: str | None) -> Cluster:
     """The cluster of --dir, --controller, ELDRIC_DIR, ELDRIC_CONTROLLER, ./eldric-cluster or the context, in this
     order. Raises NotFound when none of them names one."""

@@ -8,6 +8,7 @@ import typer
 
 from eldric.cli import completion, options
 from eldric.cli.connect import client_of
+from eldric.cli.options import option
 from eldric.cli.output import err, human_bytes, out, print_json, table
 from eldric.cli.progress import follow_deploy, layer_range
 from eldric.cli.storing import ensure_in_store
@@ -26,37 +27,64 @@ def deploy(
     model: Annotated[
         str,
         typer.Argument(
+            metavar="MODEL",
             help="A model of the store, a short name such as llama-70b, or a GGUF file.",
             autocompletion=completion.deployable,
         ),
     ],
-    name: Annotated[str, typer.Option("--name", help="Name of the pipeline. Default: the model's.")] = "",
-    stages: Annotated[int, typer.Option("--stages", min=0, help="Number of stages. 0: as few as fit.")] = 0,
-    context: Annotated[int, typer.Option("--ctx", min=0, help="Tokens per sequence. 0: the model's, up to 4096.")] = 0,
-    slots: Annotated[int, typer.Option("--slots", min=0, help="Sequences at once. 0: 4.")] = 0,
+    name: Annotated[
+        str,
+        option("--name", metavar="NAME", help="Name of the pipeline. Default: the model's."),
+    ] = "",
+    stages: Annotated[
+        int,
+        option("--stages", metavar="N", help="Number of stages. Default: as few as fit."),
+    ] = 0,
+    context: Annotated[
+        int,
+        option("--ctx", metavar="TOKENS", help="Tokens per sequence. Default: the model's, up to 4096."),
+    ] = 0,
+    slots: Annotated[
+        int,
+        option("--slots", metavar="N", help="Sequences at once. Default: 4."),
+    ] = 0,
     workers: Annotated[
         str,
-        typer.Option(
+        option(
             "--workers",
+            metavar="NAME,...",
             help="Only these workers, separated by commas, in ring order.",
             autocompletion=completion.workers,
         ),
     ] = "",
     layers: Annotated[
-        str, typer.Option("--layers", help="Layers of each stage, such as 10,10,12. Default: balanced.")
+        str,
+        option("--layers", metavar="N,N,...", help="Layers of each stage, such as 10,10,12. Default: balanced."),
     ] = "",
-    chunk: Annotated[int, typer.Option("--chunk", min=0, help="Prompt tokens in one step. 0: 128.")] = 0,
-    lanes: Annotated[int, typer.Option("--lanes", min=0, help="Micro-batches in flight. 0: one per stage.")] = 0,
+    chunk: Annotated[
+        int,
+        option("--chunk", metavar="TOKENS", help="Prompt tokens in one step. Default: 128."),
+    ] = 0,
+    lanes: Annotated[
+        int,
+        option("--lanes", metavar="N", help="Micro-batches in flight. Default: one per stage."),
+    ] = 0,
     threads: Annotated[
-        int, typer.Option("--threads", min=0, help="Compute threads of each stage. 0: the worker's.")
+        int,
+        option("--threads", metavar="N", help="Compute threads of each stage. Default: the worker's."),
     ] = 0,
     exact: Annotated[
         bool | None,
         typer.Option("--exact/--no-exact", help="Tokens that do not depend on the batch.", show_default="exact"),
     ] = None,
-    weights: Annotated[str, typer.Option("--weights", help="auto, mapped or repacked.")] = "auto",
-    kv_type: Annotated[str, typer.Option("--kv-type", help="f16 or f32.")] = "f16",
-    transport: Annotated[str, typer.Option("--transport", help="Scheme of the tensor transport.")] = "",
+    weights: Annotated[str, option("--weights", metavar="HOW", help="auto (default), mapped or repacked.")] = "auto",
+    kv_type: Annotated[str, option("--kv-type", metavar="TYPE", help="f16 (default) or f32.")] = "f16",
+    transport: Annotated[
+        str,
+        option(
+            "--transport", metavar="SCHEME", help="Of the tensor channels.", default="the best that all workers offer"
+        ),
+    ] = "",
     insecure_tensors: Annotated[
         bool, typer.Option("--insecure-tensors", help="Do not encrypt the tensor channels.")
     ] = False,

@@ -24,7 +24,6 @@ from eldric.client.cluster import CLUSTER_FILE, OPERATOR
 from eldric.errors import AlreadyExists, DeadlineExceeded, InvalidRequest, NotFound, Unavailable
 from eldric.names import split_address
 from eldric.security import Authority
-from eldric.web import check_free
 
 #: Longest wait for one node to answer after its start, and for all to be registered after that.
 _START_S = 60.0
@@ -203,6 +202,8 @@ class LocalCluster:
         A controller's ports are those of its first start, where the others look for it; it gets other ones when they
         are taken and nobody is left who could look for it.
         """
+        from eldric.web import check_free  # with it comes a web server, which only this method needs
+
         for index, entry in enumerate(self.nodes):
             if self.process(entry).running:
                 continue

@@ -13,6 +13,7 @@ from platformdirs import user_data_path
 from eldric import node_file
 from eldric.cli import options
 from eldric.cli.connect import client_of
+from eldric.cli.options import option
 from eldric.cli.output import err, out, print_json
 from eldric.cli.units import parse_seconds
 from eldric.client.cluster import OPERATOR, Cluster, context_path
@@ -28,21 +29,27 @@ app = options.new_app()
 #: Where nodes of this machine have their folders, unless it is said.
 HOME = user_data_path("eldric")
 
-Lifetime = Annotated[str, typer.Option("--lifetime", help="How long the token may be used: 30m, 2h, 7d; 30d at most.")]
+Lifetime = Annotated[
+    str,
+    option("--lifetime", metavar="TIME", help="How long it may be used: 30m, 2h, 7d; at most 30d.", default="1h"),
+]
 
 
 @app.command()
 def init(
-    name: Annotated[str, typer.Argument(help="Name of the cluster.")] = "eldric",
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the cluster.")] = "eldric",
     folder: Annotated[
-        Path, typer.Option("--folder", help="The controller's folder: authority, certificate, state and log.")
+        Path,
+        option("--folder", metavar="FOLDER", help="The controller's folder: authority, certificate, state and log."),
     ] = HOME / "controller",
     host: Annotated[
-        str, typer.Option("--host", help="Host by which other machines reach this one.", show_default="its address")
+        str,
+        option("--host", metavar="HOST", help="Host by which other machines reach this one.", default="its address"),
     ] = "",
-    http_port: Annotated[int, typer.Option("--http-port", min=1, max=63535, help="gRPC: + 1000, joining: + 2000.")] = (
-        HTTP_PORTS["controller"]
-    ),
+    http_port: Annotated[
+        int,
+        option("--http-port", metavar="PORT", help="gRPC: + 1000, joining: + 2000.", default="8880", min=1, max=63535),
+    ] = (HTTP_PORTS["controller"]),
     lifetime: Lifetime = "1h",
     as_json: options.Json = False,
 ) -> None:
@@ -108,9 +115,12 @@ async def _first_token(folder: Path, authority: Authority, lifetime_s: int) -> s
 @app.command()
 def token(
     lifetime: Lifetime = "1h",
-    uses: Annotated[int, typer.Option("--uses", min=0, help="How many nodes may use it. 0: any number.")] = 1,
+    uses: Annotated[
+        int, option("--uses", metavar="N", help="How many nodes may use it. 0: any number.", default="1", min=0)
+    ] = 1,
     kind: Annotated[
-        str, typer.Option("--kind", help='The only kind that it admits. Default: any but "client" and "controller".')
+        str,
+        option("--kind", metavar="KIND", help="The only kind that it admits.", default="any but client and controller"),
     ] = "",
     folder: options.Dir = None,
     controller: options.Controller = None,
@@ -142,21 +152,28 @@ def _join_address(cluster: Cluster) -> str:
 
 @app.command("join")
 def join_cluster(
-    token: Annotated[str, typer.Argument(help="The join token, from `eldric-cli init` or `eldric-cli token`.")],
+    token: Annotated[
+        str, typer.Argument(metavar="TOKEN", help="The join token, from `eldric-cli init` or `eldric-cli token`.")
+    ],
     address: Annotated[str, typer.Argument(metavar="HOST:PORT", help="The controller's join address.")],
-    kind: Annotated[str, typer.Option("--kind", help="worker, data, router, controller, or client: an operator.")] = (
-        "worker"
-    ),
-    name: Annotated[str, typer.Option("--name", help="Name of the node.", show_default="the machine's")] = "",
+    kind: Annotated[
+        str,
+        option(
+            "--kind", metavar="KIND", help="worker, data, router, controller, or client: an operator.", default="worker"
+        ),
+    ] = ("worker"),
+    name: Annotated[str, option("--name", metavar="NAME", help="Name of the node.", default="the machine's")] = "",
     folder: Annotated[
-        Path | None, typer.Option("--folder", help="The node's own folder.", show_default=f"{HOME}/KIND-NAME")
+        Path | None,
+        option("--folder", metavar="FOLDER", help="The node's own folder.", default=f"{HOME}/KIND-NAME"),
     ] = None,
     grpc_address: Annotated[
         str,
-        typer.Option(
+        option(
             "--controller",
             metavar="HOST:PORT",
-            help="The controller's gRPC address. Default: the port of the join address - 1000.",
+            help="The controller's gRPC address.",
+            default="port - 1000",
         ),
     ] = "",
     as_json: options.Json = False,

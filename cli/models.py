@@ -8,6 +8,7 @@ import typer
 
 from eldric.cli import options
 from eldric.cli.connect import client_of
+from eldric.cli.options import option
 from eldric.cli.output import human_bytes, out, print_json, table
 from eldric.cli.progress import Tracker, follow_import
 from eldric.data.names import id_of
@@ -86,8 +87,10 @@ def show(
 
 @app.command()
 def add(
-    file: Annotated[Path, typer.Argument(help="A GGUF file, or the first of a split set, on the store's machine.")],
-    name: Annotated[str, typer.Option("--name", help="Name in the store. Default: the file's.")] = "",
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="A GGUF file, or the first of a split set, on the store's machine.")
+    ],
+    name: Annotated[str, option("--name", metavar="NAME", help="Name in the store. Default: the file's.")] = "",
     move: Annotated[bool, typer.Option("--move", help="Move the file instead of linking or copying it.")] = False,
     folder: options.Dir = None,
     controller: options.Controller = None,

@@ -12,6 +12,7 @@ import typer
 
 from eldric import logs, node_file
 from eldric.cli import options
+from eldric.cli.options import option
 from eldric.cli.units import parse_bytes, parse_cpus
 from eldric.config import DEFAULT_PORT, NodeConfig
 from eldric.errors import InvalidRequest
@@ -20,23 +21,32 @@ from eldric.security import Identity
 app = options.new_app()
 
 Folder = Annotated[
-    Path, typer.Option("--folder", help="The node's own folder: certificate, state and log. `join` makes it.")
+    Path,
+    option("--folder", metavar="FOLDER", help="The node's own folder: certificate, state and log. `join` makes it."),
 ]
 Controllers = Annotated[
-    list[str], typer.Option("--controller", metavar="HOST:PORT", help="A controller's gRPC address; may be repeated.")
+    list[str], option("--controller", metavar="HOST:PORT", help="A controller's gRPC address; may be repeated.")
 ]
-Host = Annotated[str, typer.Option("--host", help="Address to listen on; 0.0.0.0 for all of this machine's.")]
-Advertise = Annotated[str | None, typer.Option("--advertise", help="Host by which other nodes reach this one.")]
+Host = Annotated[
+    str,
+    option("--host", metavar="HOST", help="Address to listen on; 0.0.0.0: all.", default="127.0.0.1"),
+]
+Advertise = Annotated[
+    str | None, option("--advertise", metavar="HOST", help="Host by which other nodes reach this one.")
+]
 HttpPort = Annotated[
-    int | None, typer.Option("--http-port", min=0, max=65535, help="0: a free one. Default: the kind's own.")
+    int | None,
+    option("--http-port", metavar="PORT", help="0: a free one.", default="the kind's own", min=0, max=65535),
 ]
 GrpcPort = Annotated[
-    int | None, typer.Option("--grpc-port", min=0, max=65535, help="0: a free one. Default: the HTTP port + 1000.")
+    int | None,
+    option("--grpc-port", metavar="PORT", help="0: a free one.", default="HTTP port + 1000", min=0, max=65535),
 ]
 JoinPort = Annotated[
-    int | None, typer.Option("--join-port", min=0, max=65535, help="0: a free one. Default: the HTTP port + 2000.")
+    int | None,
+    option("--join-port", metavar="PORT", help="0: a free one.", default="HTTP port + 2000", min=0, max=65535),
 ]
-LogLevel = Annotated[str, typer.Option("--log-level", help="DEBUG, INFO, WARNING or ERROR.")]
+LogLevel = Annotated[str, option("--log-level", metavar="LEVEL", help="DEBUG, INFO, WARNING or ERROR.", default="INFO")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Log to the folder only, not to stderr.")]
 InsecureHttp = Annotated[
     bool, typer.Option("--insecure-http", help="Serve plain HTTP on an address that other machines reach.")
@@ -76,14 +86,23 @@ def worker(
     http_port: HttpPort = None,
     grpc_port: GrpcPort = None,
     models: Annotated[
-        Path | None, typer.Option("--models", help="Where the model store is mounted. Default: the store's own path.")
+        Path | None,
+        option("--models", metavar="FOLDER", help="Where the model store is mounted. Default: the store's own path."),
     ] = None,
     memory: Annotated[
-        str, typer.Option("--memory", help="Memory for stages, such as 24GB or 16GiB. Default: the machine's.")
+        str,
+        option("--memory", metavar="SIZE", help="Memory for stages, such as 24GB or 16GiB. Default: the machine's."),
     ] = "",
-    threads: Annotated[int, typer.Option("--threads", min=0, help="Compute threads of a stage. 0: all cores.")] = 0,
-    cpus: Annotated[str, typer.Option("--cpus", help="Cores to pin compute threads to, such as 0,2-5.")] = "",
-    queue: Annotated[int, typer.Option("--queue", min=1, help="Requests that may wait, per pipeline.")] = 128,
+    threads: Annotated[
+        int,
+        option("--threads", metavar="N", help="Compute threads of a stage.", default="all cores", min=0),
+    ] = 0,
+    cpus: Annotated[
+        str, option("--cpus", metavar="CORES", help="Cores to pin compute threads to, such as 0,2-5.")
+    ] = "",
+    queue: Annotated[
+        int, option("--queue", metavar="N", help="Requests that may wait, per pipeline.", default="128", min=1)
+    ] = 128,
     allow_insecure_tensors: Annotated[
         bool, typer.Option("--allow-insecure-tensors", help="Let a deployment ask for unencrypted tensor channels.")
     ] = False,
@@ -115,7 +134,7 @@ def worker(
 def data(
     folder: Folder,
     controllers: Controllers,
-    models: Annotated[Path, typer.Option("--models", help="The model store's folder.")],
+    models: Annotated[Path, option("--models", metavar="FOLDER", help="The model store's folder.")],
     host: Host = "127.0.0.1",
     advertise: Advertise = None,
     http_port: HttpPort = None,
@@ -143,7 +162,8 @@ def router(
     http_port: HttpPort = None,
     grpc_port: GrpcPort = None,
     models: Annotated[
-        Path | None, typer.Option("--models", help="Where the model store is mounted. Default: the store's own path.")
+        Path | None,
+        option("--models", metavar="FOLDER", help="Where the model store is mounted. Default: the store's own path."),
     ] = None,
     insecure_http: InsecureHttp = False,
     log_level: LogLevel = "INFO",

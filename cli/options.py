@@ -1,7 +1,7 @@
 """Options and arguments that many commands share, so that they are spelled, explained and completed once."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -20,10 +20,22 @@ Controller = Annotated[
         show_default=False,
     ),
 ]
+
+
+def option(*names: str, metavar: str, help: str, default: str = "", **more: Any) -> Any:
+    """An option that takes a value. `default`: what is meant when it is not given, for people."""
+    text = f"{help} Default: {default}." if default else help
+    return typer.Option(*names, metavar=metavar, help=text, show_default=False, **more)
+
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 JsonLines = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else, an object a line.")]
-Pipeline = Annotated[str, typer.Argument(help="Name of the pipeline.", autocompletion=completion.pipelines)]
-Model = Annotated[str, typer.Argument(help="Name of the model in the store.", autocompletion=completion.models)]
+Pipeline = Annotated[
+    str, typer.Argument(metavar="NAME", help="Name of the pipeline.", autocompletion=completion.pipelines)
+]
+Model = Annotated[
+    str, typer.Argument(metavar="NAME", help="Name of the model in the store.", autocompletion=completion.models)
+]
 
 
 def new_app(**settings: str) -> typer.Typer:

@@ -11,20 +11,36 @@ from eldric.cli import options
 from eldric.cli.connect import client_of
 from eldric.cli.failures import failure_of
 from eldric.cli.generating import speed_line, stream, whole
+from eldric.cli.options import option
 from eldric.cli.output import err, print_json
 from eldric.client import Event
 from eldric.errors import EldricError, InvalidRequest
 
 app = options.new_app()
 
-System = Annotated[str, typer.Option("--system", help="System message.")]
-Temperature = Annotated[float | None, typer.Option("--temperature", help="0: greedy. Default: 0.8.")]
-TopK = Annotated[int | None, typer.Option("--top-k", help="Sample from the best K. Default: 40.")]
-TopP = Annotated[float | None, typer.Option("--top-p", help="Sample from the best P of probability. Default: 0.95.")]
-MinP = Annotated[float | None, typer.Option("--min-p", help="Least probability, of the best one's. Default: 0.05.")]
-Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Same seed, same answer. Default: random.")]
-MaxTokens = Annotated[int, typer.Option("--max-tokens", "-n", min=0, help="0: until the model stops.")]
-Stop = Annotated[list[str] | None, typer.Option("--stop", help="End before this text; may be repeated.")]
+System = Annotated[str, option("--system", metavar="TEXT", help="System message.")]
+Temperature = Annotated[float | None, option("--temperature", metavar="T", help="0: greedy. Default: 0.8.")]
+TopK = Annotated[int | None, option("--top-k", metavar="K", help="Sample from the best K. Default: 40.")]
+TopP = Annotated[
+    float | None,
+    option("--top-p", metavar="P", help="Sample from the best P of probability. Default: 0.95."),
+]
+MinP = Annotated[
+    float | None,
+    option("--min-p", metavar="P", help="Least probability, of the best one's. Default: 0.05."),
+]
+Seed = Annotated[
+    int | None,
+    option("--seed", metavar="N", help="Same seed, same answer. Default: random."),
+]
+MaxTokens = Annotated[
+    int,
+    option("--max-tokens", "-n", metavar="N", help="Default: until the model stops."),
+]
+Stop = Annotated[
+    list[str] | None,
+    option("--stop", metavar="TEXT", help="End before this text; may be repeated."),
+]
 
 #: What a person gets who says nothing: llama.cpp's settings.
 _DEFAULTS = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.05}
@@ -33,7 +49,7 @@ _DEFAULTS = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.05}
 @app.command()
 def run(
     model: options.Pipeline,
-    prompt: Annotated[str, typer.Argument(help="What to answer; - reads it from stdin.")],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to answer; - reads it from stdin.")],
     raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without a chat template.")] = False,
     system: System = "",
     temperature: Temperature = None,

@@ -3,9 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from google.protobuf.message import Message
+
 from eldric.client import types
 from eldric.errors import InvalidRequest
-from eldric.v1 import common_pb2, inference_pb2, model_store_pb2, pipeline_pb2, registry_pb2, sampling_pb2, stage_pb2
+from eldric.v1 import common_pb2, inference_pb2, model_store_pb2, pipeline_pb2, registry_pb2, stage_pb2
 
 _FINISH: dict[int, types.Finish] = {
     inference_pb2.STOP: "stop",
@@ -188,31 +190,31 @@ def _token(token: inference_pb2.GeneratedToken) -> types.Token:
 def deploy_request(model: str, options: Mapping[str, Any]) -> pipeline_pb2.DeployRequest:
     """Options that are no fields of DeployRequest are those of its stages. Raises InvalidRequest for a wrong one."""
     fields = {field.name for field in pipeline_pb2.DeployRequest.DESCRIPTOR.fields} - {"options", "model"}
-    given = {name: value for name, value in options.items() if value is not None}
-    try:
-        stage_options = common_pb2.StageOptions(**{name: given[name] for name in given if name not in fields})
-        own: dict[str, Any] = {name: given[name] for name in given if name in fields}
-        return pipeline_pb2.DeployRequest(model=model, options=stage_options, **own)
-    except (TypeError, ValueError) as error:
-        raise InvalidRequest(f"a deployment option is wrong: {error}") from error
+    request = pipeline_pb2.DeployRequest(model=model)
+    _fill(request, {name: value for name, value in options.items() if name in fields})
+    _fill(request.options, {name: value for name, value in options.items() if name not in fields})
+    return request
 
 
 def generate_request(
     model: str, max_tokens: int, stop: str | Sequence[str], ignore_eos: bool, sampling: Mapping[str, Any]
 ) -> inference_pb2.GenerateRequest:
     """Without the input. Raises InvalidRequest for a wrong option."""
-    try:
-        return inference_pb2.GenerateRequest(
-            model=model,
-            sampling=sampling_pb2.SamplingParams(
-                **{name: value for name, value in sampling.items() if value is not None}
-            ),
-            max_tokens=max_tokens,
-            stop=[stop] if isinstance(stop, str) else stop,
-            ignore_eos=ignore_eos,
-        )
-    except (TypeError, ValueError) as error:
-        raise InvalidRequest(f"a generation option is wrong: {error}") from error
+    request = inference_pb2.GenerateRequest(model=model)
+    texts = [stop] if isinstance(stop, str) else stop
+    _fill(request, {"max_tokens": max_tokens, "stop": texts, "ignore_eos": ignore_eos})
+    _fill(request.sampling, sampling)
+    return request
+
+
+def _fill(message: Message, values: Mapping[str, Any]) -> None:
+    """Set fields; None leaves one out. Raises InvalidRequest that names the one that is wrong."""
+    for name, value in values.items():
+        if value is not None:
+            try:
+                message.MergeFrom(type(message)(**{name: value}))
+            except (TypeError, ValueError) as error:
+                raise InvalidRequest(f"{name} cannot be {value!r}: {error}") from error
 
 
 def token_ids(ids: Sequence[int]) -> inference_pb2.TokenIds:

@@ -232,7 +232,7 @@ def test_a_worker_over_its_memory() -> None:
 def test_plans() -> None:
     assert levels(cluster_checks.check_plans({"tale": Plan("tale", (), {})})) == []
     found = list(
-        cluster_checks.check_plans({"tale": Plan("tale", (), {"w2": "draining"}), "big": "12 GiB are missing"})
+        cluster_checks.check_plans({"tale": Plan("tale", (), {"w2": "draining", "w3": "not needed"}), "big": "12 GiB are missing"})
     )
     assert levels(found) == [WARNING, WARNING]
     assert "big cannot be deployed: 12 GiB are missing" in found[0].message

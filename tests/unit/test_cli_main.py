@@ -103,7 +103,7 @@ def test_no_command_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
         (["deplyo"], "no such command 'deplyo'. Did you mean 'deploy'"),
         (["deploy"], "missing argument"),
         (["deploy", "m", "--stages", "x"], "--stages"),
-        (["deploy", "m", "--stages", "-1"], "--stages"),
+        (["token", "--uses", "-1"], "--uses"),
         (["status", "--wach"], "--watch"),
         (["models", "lss"], "Did you mean 'ls'"),
         (["models"], "missing command"),
