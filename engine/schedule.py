@@ -251,7 +251,11 @@ class Scheduler:
         del self._slots[sequence.slot]
         self._free.append(sequence.slot)
         self._free.sort(reverse=True)
-        self._control.append(Close(sequence.slot))
+        opening = Open(sequence)
+        if opening in self._control:
+            self._control.remove(opening)  # no stage has heard of it
+        else:
+            self._control.append(Close(sequence.slot))
         self._admit()
 
     def _token(self, sequence: Sequence, token: int) -> Outcome:

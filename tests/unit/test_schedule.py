@@ -155,6 +155,18 @@ def test_a_full_queue_refuses_and_a_freed_slot_admits_the_oldest() -> None:
     assert isinstance(actions[0], Close) and isinstance(actions[1], Open)
 
 
+def test_a_sequence_that_is_cancelled_before_it_was_opened_never_is() -> None:
+    scheduler = Scheduler(ScheduleConfig(slots=1, context=64, chunk=8, lanes=2, decode_rows=4, queue=2))
+    first, second, third = sequence("a", 3), sequence("b", 3), sequence("c", 3)
+    for each in (first, second, third):
+        scheduler.submit(each)
+    assert scheduler.next_action() == Open(first)
+    scheduler.cancel(first)
+    scheduler.cancel(second)
+    assert [scheduler.next_action(), scheduler.next_action()] == [Close(0), Open(third)]
+    assert len(finish(scheduler)) == 4 and third.generated == 4
+
+
 def test_a_step_of_a_cancelled_sequence_comes_back_without_effect() -> None:
     scheduler = Scheduler(CONFIG)
     cancelled = sequence("a", 3)
