@@ -75,9 +75,8 @@ class LiveCluster:
     async def add_story(self) -> None:
         await self.client.models.add(storyteller(), STORY)
 
-    async def add_endless(self, llama: SmallLlama = ENDLESS_LLAMA) -> None:
-        path = write_small_llama(self.folder / "endless.gguf", llama)
-        await self.client.models.add(path, ENDLESS)
+    async def add_endless(self) -> None:
+        await self.client.models.add(write_small_llama(self.folder / "endless.gguf", ENDLESS_LLAMA), ENDLESS)
 
     async def deploy_endless(self, stages: int = 3, **options: Any) -> PipelineInfo:
         settings = {"context": ENDLESS_LLAMA.context, "chunk": 64, "slots": 2, **options}
@@ -120,18 +119,22 @@ class LiveCluster:
                 except (NotFound, Unavailable):
                     await asyncio.sleep(0.05)
 
-    async def slots_used(self, name: str = ENDLESS) -> int:
-        """Slots that the head has given out, as the head itself says."""
-        info = await self.pipeline(name)
-        (stage,) = [
-            each for each in await self.stages_held(info.stages[0].worker) if each.name == name and not each.index
-        ]
-        return stage.slots_used + stage.queued
+    async def slots_used(self, name: str = ENDLESS) -> list[int]:
+        """For each stage how many slots are taken, as it says itself; for the head, those who wait for one as well."""
+        workers = [stage.worker for stage in (await self.pipeline(name)).stages]
+        held = [each for worker in workers for each in await self.stages_held(worker) if each.name == name]
+        return [stage.slots_used + stage.queued for stage in held]
 
     async def until_free(self, name: str = ENDLESS, limit_s: float = 1.0) -> None:
-        """Until no slot of the pipeline is taken."""
+        """Until no slot of the pipeline is taken in any stage."""
         async with asyncio.timeout(limit_s):
-            while await self.slots_used(name):
+            while any(await self.slots_used(name)):
+                await asyncio.sleep(0.01)
+
+    async def until_taken(self, count: int, name: str = ENDLESS, limit_s: float = 10.0) -> None:
+        """Until so many generations run or wait at the head."""
+        async with asyncio.timeout(limit_s):
+            while (await self.slots_used(name))[0] != count:
                 await asyncio.sleep(0.01)
 
     def http(self, name: str) -> httpx.AsyncClient:
@@ -172,6 +175,21 @@ async def attached(folder: Path) -> AsyncIterator[LiveCluster]:
     """A cluster that somebody else started and will end."""
     async with AsyncClient(folder=folder) as client:
         yield LiveCluster(LocalCluster.load(folder), client)
+
+
+@contextlib.asynccontextmanager
+async def endless_on(folder: Path, scratch: Path, **options: Any) -> AsyncIterator[LiveCluster]:
+    """A cluster that somebody else started, with `endless` over three stages for as long as the block lasts."""
+    async with attached(folder) as cluster:
+        await cluster.client.models.add(write_small_llama(scratch / "endless.gguf", ENDLESS_LLAMA), ENDLESS)
+        try:
+            await cluster.deploy_endless(**options)
+            await cluster.until_routed()
+            yield cluster
+        finally:
+            with contextlib.suppress(NotFound):
+                await cluster.client.undeploy(ENDLESS)
+            await cluster.client.models.remove(ENDLESS)
 
 
 def _up(local: LocalCluster) -> None:
