@@ -1,5 +1,6 @@
 """Metrics that every node has, and helpers for those of its parts."""
 
+import asyncio
 import contextlib
 import time
 from collections.abc import Iterator
@@ -67,7 +68,15 @@ def describe_node(registry: CollectorRegistry, kind: str, name: str) -> Gauge:
     Info("eldric_node", "Who this node is.", registry=registry).info(
         {"kind": kind, "name": name, "version": __version__, "protocol": str(PROTOCOL)}
     )
+    Gauge("eldric_tasks", "Tasks of the event loop.", registry=registry).set_function(_count_tasks)
     return Gauge("eldric_certificate_end_seconds", "When this node's certificate ends, Unix time.", registry=registry)
+
+
+def _count_tasks() -> float:
+    try:
+        return len(asyncio.all_tasks())
+    except RuntimeError:  # read from outside the loop
+        return 0.0
 
 
 def render(registry: CollectorRegistry, accept: str) -> tuple[bytes, str]:
