@@ -125,6 +125,11 @@ class Stage:
         model = self._model
         return MemoryUse(model.mapped_bytes, model.copied_bytes, model.kv_bytes, model.compute_bytes)
 
+    @property
+    def compute_ns(self) -> int:
+        """Nanoseconds inside of ggml, in all steps so far: the rest of a step's time is Python's."""
+        return self._model.compute_ns
+
     def exact_rows(self) -> int:
         """Most sequences of a decode step that may be computed together with each getting the bits it gets alone."""
         return self._model.exact_rows()

@@ -56,28 +56,39 @@ class LlamaReference:
         self.vocab_size: int = self._lib.llama_vocab_n_tokens(self._lib.llama_model_get_vocab(self._model))
 
     def logits(self, tokens: Sequence[int], position: int = 0) -> NDArray[np.float32]:
-        """Logits of each token, [tokens, vocab_size], with the positions before `position` as they were."""
+        """Logits of each token, [tokens, vocab_size]; the positions before `position` stay as they were."""
+        return self._decode(tokens, position, every=True)
+
+    def greedy(self, prompt: Sequence[int], count: int, chunk: int = 0) -> tuple[list[int], NDArray[np.float32]]:
+        """The tokens that follow, and the logits that each was chosen by, [count, vocab_size].
+
+        chunk: most tokens of the prompt in one batch; 0 for all of it.
+        """
+        chunk = chunk or len(prompt)
+        for start in range(0, len(prompt), chunk):
+            row = self._decode(prompt[start : start + chunk], start, every=False)[0]
+        rows, tokens = [row], [int(row.argmax())]
+        while len(tokens) < count:
+            rows.append(self._decode(tokens[-1:], len(prompt) + len(tokens) - 1, every=False)[0])
+            tokens.append(int(rows[-1].argmax()))
+        return tokens, np.stack(rows)
+
+    def _decode(self, tokens: Sequence[int], position: int, every: bool) -> NDArray[np.float32]:
+        """Run a batch, with logits of every token or of the last one."""
         self._lib.llama_memory_seq_rm(self._lib.llama_get_memory(self._ctx), 0, position, -1)
         batch = self._lib.llama_batch_init(len(tokens), 0, 1)
         batch.n_tokens = len(tokens)
         for index, token in enumerate(tokens):
             batch.token[index], batch.pos[index] = token, position + index
-            batch.n_seq_id[index], batch.seq_id[index][0], batch.logits[index] = 1, 0, 1
+            batch.n_seq_id[index], batch.seq_id[index][0] = 1, 0
+            batch.logits[index] = every or index == len(tokens) - 1
         status = self._lib.llama_decode(self._ctx, batch)
         self._lib.llama_batch_free(batch)
         if status:
             raise RuntimeError(f"llama_decode: {status}")
-        rows = [self._lib.llama_get_logits_ith(self._ctx, index) for index in range(len(tokens))]
+        wanted = range(len(tokens)) if every else [-1]
+        rows = [self._lib.llama_get_logits_ith(self._ctx, index) for index in wanted]
         return np.stack([np.ctypeslib.as_array(row, (self.vocab_size,)) for row in rows])
-
-    def greedy(self, prompt: Sequence[int], count: int) -> tuple[list[int], NDArray[np.float32]]:
-        """The tokens that follow, and the logits that each was chosen by, [count, vocab_size]."""
-        rows = [self.logits(prompt)[-1]]
-        tokens = [int(rows[0].argmax())]
-        while len(tokens) < count:
-            rows.append(self.logits(tokens[-1:], len(prompt) + len(tokens) - 1)[0])
-            tokens.append(int(rows[-1].argmax()))
-        return tokens, np.stack(rows)
 
     def close(self) -> None:
         self._lib.llama_free(self._ctx)

@@ -6,6 +6,7 @@ import mmap
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -43,13 +44,17 @@ class Backend:
         """threads counts the calling one. Raises LibraryError for an unknown device."""
         if not 1 <= threads <= MAX_THREADS:
             raise LibraryError(f"{threads} threads are not between 1 and {MAX_THREADS}")
+        if cpus is not None and not (cpus and all(0 <= cpu < MAX_THREADS for cpu in cpus)):
+            raise LibraryError(f"CPUs {cpus} are not all between 0 and {MAX_THREADS - 1}")
         self.library, self.api = library, library.api
         self.device = library.device(device)
         self.is_cpu = self.device.kind == "cpu"
+        self.can_map = self.device.host_pointers  # use memory that the process has mapped, without a copy
         self.threads = threads if self.is_cpu else 1
         self.buffer_type: int = self.api.ggml_backend_dev_buffer_type(self.device.handle)
         self.is_host: bool = self.api.ggml_backend_buft_is_host(self.buffer_type)
-        self._cpus = cpus
+        self.compute_ns = 0  # spent in all computations so far
+        self._cpus = None if cpus is None else tuple(sorted(set(cpus)))
         self._pinned_thread = 0
         self._threadpool: int | None = None
         self._handle: int = self.api.ggml_backend_dev_init(self.device.handle, None) or 0
@@ -76,7 +81,9 @@ class Backend:
         if undivided != self._undivided and self._use_reference is not None:
             self._use_reference(self._handle, undivided)
             self._undivided = undivided
+        began = time.perf_counter_ns()
         status = self._compute(self._handle, graph)
+        self.compute_ns += time.perf_counter_ns() - began
         if status != _SUCCESS:
             if status == _ALLOC_FAILED:
                 raise OutOfMemory(f"{self.device.name} has no memory left for a step's scratch space")

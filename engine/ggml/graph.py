@@ -81,8 +81,6 @@ class GraphBuilder:
         self.backend, self.api = backend, backend.api
         self.spec, self.shard, self.weights, self.cache, self.ports = spec, shard, weights, cache, ports
         self.exact = exact
-        # Of a chunk's last row, an exact stage makes two: a single query's keys are divided among the threads.
-        self.last_rows = 2 if exact else 1
         factors = spec.rope.freq_factors
         self.freq_factors = weights[factors].plain if factors else None
 
@@ -128,7 +126,7 @@ class GraphPlan:
         for index, layer in enumerate(range(shard.layers.start, shard.layers.stop)):
             hidden = self._layer(index, layer, hidden, ends_model=shard.is_tail and layer == final)
         if hidden and shard.is_tail and self.ports.logits is not None:
-            rows = self.b.last_rows if shape.is_chunk else shape.rows
+            rows = 1 if shape.is_chunk else shape.rows
             normed = self._norm(hidden, "output_norm")
             output = "token_embd" if self.spec.tied_output else "output"
             logits = self.api.ggml_mul_mat(self.ctx, self._matrix(self.b.weight(output), rows), normed)
@@ -148,15 +146,13 @@ class GraphPlan:
         self._write_cache(index, layer, normed, positions)
         if ends_model and not shape.logits:
             return 0
-        if ends_model and shape.is_chunk:
-            rows = self.b.last_rows
-            positions = self._rows_of(self.ports.last_position, rows)
-            last = self._rows_of(self.ports.last_row, rows)
-            hidden, normed = api.ggml_get_rows(ctx, hidden, last), api.ggml_get_rows(ctx, normed, last)
         queries = self._product("attn_q", layer, normed, rows)
         queries = self._rope(api.ggml_reshape_3d(ctx, queries, spec.head_dim, spec.heads, rows), positions)
-        attended = self._attend(index, queries, rows)
-        hidden = api.ggml_add(ctx, self._product("attn_output", layer, attended, rows), hidden)
+        attended = self._product("attn_output", layer, self._attend(index, queries), rows)
+        if ends_model and shape.is_chunk:
+            rows, last = 1, self.ports.last_row.tensor
+            attended, hidden = api.ggml_get_rows(ctx, attended, last), api.ggml_get_rows(ctx, hidden, last)
+        hidden = api.ggml_add(ctx, attended, hidden)
         normed = self._norm(hidden, "ffn_norm", layer)
         gate, up = (self._product(role, layer, normed, rows) for role in ("ffn_gate", "ffn_up"))
         down = self._product("ffn_down", layer, api.ggml_swiglu_split(ctx, gate, up), rows)
@@ -174,16 +170,17 @@ class GraphPlan:
             by_head = api.ggml_view_3d(ctx, new, spec.head_dim, rows, spec.kv_heads, head * spec.kv_heads, head, 0)
             self._expand(api.ggml_set_rows(ctx, store, by_head, cells))
 
-    def _attend(self, index: int, queries: int, rows: int) -> int:
+    def _attend(self, index: int, queries: int) -> int:
         """queries: [head_dim, heads, rows]. Returns [heads * head_dim, rows], in the port that it always fills.
 
-        A row of a decode step sees all that its slot holds, so it needs no mask; neither does a chunk's last row.
+        A row of a decode step sees all that its slot holds, so it needs no mask.
         """
         api, ctx, spec, cache, port = self.api, self.ctx, self.spec, self.b.cache, self.ports.attended
         head, row = 4 * spec.head_dim, 4 * spec.head_dim * spec.heads
-        per_run = rows if self.shape.is_chunk else 1
-        mask = None
-        if per_run > self.b.last_rows:
+        rows = self.shape.rows
+        per_run, mask = 1, None
+        if self.shape.is_chunk:
+            per_run = rows
             mask = api.ggml_view_2d(
                 ctx, self.ports.mask.tensor, self.ports.mask.width, rows, self.ports.mask.row_bytes, 0
             )
@@ -290,7 +287,7 @@ class GraphCache:
         scratch: int = self._api.ggml_gallocr_get_buffer_size(self._allocator, 0)
         return scratch + sum(graph.arena.nbytes for graph in self._graphs.values())
 
-    def __getitem__(self, shape: GraphShape) -> Graph:
+    def get(self, shape: GraphShape) -> Graph:
         """Raises OutOfMemory or UnsupportedModel."""
         graph = self._graphs.pop(shape, None)
         if graph is None:

@@ -93,6 +93,11 @@ class GgmlModel:
     def compute_bytes(self) -> int:
         return self._graphs.nbytes + self._ports.nbytes
 
+    @property
+    def compute_ns(self) -> int:
+        """Nanoseconds inside of ggml, in all steps so far."""
+        return self._backend.compute_ns
+
     def exact_rows(self) -> int:
         """Most rows of a decode step in which each row gets the bits that it gets alone."""
         return self._exact_rows.most
@@ -106,7 +111,7 @@ class GgmlModel:
         """
         rows = len(slots)
         padded = self._padded_decode[rows]
-        graph = self._graphs[GraphShape(rows, padded, logits)]
+        graph = self._graphs.get(GraphShape(rows, padded, logits))
         context, cells = self._context, self._cells
         self._positions[:rows] = positions
         cells[:rows] = [slot * context + position for slot, position in zip(slots, positions, strict=True)]
@@ -123,13 +128,12 @@ class GgmlModel:
         Returns hidden states [rows, hidden_size]; on the tail, logits [1, vocab_size] of the last row if wanted.
         """
         padded = self._padded_chunk[rows]
-        graph = self._graphs[GraphShape(0, padded, logits)]
+        graph = self._graphs.get(GraphShape(0, padded, logits))
         end, first = position + rows, slot * self._context + position
         self._positions[:padded] = np.arange(position, position + padded, dtype=np.int32)
         self._cells[:rows] = np.arange(first, first + rows, dtype=np.int64)
         self._cells[rows:padded] = self._spare[: padded - rows]
-        self._ports.last_row.array[:] = rows - 1
-        self._ports.last_position.array[:] = end - 1
+        self._ports.last_row.array[0] = rows - 1
         self._ports.write_causal_mask(position, padded, end)
         graph.attend([slot], self._cache.slot_bytes, [end])
         return self._run(graph.handle, rows, tokens, hidden, 1 if logits else 0, False)
@@ -164,7 +168,7 @@ class GgmlModel:
             hidden_size=spec.hidden_size,
             attention_size=spec.heads * spec.head_dim,
             context=options.context,
-            logit_rows=max(self._padded_decode[-1], 2) if shard.is_tail else 0,
+            logit_rows=self._padded_decode[-1] if shard.is_tail else 0,
             vocab_size=spec.vocab_size,
         )
         resources.callback(self._ports.close)
@@ -177,7 +181,7 @@ class GgmlModel:
             GraphShape(0, self._padded_chunk[-1], shard.is_tail),
             GraphShape(decode, self._padded_decode[-1], shard.is_tail),
         ):
-            self._graphs.__getitem__(shape)  # the widest first: they size the scratch buffer
+            self._graphs.get(shape)  # the widest first: they size the scratch buffer
 
     def _exact_range(self) -> RowRange:
         if not self._backend.is_cpu:

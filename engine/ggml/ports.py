@@ -75,8 +75,7 @@ class Ports:
         self.hidden_in = port(TensorType.F32, hidden_size, rows)
         self.positions = port(TensorType.I32, 1, rows)
         self.cells = port(TensorType.I64, 1, rows)  # where each row's keys and values go
-        self.last_row = port(TensorType.I32, 1, 2)  # of a chunk: the row that gets logits, twice for exactness
-        self.last_position = port(TensorType.I32, 1, 2)
+        self.last_row = port(TensorType.I32, 1, 1)  # of a chunk: the row that gets logits
         self.mask = port(TensorType.F16, context, rows)
         self.attended = port(TensorType.F32, attention_size, rows)  # what attention gives, before its output matrix
         self.hidden_out = port(TensorType.F32, hidden_size, rows)
@@ -109,15 +108,7 @@ class Ports:
 
     def upload(self) -> None:
         """Bring all inputs to a device whose memory is not the process's own."""
-        for port in (
-            self.tokens,
-            self.hidden_in,
-            self.positions,
-            self.cells,
-            self.last_row,
-            self.last_position,
-            self.mask,
-        ):
+        for port in (self.tokens, self.hidden_in, self.positions, self.cells, self.last_row, self.mask):
             port.upload()
 
     def close(self) -> None:

@@ -85,7 +85,7 @@ class Weights:
         self._by_name = {info.name: Weight(info) for info in infos}
         if mode != "mapped":
             self._pack([info for info in infos if info.name in matrices], mode, pack_budget_bytes)
-        in_place = self._backend.device.host_pointers
+        in_place = self._backend.can_map
         plain = [info for info in infos if self._wants_plain(info, mode, looked_up)]
         if in_place:
             self._place_over_file(plain)

@@ -1,0 +1,93 @@
+"""Exact mode: what a sequence computes does not depend on what is computed beside it."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks.shapes import Shape, write_model
+from eldric.engine.ggml.policy import AMX, MAPPED, REPACK, exact_rows
+from eldric.engine.stage import Logits
+from eldric.engine.step import Run
+from eldric.engine.tensor_types import TensorType
+from tests.models import storyteller
+from tests.stages import Chain, random_prompt
+
+SHAPE = Shape(layers=2, hidden=256, heads=8, kv_heads=2, ffn=512, vocab=384, context=1024)
+LENGTHS = (3, 31, 32, 33, 64, 100, 255, 256, 257, 40, 41, 130, 505, 511, 512, 60)
+SEQUENCES = len(LENGTHS)
+
+
+def prompts(vocab_size: int) -> list[list[int]]:
+    return [random_prompt(vocab_size, length, seed) for seed, length in enumerate(LENGTHS)]
+
+
+def greedy_alone(chain: Chain, count: int) -> list[Logits]:
+    return [chain.greedy(prompt, count, slot=3)[1] for prompt in prompts(chain.spec.vocab_size)]
+
+
+def greedy_together(chain: Chain, count: int) -> list[Logits]:
+    """All sequences at once: chunks of the prompts in turn, then one step for all of them per token."""
+    texts = prompts(chain.spec.vocab_size)
+    rows: list[list[Logits]] = [[] for _ in texts]
+    for start in range(0, max(LENGTHS), chain.chunk):
+        for slot, prompt in enumerate(texts):
+            if start < len(prompt):
+                stop = min(start + chain.chunk, len(prompt))
+                logits = chain.step([Run(slot, start, stop - start, stop == len(prompt))], prompt[start:stop])
+                if logits is not None:
+                    rows[slot].append(logits[0])
+    for index in range(count - 1):
+        step = {slot: (LENGTHS[slot] + index, int(rows[slot][-1].argmax())) for slot in range(SEQUENCES)}
+        for slot, logits_row in chain.decode(step).items():
+            rows[slot].append(logits_row)
+    return [np.stack(found) for found in rows]
+
+
+LAYOUTS = [*itertools.product(("q4_k_m", "q4_0", "q8_0", "f16"), ("auto", "mapped"), (1,)), ("q4_k_m", "repacked", 1)]
+
+
+@pytest.mark.parametrize(("quant", "weights", "threads"), [*LAYOUTS, ("q4_0", "auto", 2), ("f16", "auto", 2)])
+def test_sixteen_sequences_at_once_compute_what_each_computes_alone(
+    tmp_path: Path, quant: str, weights: str, threads: int
+) -> None:
+    path = write_model(tmp_path / "model.gguf", SHAPE, quant)
+    sizes: dict[str, Any] = {"slots": SEQUENCES, "lane_slots": SEQUENCES, "context": 640}
+    with Chain(path, exact=True, threads=threads, weights=weights, **sizes) as chain:
+        alone = greedy_alone(chain, 5)
+        together = greedy_together(chain, 5)
+    for slot, (expected, found) in enumerate(zip(alone, together, strict=True)):
+        np.testing.assert_array_equal(found, expected, err_msg=f"sequence of {LENGTHS[slot]} tokens")
+    assert len({row.tobytes() for row in np.concatenate(alone)}) == 5 * SEQUENCES
+
+
+@pytest.mark.model
+def test_tokens_do_not_depend_on_lanes_or_split() -> None:
+    sizes: dict[str, Any] = {"slots": SEQUENCES, "context": 640, "exact": True}
+    with Chain(storyteller(), lane_slots=16, **sizes) as one:
+        expected = greedy_together(one, 6)
+    with Chain(storyteller(), [2, 4], lane_slots=5, **sizes) as three:
+        found = greedy_together(three, 6)
+    for slot in range(SEQUENCES):
+        np.testing.assert_array_equal(found[slot], expected[slot])
+
+
+def test_the_bound_is_that_of_the_worst_matrix(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "model.gguf", SHAPE, "q4_k_m")
+    with Chain(path, exact=True, weights="mapped", slots=16, lane_slots=16) as chain:
+        assert chain.stages[0].exact_rows() == 7
+    assert exact_rows(TensorType.Q4_K, REPACK).most == 3
+    assert exact_rows(TensorType.Q4_K, AMX).most >= 16
+    assert exact_rows(TensorType.Q4_0, MAPPED).most >= 16
+    assert exact_rows(TensorType.IQ1_S, "a layout that nobody tried").most == 1
+
+
+def test_default_mode_is_not_exact_for_mapped_k_quants(tmp_path: Path) -> None:
+    """The comparison above can fail: outside of exact mode, other kernels give other bits."""
+    path = write_model(tmp_path / "model.gguf", SHAPE, "q4_k_m")
+    sizes: dict[str, Any] = {"slots": SEQUENCES, "lane_slots": SEQUENCES, "context": 640, "weights": "mapped"}
+    with Chain(path, **sizes) as chain:
+        pairs = zip(greedy_alone(chain, 2), greedy_together(chain, 2), strict=True)
+        assert any((expected != found).any() for expected, found in pairs)
