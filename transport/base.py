@@ -19,7 +19,8 @@ Epochs: a stage enters one with `allow`, `set_epoch`, `connect`, in this order, 
 far. Their frames of the new epoch wait for it. A link belongs to the epoch of the last `connect` that gave it; the end
 of a link of an older epoch is not reported, so neighbours that leave the ring or change places disturb nobody.
 
-Closing: what was sent before `close` is still delivered, for at most `linger_s`; the peers then see PeerLost.
+Closing: Transport.close waits until the peers have taken what was sent, at most `linger_s`; they then see PeerLost.
+Link.close waits for nothing: frames under way may be lost.
 """
 
 from abc import ABC, abstractmethod
@@ -52,7 +53,7 @@ class TransportOptions:
     queue_bytes: int = 256 * 1024 * 1024  # and their payloads in bytes; one frame more may start below the bound
     max_payload_bytes: int = MAX_PAYLOAD_BYTES  # larger frames are neither sent nor let in
     silence_s: float = 3.0  # a peer that is not heard of for longer is lost; must exceed the time of one frame's way
-    linger_s: float = 1.0  # how long `close` waits for frames to leave
+    linger_s: float = 1.0  # how long Transport.close waits for peers to take what was sent
     encrypt: bool = True  # False: no encryption, and anybody who reaches the port may send
 
 
@@ -112,7 +113,7 @@ class Link(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of the peer once what was sent has left (at most linger_s, not waited for). Idempotent."""
+        """Let go of the peer at once; frames under way may be lost. Idempotent."""
 
 
 class Transport(ABC):
@@ -221,7 +222,10 @@ class Transport(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Close all links, let what was sent leave (at most linger_s), give every port and thread back. Idempotent."""
+        """Close all links once what was sent was taken, give every port and thread back. At most linger_s. Idempotent.
+
+        Frames that come meanwhile are dropped.
+        """
 
     def __enter__(self) -> Self:
         return self

@@ -7,6 +7,7 @@ way, LinkGrants (one part) the other.
 """
 
 import logging
+import time
 from collections.abc import Collection
 
 import zmq
@@ -17,7 +18,7 @@ from eldric.transport.errors import InvalidAddress, PeerLost, TransportClosed
 from eldric.transport.frame import PROTOCOL_VERSION, Frame
 from eldric.transport.zmq_guard import Guard, ZmqContext
 from eldric.transport.zmq_inbox import ZmqInbox
-from eldric.transport.zmq_link import Connection, ZmqLink, connect
+from eldric.transport.zmq_link import SLICE_S, Connection, ZmqLink, connect
 from eldric.v1 import frame_pb2
 
 logger = logging.getLogger(__name__)
@@ -95,11 +96,25 @@ class ZmqTransport(Transport):
         if self._closed:
             return
         self._closed = True
+        self._wait_for_peers()
         for link in self._links:
             link.close()
         self._inbox.close()
         self._guard.stop()
-        self._context.term()  # waits for the links' frames to leave
+        self._context.term()
+
+    def _wait_for_peers(self) -> None:
+        """Until they have taken what was sent. Peers that close at the same time wait for us as we do for them."""
+        deadline = time.monotonic() + self.options.linger_s
+        links = [link for link in self._links if isinstance(link, ZmqLink)]
+        for link in links:
+            link.start_closing()
+        while links := [link for link in links if not link.finish_closing()]:
+            left_s = deadline - time.monotonic()
+            if left_s <= 0:
+                return
+            zmq.select([self._inbox.socket, *(link.socket for link in links)], [], [], min(left_s, SLICE_S))
+            self._inbox.discard()
 
     def _check_open(self) -> None:
         if self._closed:

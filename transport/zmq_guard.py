@@ -42,10 +42,10 @@ HANDSHAKE_FAILURES = frozenset(
 )
 
 
-def set_options(socket: zmq.Socket[bytes], silence_s: float, linger_s: float) -> None:
+def set_options(socket: zmq.Socket[bytes], silence_s: float) -> None:
     """What both ends have in common. Heartbeats: a lost peer is noticed within silence_s."""
     silence_ms = math.ceil(silence_s * 1000)
-    socket.linger = math.ceil(linger_s * 1000)
+    socket.linger = 0  # Transport.close waits by itself
     socket.ipv6 = True
     socket.handshake_ivl = silence_ms
     socket.heartbeat_ivl = max(1, silence_ms // 3)

@@ -6,6 +6,7 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass
 
 import zmq
@@ -132,6 +133,17 @@ class ZmqInbox:
             dropped=dict(self._filter.dropped),
         )
 
+    def discard(self) -> None:
+        """Take what has come, so that peers that close may go on, and forget it."""
+        with suppress(PeerLost):
+            while self.recv(0) is not None:
+                pass
+
+    @property
+    def socket(self) -> "zmq.Socket[bytes]":
+        """For polling."""
+        return self._router
+
     def close(self) -> None:
         self._router.disable_monitor()
         self._router.close()
@@ -140,7 +152,7 @@ class ZmqInbox:
     def _make_router(self, context: ZmqContext, keys: ZmqKeys | None) -> zmq.Socket[bytes]:
         options = self._options
         router = context.socket(zmq.ROUTER)
-        set_options(router, options.silence_s, linger_s=0)
+        set_options(router, options.silence_s)
         router.rcvhwm = high_water_mark(options.queue_frames)
         router.maxmsgsize = options.max_payload_bytes + MAX_HEADER_BYTES
         if keys is not None:
@@ -234,13 +246,14 @@ class ZmqInbox:
         self._tell(routing_id, window.grant())
 
     def _greet_again(self, sender: _Sender, data: bytes) -> None:
-        """A known sender's link goes on in a new epoch."""
+        """A known sender's link goes on in a new epoch, or is about to close."""
         try:
             hello = frame_pb2.LinkHello.FromString(data)
         except DecodeError:
             hello = frame_pb2.LinkHello()
         if self._hello_problem(hello) is None and hello.from_stage == sender.stage:
             sender.epoch = hello.epoch
+            self._tell(sender.routing_id, sender.window.grant())
         else:
             self._filter.drop(DropReason.CORRUPT)
 

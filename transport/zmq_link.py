@@ -78,8 +78,7 @@ class ZmqLink(Link):
 
     def confirm(self, epoch: int) -> None:
         self._connection.epoch = self._hello.epoch = epoch
-        with suppress(zmq.Again):  # the connection has just gone
-            self._socket.send(self._hello.SerializeToString(), zmq.NOBLOCK)
+        self._say_hello()
 
     @property
     def closed(self) -> str | None:
@@ -91,7 +90,7 @@ class ZmqLink(Link):
         return LinkStats(
             frames=window.sent_frames,
             bytes=window.sent_bytes,
-            queue_frames=window.sent_frames - window.taken_frames,
+            queue_frames=window.frames_under_way,
             queue_bytes=window.sent_bytes - window.taken_bytes,
         )
 
@@ -104,6 +103,27 @@ class ZmqLink(Link):
         if self._connection.closed is None and window.open and self._try_send(data, view):
             return
         self._send_slowly(data, view, timeout)
+
+    def start_closing(self) -> None:
+        """Send nothing more, and ask the peer to say when it has taken everything."""
+        if self.closed is None:
+            self._hello.closing = True
+            self._say_hello()
+
+    def finish_closing(self) -> bool:
+        """Whether there is nothing left to wait for."""
+        if self.closed is None:
+            self._read_grants()
+        return self.closed is not None or not self._window.frames_under_way
+
+    @property
+    def socket(self) -> "zmq.Socket[bytes]":
+        """For polling."""
+        return self._socket
+
+    def _say_hello(self) -> None:
+        with suppress(zmq.Again):  # the connection has just gone
+            self._socket.send(self._hello.SerializeToString(), zmq.NOBLOCK)
 
     def close(self) -> None:
         if not self._socket.closed:
@@ -171,7 +191,7 @@ def connect(
     while (left_s := deadline - time.monotonic()) > 0:
         connection = Connection(options.silence_s, on_lost)
         socket = context.socket(zmq.DEALER)
-        set_options(socket, options.silence_s, linger_s=0)
+        set_options(socket, options.silence_s)
         socket.sndhwm = high_water_mark(options.queue_frames)
         socket.maxmsgsize = MAX_GRANT_BYTES
         socket.reconnect_ivl = -1  # whoever listens there next is somebody else
@@ -183,7 +203,6 @@ def connect(
         socket.connect(endpoint)
         connection.settled.wait(left_s)
         if connection.connected and connection.closed is None:
-            socket.linger = math.ceil(options.linger_s * 1000)
             return socket, connection
         reason = connection.closed or reason
         socket.disable_monitor()

@@ -458,8 +458,8 @@ Global___SequenceClose: _TypeAlias = SequenceClose  # noqa: Y015
 
 @_typing.final
 class LinkHello(_message.Message):
-    """The first message on a link, and again when the link goes on in a new epoch. For transports whose connections do not
-    say who is at the other end.
+    """The first message on a link; again when the link goes on in a new epoch; and the last one before an orderly end. For
+    transports whose connections do not say who is at the other end.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -468,12 +468,18 @@ class LinkHello(_message.Message):
     PIPELINE_ID_FIELD_NUMBER: _builtins.int
     FROM_STAGE_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
+    CLOSING_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     pipeline_id: _builtins.str
     from_stage: _builtins.int
     """Index of the stage that will send on this link. Stays the same."""
     epoch: _builtins.int
     """The sender's epoch. The end of a link of an older epoch than the receiver's is of no interest to it."""
+    closing: _builtins.bool
+    """No frame will follow. The receiver answers with a grant once it has taken all that came before; until then the
+    sender keeps the connection, because what a closed TCP connection has not delivered is lost as soon as the other
+    end writes to it.
+    """
     def __init__(
         self,
         *,
@@ -481,10 +487,11 @@ class LinkHello(_message.Message):
         pipeline_id: _builtins.str = ...,
         from_stage: _builtins.int = ...,
         epoch: _builtins.int = ...,
+        closing: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "from_stage", b"from_stage", "pipeline_id", b"pipeline_id", "protocol_version", b"protocol_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["closing", b"closing", "epoch", b"epoch", "from_stage", b"from_stage", "pipeline_id", b"pipeline_id", "protocol_version", b"protocol_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -492,7 +499,7 @@ Global___LinkHello: _TypeAlias = LinkHello  # noqa: Y015
 
 @_typing.final
 class LinkGrant(_message.Message):
-    """Answers a hello, and comes again as the receiver takes frames. A sender may send while it has fewer than window_frames
+    """Answers each hello, and comes again as the receiver takes frames. A sender may send while it has fewer than window_frames
     and fewer than window_bytes under way (sent and not taken), so that one frame larger than the window still gets
     through. Until the first grant the window is 8 frames and 64 MiB.
     """

@@ -17,17 +17,42 @@ pytestmark = pytest.mark.parametrize("scheme", ["zmq", "inproc"])
 
 
 def test_closed_sender_is_lost_after_its_frames(scheme: str) -> None:
-    with linked(scheme) as (sender, link, receiver):
+    options = replace(QUICK, linger_s=20)
+    with linked(scheme, options) as (sender, link, receiver), ThreadPoolExecutor(1) as pool:
         for number in range(5):
             link.send(numbered(number), bytes(50_000))
         key = sender.public_key
-        sender.close()
+        closing = pool.submit(sender.close)
         assert [receive(receiver).header.step for _ in range(5)] == list(range(5))
         with pytest.raises(PeerLost) as lost:
             receiver.recv(5)
         assert (lost.value.stage, lost.value.inbound, lost.value.public_key) == (0, True, key)
+        closing.result(timeout=5)  # as soon as all was taken
         assert receiver.recv(SHORT) is None  # reported once
         assert receiver.stats.peers == 0
+
+
+def test_close_waits_no_longer_than_it_may_for_a_receiver_that_takes_nothing(scheme: str) -> None:
+    with linked(scheme, replace(QUICK, linger_s=0.3)) as (sender, link, receiver):
+        for number in range(5):
+            link.send(numbered(number), bytes(50_000))
+        began = time.monotonic()
+        sender.close()
+        assert time.monotonic() - began < 1
+        assert [receive(receiver).header.step for _ in range(5)] == list(range(5))  # they had left nevertheless
+
+
+def test_neighbours_that_close_at_once_do_not_wait_for_each_other(scheme: str) -> None:
+    options = replace(QUICK, linger_s=20)
+    with make_transport(scheme, 0, options) as left, make_transport(scheme, 1, options) as right:
+        left.allow([right.public_key])
+        right.allow([left.public_key])
+        for link in (left.connect(peer_of(right, right.listen())), right.connect(peer_of(left, left.listen()))):
+            for number in range(5):
+                link.send(numbered(number), bytes(50_000))
+        with ThreadPoolExecutor(2) as pool:
+            for closing in [pool.submit(transport.close) for transport in (left, right)]:
+                closing.result(timeout=5)
 
 
 def test_closed_receiver_is_lost_and_its_link_dead(scheme: str) -> None:

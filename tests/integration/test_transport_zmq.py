@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import pytest
 import zmq
+import zmq.utils.monitor
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -183,8 +184,14 @@ def test_garbage_on_the_port_does_nothing(encrypt: bool) -> None:
         assert receiver.stats.frames == 0
 
 
-def test_connections_that_came_and_went_are_not_mixed_up_with_a_good_one() -> None:
+def test_connections_that_came_and_went_are_not_mixed_up_with_a_good_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """File descriptors are used again at once; ends of strangers are in the queue when the good peer says hello."""
+
+    def late(message: list[bytes]) -> zmq.utils.monitor._MonitorMessage:
+        time.sleep(0.005)  # a guard that lags behind
+        return zmq.utils.monitor.parse_monitor_message(message)
+
+    monkeypatch.setattr("eldric.transport.zmq_guard.parse_monitor_message", late)
     with make_transport("zmq", 0) as sender, make_transport("zmq", 1) as receiver:
         peer = peer_of(receiver, receiver.listen())
         host, _, port = peer.address.removeprefix("zmq://").rpartition(":")
