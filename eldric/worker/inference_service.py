@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 
 import numpy as np
 
+from eldric.engine.sampling import Sampler
 from eldric.engine.schedule import Sequence as EngineSequence
 from eldric.errors import InvalidRequest, NotReady
 from eldric.v1 import frame_pb2, inference_pb2, inference_pb2_grpc
@@ -67,7 +68,7 @@ def make_generation(request: inference_pb2.GenerateRequest, head: Head) -> Gener
     if len(request.stop_tokens) > MAX_STOP_TOKENS or len(request.request_id) > MAX_REQUEST_ID:
         raise InvalidRequest(f"at most {MAX_STOP_TOKENS} stop tokens, and {MAX_REQUEST_ID} characters of request id")
     sampling = with_seed(request.sampling)
-    sampling_params(sampling)
+    Sampler(sampling_params(sampling), head.vocab_size, ())  # what the tail will make of it must be sound
     sequence = EngineSequence(
         id=request.request_id or secrets.token_hex(8),
         prompt=prompt,

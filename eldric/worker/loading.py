@@ -90,8 +90,7 @@ class StageLoader:
         try:
             spec = spec_of(model)
             layers = LayerRange(request.layers.start, request.layers.end)
-            if layers.stop > spec.layers:
-                raise InvalidRequest(f"layers [{layers.start}, {layers.stop}) of a model that has {spec.layers}")
+            _check_place(request, spec)
             options = self._settle(request, spec)
             estimate = memory_estimate(
                 model_costs(model, spec),
@@ -210,6 +209,17 @@ class StageLoader:
             lanes=options.lanes,
             decode_rows=options.slots,
             queue=self._config.queue,
+        )
+
+
+def _check_place(request: stage_pb2.LoadRequest, spec: ModelSpec) -> None:
+    """The head begins the model and the tail ends it, and nobody else does. Raises InvalidRequest."""
+    start, end = request.layers.start, request.layers.end
+    if end > spec.layers:
+        raise InvalidRequest(f"layers [{start}, {end}) of a model that has {spec.layers}")
+    if (start == 0, end == spec.layers) != (request.index == 0, request.index == request.stage_count - 1):
+        raise InvalidRequest(
+            f"layers [{start}, {end}) of {spec.layers} are not those of stage {request.index} of {request.stage_count}"
         )
 
 

@@ -13,12 +13,18 @@ def open_model(source: stage_pb2.ModelSource, mount: Path | None) -> ModelFile:
     Raises NotFound when it is not visible here, NotReady when it is another file than the one that was planned,
     InvalidModel when it is damaged.
     """
-    paths = [_inside(mount or Path(source.folder), file.path) for file in source.files]
+    folder = mount or Path(source.folder)
+    if not folder.is_absolute():
+        raise InvalidRequest(f"the model store's folder {source.folder!r} is no absolute path")
+    paths = [_inside(folder, file.path) for file in source.files]
     if not paths:
         raise InvalidRequest("the load request names no model file")
     for path, file in zip(paths, source.files, strict=True):
         _check_size(path, file.size_bytes, mount)
-    model = ModelFile.open(paths[0])
+    try:
+        model = ModelFile.open(paths[0])
+    except OSError as error:
+        raise NotReady(f"{paths[0]} cannot be read on this worker: {error.strerror}") from error
     if source.header_sha256 and bytes.fromhex(model.header_sha256()) != source.header_sha256:
         model.close()
         raise NotReady(f"{paths[0]} is not the file that the model store has: its header differs")
@@ -27,7 +33,7 @@ def open_model(source: stage_pb2.ModelSource, mount: Path | None) -> ModelFile:
 
 def _inside(folder: Path, relative: str) -> Path:
     pure = PurePosixPath(relative)
-    if pure.is_absolute() or ".." in pure.parts or not pure.parts:
+    if pure.is_absolute() or ".." in pure.parts or not pure.parts or "\0" in relative:
         raise InvalidRequest(f"{relative!r} does not lie in the model store")
     return folder.joinpath(*pure.parts)
 
@@ -35,8 +41,10 @@ def _inside(folder: Path, relative: str) -> Path:
 def _check_size(path: Path, size_bytes: int, mount: Path | None) -> None:
     try:
         seen = path.stat().st_size
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         hint = "" if mount else "; mount the model store here and start the worker with --models FOLDER"
         raise NotFound(f"no file {path} on this worker{hint}") from error
+    except OSError as error:
+        raise NotReady(f"{path} cannot be read on this worker: {error.strerror}") from error
     if seen != size_bytes:
         raise NotReady(f"{path} has {seen} bytes here and {size_bytes} in the model store")

@@ -154,8 +154,8 @@ class StageTable:
     def _admit(self, request: stage_pb2.LoadRequest) -> HeldStage:
         if self._draining:
             raise Unavailable(f"worker {self._config.node.name} is about to end")
-        if not request.pipeline_id or request.stage_count == 0 or request.index >= request.stage_count:
-            raise InvalidRequest("a load request needs a pipeline id, and an index below its stage count")
+        if not request.pipeline_id or request.epoch == 0 or request.index >= request.stage_count:
+            raise InvalidRequest("a load request needs a pipeline id, an epoch, and an index below its stage count")
         if request.insecure_tensors and not self._config.allow_insecure_tensors:
             raise InvalidRequest(
                 f"worker {self._config.node.name} does not allow unencrypted tensor channels; "

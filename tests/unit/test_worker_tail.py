@@ -1,0 +1,81 @@
+"""The tail's samplers: one for each slot, for as long as a sequence holds it."""
+
+import numpy as np
+import pytest
+
+from eldric.engine.errors import InvalidSampling
+from eldric.engine.step import Run
+from eldric.v1 import frame_pb2, sampling_pb2
+from eldric.worker.tail import Tail
+
+VOCAB = 8
+
+
+def opened(slot: int, **sampling: float) -> frame_pb2.SequenceOpen:
+    return frame_pb2.SequenceOpen(slot=slot, sampling=sampling_pb2.SamplingParams(**{"temperature": 0.0, **sampling}))  # type: ignore[arg-type]
+
+
+def logits(*best: int) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
+    rows = np.zeros((len(best), VOCAB), np.float32)
+    rows[range(len(best)), best] = 5.0
+    return rows
+
+
+def test_each_run_with_logits_gets_its_slots_token() -> None:
+    tail = Tail(VOCAB)
+    for slot in (0, 1, 2):
+        tail.open(opened(slot))
+    runs = [Run(2, 4, 1, True), Run(0, 0, 3, False), Run(1, 9, 1, True)]
+    answer = tail.sample(runs, logits(6, 3))
+    assert [(token.slot, token.token) for token in answer.tokens] == [(2, 6), (1, 3)]
+    assert not any(token.HasField("logprob") for token in answer.tokens)
+
+
+def test_a_step_without_logits_gives_no_token() -> None:
+    tail = Tail(VOCAB)
+    tail.open(opened(0))
+    assert not tail.sample([Run(0, 0, 3, False)], None).tokens
+
+
+def test_a_closed_slot_gives_no_token_but_takes_its_row() -> None:
+    tail = Tail(VOCAB)
+    tail.open(opened(0))
+    tail.open(opened(1))
+    tail.close(0)
+    tail.close(5)
+    answer = tail.sample([Run(0, 4, 1, True), Run(1, 4, 1, True)], logits(6, 3))
+    assert [(token.slot, token.token) for token in answer.tokens] == [(1, 3)]
+
+
+def test_logprobs_come_best_first() -> None:
+    tail = Tail(VOCAB)
+    tail.open(opened(0, logprobs=3))
+    (token,) = tail.sample([Run(0, 4, 1, True)], logits(6)).tokens
+    assert token.top_tokens[0] == token.token == 6 and len(token.top_tokens) == len(token.top_logprobs) == 3
+    assert token.logprob < 0 and token.logprob == pytest.approx(token.top_logprobs[0])
+    assert list(token.top_logprobs) == sorted(token.top_logprobs, reverse=True)
+
+
+def test_penalties_count_the_prompt() -> None:
+    tail = Tail(VOCAB)
+    message = opened(0, presence_penalty=8.0)
+    message.prompt.append(6)
+    tail.open(message)
+    (token,) = tail.sample([Run(0, 4, 1, True)], logits(6)).tokens
+    assert token.token != 6
+
+
+def test_a_draw_depends_on_seed_and_position_alone() -> None:
+    def draw(seed: int, position: int, slot: int) -> int:
+        tail = Tail(VOCAB)
+        tail.open(opened(slot, temperature=1.0, seed=seed))
+        rows = np.zeros((1, VOCAB), np.float32)
+        return tail.sample([Run(slot, position, 1, True)], rows).tokens[0].token
+
+    assert [draw(1, position, 0) for position in range(20)] == [draw(1, position, 3) for position in range(20)]
+    assert len({tuple(draw(seed, position, 0) for position in range(20)) for seed in range(4)}) == 4
+
+
+def test_an_unsound_sampling_is_refused() -> None:
+    with pytest.raises(InvalidSampling, match="logit_bias"):
+        Tail(VOCAB).open(frame_pb2.SequenceOpen(slot=0, sampling=sampling_pb2.SamplingParams(logit_bias={VOCAB: 1.0})))
