@@ -59,7 +59,7 @@ class TestRing:
 @contextlib.asynccontextmanager
 async def ring(path: Path, layers: Sequence[int], **options: Any) -> AsyncIterator[TestRing]:
     """layers: of each stage. options: fields of StageOptions."""
-    tables = [_table(path.parent) for _ in layers]
+    tables = [table_of(path.parent) for _ in layers]
     settings = common_pb2.StageOptions(**{"context": 512, "slots": 4, "threads": 1, "chunk": 64, **options})
     starts = [sum(layers[:index]) for index in range(len(layers) + 1)]
     requests = [
@@ -103,9 +103,10 @@ def source_of(path: Path) -> stage_pb2.ModelSource:
         )
 
 
-def _table(folder: Path) -> StageTable:
+def table_of(folder: Path, **settings: Any) -> StageTable:
+    """The stages of a worker without a node around them. folder: of the models; settings: fields of WorkerConfig."""
     node = NodeConfig("worker", "test", folder, controllers=("127.0.0.1:1",))
-    config = WorkerConfig(node, models=folder, threads=1)
+    config = WorkerConfig(node, models=folder, threads=1, **settings)
     return StageTable(config, StageLoader(config, WorkerMetrics(CollectorRegistry()), lambda: None))
 
 
