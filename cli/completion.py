@@ -20,7 +20,7 @@ def _names(context: typer.Context, incomplete: str, ask: Callable[["Client"], li
         folder = context.params.get("folder")
         controller = context.params.get("controller")
         with client_of(Path(folder) if folder else None, controller, timeout_s=TIMEOUT_S) as client:
-            return [name for name in ask(client) if name.startswith(incomplete)]
+            return sorted(name for name in ask(client) if name.startswith(incomplete))
     except Exception:  # whatever it is, a half-typed line is no place to say it
         return []
 

@@ -23,6 +23,7 @@ from eldric.controller.state import Store
 from eldric.errors import AlreadyExists, InvalidRequest, NotFound
 from eldric.names import IDENTITY_KINDS, check_name, join_address, machine_address, split_address
 from eldric.security import Authority, Identity, JoinToken, join, new_token
+from eldric.security.tokens import MAX_LIFETIME_S
 
 app = options.new_app()
 
@@ -49,7 +50,7 @@ def init(
     http_port: Annotated[
         int,
         option("--http-port", metavar="PORT", help="gRPC: + 1000, joining: + 2000.", default="8880", min=1, max=63535),
-    ] = (HTTP_PORTS["controller"]),
+    ] = HTTP_PORTS["controller"],
     lifetime: Lifetime = "1h",
     as_json: options.Json = False,
 ) -> None:
@@ -58,7 +59,7 @@ def init(
     Writes the cluster's authority and the controller's certificate into the folder, makes you its operator (certificate
     and context in your own configuration), and prints what to run next and a join token.
     """
-    seconds = parse_seconds(lifetime)
+    seconds = _lifetime(lifetime)
     place, reach = folder.expanduser().resolve(), host or machine_address()
     context = context_path()
     if (place / AUTHORITY_FOLDER).exists():
@@ -130,7 +131,7 @@ def token(
 
     --kind client makes another operator; --kind controller another controller.
     """
-    seconds = parse_seconds(lifetime)
+    seconds = _lifetime(lifetime)
     with client_of(folder, controller) as client:
         text = client.create_token(lifetime_s=seconds, uses=uses, kind=kind)
         join_at = _join_address(client.cluster)
@@ -140,6 +141,14 @@ def token(
     out.print(text, soft_wrap=True)
     if err.is_terminal:
         err.print(f"\neldric-cli join {text} {join_at} --kind {kind or 'worker'}", style="dim", soft_wrap=True)
+
+
+def _lifetime(text: str) -> int:
+    """Seconds. Raises InvalidRequest."""
+    seconds = parse_seconds(text)
+    if seconds > MAX_LIFETIME_S:
+        raise InvalidRequest(f"a join token lives for at most {MAX_LIFETIME_S // 86400} days, not {text}")
+    return seconds
 
 
 def _join_address(cluster: Cluster) -> str:

@@ -114,12 +114,19 @@ class Client:
             tasks.append(self._loop.create_task(work))
             tasks[0].add_done_callback(lambda task: _settle(outcome, task))
 
-        self._loop.call_soon_threadsafe(begin)
+        def cancel() -> None:
+            if not tasks:  # the interrupt came before it began
+                work.close()
+                outcome.set_exception(Unavailable("the call was cancelled"))
+            for task in tasks:
+                task.cancel()
+
         try:
+            self._loop.call_soon_threadsafe(begin)
             return outcome.result()
         except BaseException:
             if not outcome.done():
-                self._loop.call_soon_threadsafe(lambda: tasks[0].cancel())
+                self._loop.call_soon_threadsafe(cancel)
                 wait([outcome], _CANCEL_S)
             raise
 

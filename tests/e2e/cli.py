@@ -1,18 +1,20 @@
 """eldric-cli as a process of its own, and clusters that it starts."""
 
 import contextlib
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
-from eldric.cli import processes
+from eldric.cli import main, processes
 from eldric.cli.local import LocalCluster
 
 #: Longest wait for a command.
@@ -50,6 +52,7 @@ class Cli:
 
     home: Path
     environment: dict[str, str] = field(default_factory=dict)
+    inside: bool = False  # in this process, which is ten times as quick
 
     @property
     def _environment(self) -> dict[str, str]:
@@ -58,6 +61,27 @@ class Cli:
 
     def __call__(self, *arguments: object, code: int | None = 0, text: str | None = None) -> Done:
         """Run to the end. `code`: the exit code that is expected, None for any; `text`: stdin."""
+        ended = self._inside(arguments, text) if self.inside else self._outside(arguments, text)
+        assert code is None or ended.code == code, ended
+        return ended
+
+    def _inside(self, arguments: Sequence[object], text: str | None) -> Done:
+        out, err = io.StringIO(), io.StringIO()
+        here = os.getcwd()
+        with (
+            mock.patch.dict(os.environ, self._environment, clear=True),
+            mock.patch.object(sys, "stdin", io.StringIO(text or "")),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+        ):
+            os.chdir(self.home)
+            try:
+                code = main.run([str(each) for each in arguments])
+            finally:
+                os.chdir(here)
+        return Done(code, out.getvalue(), err.getvalue())
+
+    def _outside(self, arguments: Sequence[object], text: str | None) -> Done:
         done = subprocess.run(
             self._command(*arguments),
             input=text,
@@ -68,9 +92,7 @@ class Cli:
             env=self._environment,
             cwd=self.home,
         )
-        ended = Done(done.returncode, done.stdout, done.stderr)
-        assert code is None or ended.code == code, ended
-        return ended
+        return Done(done.returncode, done.stdout, done.stderr)
 
     def start(self, *arguments: object, **settings: Any) -> "subprocess.Popen[str]":
         """Start, with pipes for stdout and stderr unless it is said otherwise."""

@@ -43,5 +43,5 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, home_cli: Cli) -> Iterator
 
 @pytest.fixture
 def cli(cluster: Cluster) -> Cli:
-    """eldric-cli that speaks to the shared cluster."""
-    return cluster.cli
+    """eldric-cli that speaks to the shared cluster, within this process; `cluster.cli` is one of its own."""
+    return replace(cluster.cli, inside=True)

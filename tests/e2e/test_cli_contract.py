@@ -1,5 +1,6 @@
 """What scripts rely on: commands, their JSON, their exit codes."""
 
+import json
 import os
 from typing import Any
 
@@ -28,8 +29,8 @@ def test_up_names_the_nodes_and_the_router(cluster: Cluster) -> None:
     assert STORY in [model["id"] for model in models["data"]]
 
 
-def test_status(cli: Cli) -> None:
-    pipelines = {each["name"]: each for each in cli("status", "--json").json["pipelines"]}
+def test_status(cluster: Cluster) -> None:
+    pipelines = {each["name"]: each for each in cluster.cli("status", "--json").json["pipelines"]}
     pipeline = pipelines[STORY]
     assert (pipeline["model"], pipeline["state"], pipeline["epoch"]) == (STORY, "ready", 1)
     stages: list[dict[str, Any]] = pipeline["stages"]
@@ -42,11 +43,11 @@ def test_status(cli: Cli) -> None:
         assert is_alive(stage["pid"])
         assert stage["memory_bytes"] > 0
         assert stage["step_ms"] >= 0
-    assert cli("status", STORY, "--json").json["pipelines"][0]["name"] == STORY
+    assert cluster.cli("status", STORY, "--json").json["pipelines"] == [pipeline]
 
 
-def test_workers(cli: Cli) -> None:
-    workers = cli("workers", "--json").json["workers"]
+def test_workers(cluster: Cluster) -> None:
+    workers = cluster.cli("workers", "--json").json["workers"]
     assert sorted(worker["name"] for worker in workers) == ["worker-1", "worker-2", "worker-3"]
     for worker in workers:
         assert is_alive(worker["pid"])
@@ -55,8 +56,8 @@ def test_workers(cli: Cli) -> None:
         assert worker["memory_bytes"] > worker["memory_used_bytes"] >= 0
 
 
-def test_run(cli: Cli) -> None:
-    answer = cli("run", STORY, "Once upon a time", *GREEDY, "--json").json
+def test_run(cluster: Cluster) -> None:
+    answer = cluster.cli("run", STORY, "Once upon a time", *GREEDY, "--json").json
     assert len(answer["tokens"]) == 16
     assert all(isinstance(token, int) for token in answer["tokens"])
     assert answer["finish_reason"] == "length"
@@ -93,7 +94,8 @@ def test_stop(cli: Cli) -> None:
     assert "named" not in answer["text"]
 
 
-def test_deploy_and_undeploy(cli: Cli) -> None:
+def test_deploy_and_undeploy(cluster: Cluster) -> None:
+    cli = cluster.cli
     plan = cli("deploy", STORY, "--name", "two", "--stages", 2, "--dry-run", "--json").json["plan"]
     assert [stage["index"] for stage in plan["stages"]] == [0, 1]
     deployed = cli("deploy", STORY, "--name", "two", "--stages", 2, "--ctx", 256, "--slots", 1, "--json")
@@ -161,8 +163,6 @@ def test_doctor_finds_nothing_wrong_with_the_cluster(cli: Cli) -> None:
 
 
 def test_chat_with_json_is_an_object_a_line(cli: Cli) -> None:
-    import json
-
     done = cli(
         "chat", STORY, "--temperature", 0, "--max-tokens", 8, "--json", text="Hello\n\n/new\nHello\n/bye\nmore\n"
     )
@@ -172,8 +172,6 @@ def test_chat_with_json_is_an_object_a_line(cli: Cli) -> None:
 
 
 def test_a_conversation_remembers(cli: Cli) -> None:
-    import json
-
     done = cli("chat", STORY, "--temperature", 0, "--max-tokens", 8, "--json", text="Hello\nHello\n")
     first, second = map(json.loads, done.out.splitlines())
     assert second["usage"]["prompt_tokens"] > first["usage"]["prompt_tokens"] + 8

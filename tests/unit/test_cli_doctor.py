@@ -231,9 +231,8 @@ def test_a_worker_over_its_memory() -> None:
 
 def test_plans() -> None:
     assert levels(cluster_checks.check_plans({"tale": Plan("tale", (), {})})) == []
-    found = list(
-        cluster_checks.check_plans({"tale": Plan("tale", (), {"w2": "draining", "w3": "not needed"}), "big": "12 GiB are missing"})
-    )
+    excluded = {"w2": "draining", "w3": "not needed"}
+    found = list(cluster_checks.check_plans({"tale": Plan("tale", (), excluded), "big": "12 GiB are missing"}))
     assert levels(found) == [WARNING, WARNING]
     assert "big cannot be deployed: 12 GiB are missing" in found[0].message
     assert "w2 is left out: draining" in found[1].message
