@@ -15,7 +15,7 @@ class Run(NamedTuple):
 
     slot: int  # index of the sequence's KV slot, the same in every stage
     position: int  # absolute position of the run's first token
-    count: int  # number of tokens, at least 1
+    count: int  # type: ignore[assignment]  # number of tokens, at least 1 (tuple.count is hidden on purpose)
     logits: bool  # whether the tail computes logits for the run's LAST token
 
 
