@@ -93,6 +93,8 @@ async def test_a_deploy_that_a_worker_does_not_survive_leaves_nothing_on_the_oth
         assert time.monotonic() - killed < 2.0
         assert not await cluster.client.status()
         assert not await cluster.stages_held("worker-1") and not await cluster.stages_held("worker-3")
+        await cluster.up()  # the worker again, in a new process
+        assert (await cluster.deploy_endless(stages=3)).state == "ready"
 
 
 async def test_a_deploy_whose_caller_leaves_is_undone(tmp_path: Path) -> None:
