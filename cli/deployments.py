@@ -2,6 +2,7 @@
 
 import contextlib
 import time
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Any
 
 import typer
@@ -13,13 +14,13 @@ from eldric.cli.output import err, human_bytes, out, print_json, table
 from eldric.cli.progress import follow_deploy, layer_range
 from eldric.cli.storing import ensure_in_store
 from eldric.cli.units import parse_numbers
-from eldric.client import Client, Plan
+from eldric.client import Client, DeployEvent, Plan
 from eldric.errors import EldricError, NotFound
 
 app = options.new_app()
 
 #: Longest wait for an interrupted deployment to be undone, in seconds.
-_UNDO_S = 10.0
+_UNDO_S = 60.0
 
 
 @app.command()
@@ -117,11 +118,13 @@ def deploy(
             return
         began = time.monotonic()
         events = client.deploy_events(stored, **settings)
+        seen: list[DeployEvent] = []
         try:
             with contextlib.closing(events):
-                info = follow_deploy(events, quiet=as_json)
+                info = follow_deploy(_noting(events, seen), quiet=as_json)
         except (KeyboardInterrupt, SystemExit):
-            _wait_undone(client, name or stored, quiet=as_json)
+            if seen:  # before the first event there is nothing, or another pipeline of that name
+                _undo(client, name or stored, quiet=as_json)
             raise
         seconds = time.monotonic() - began
     if as_json:
@@ -165,15 +168,21 @@ def rebalance(
         out.print(f"{info.name} is ready, epoch {info.epoch}")
 
 
-def _wait_undone(client: Client, name: str, *, quiet: bool) -> None:
+def _noting(events: Iterable[DeployEvent], seen: list[DeployEvent]) -> Iterator[DeployEvent]:
+    for event in events:
+        seen.append(event)
+        yield event
+
+
+def _undo(client: Client, name: str, *, quiet: bool) -> None:
     """The controller undoes what nobody waits for any more: stay until it has, so that the next command sees it."""
     if not quiet:
         err.print("undoing the deployment", style="dim")
     deadline = time.monotonic() + _UNDO_S
     try:
         while time.monotonic() < deadline:
-            if client.status(name)[0].state == "ready":
-                return  # another pipeline of that name, which was in the way
+            if client.status(name)[0].state == "ready":  # it was done just before
+                client.undeploy(name)
             time.sleep(0.05)
     except NotFound:
         return

@@ -121,7 +121,7 @@ def test_impossible_clusters(home_cli: Cli, folder: Path) -> None:
 
 def test_an_interrupted_deployment_is_undone(cluster: Cluster) -> None:
     before = sum(memory_used(cluster))
-    large = ("--stages", 1, "--ctx", 100_000, "--slots", 4)  # takes a while
+    large = ("--stages", 1, "--ctx", 100_000, "--slots", 2)  # takes a while
     with cluster.cli.start("deploy", STORY, "--name", "half", *large) as process:
         assert process.stderr is not None
         while "mapping" not in process.stderr.readline():
