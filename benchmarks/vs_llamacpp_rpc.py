@@ -15,6 +15,7 @@ import argparse
 import asyncio
 import contextlib
 import statistics
+import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -43,6 +44,11 @@ Generate = Callable[[Sequence[Sequence[int]], int], float]
 """Runs all prompts at once for so many tokens each; returns seconds of wall time."""
 
 Samples = dict[str, dict[str, list[float]]]
+
+
+def say(line: str) -> None:
+    """How far it is, for whoever waits."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def prompt(length: int, seed: int) -> list[int]:
@@ -97,21 +103,24 @@ def measure(sides: dict[str, Generate], rounds: int) -> Samples:
             for side, generate in sides.items():
                 if side != "eldric alone" or streams == 1:
                     samples[f"{streams} streams"][side].append(decode_rate(generate, streams, turn + 2))
+                    say(f"round {turn + 1}: {streams} streams, {side}: {samples[f'{streams} streams'][side][-1]:.1f}")
         for side, generate in sides.items():
             samples["prefill"][side].append(prefill_rate(generate, turn + 2))
+            say(f"round {turn + 1}: prefill, {side}: {samples['prefill'][side][-1]:.1f}")
     return samples
 
 
 def best_ubatch(
-    programs: Path, model: Path, servers: Sequence[str], pool: ThreadPoolExecutor
+    programs: Path, model: Path, servers: Sequence[str], pool: ThreadPoolExecutor, ubatches: Sequence[int]
 ) -> tuple[int, dict[int, float]]:
     """The -ub with the fastest prefill, and all that were tried."""
     rates = {}
-    for ubatch in UBATCHES:
+    for ubatch in ubatches:
         with llamacpp.llama_server(programs, model, servers, ubatch=ubatch, slots=SLOTS, context=CONTEXT) as server:
             generate = llama_generate(server, pool)
             generate([prompt(LONG_PROMPT, 1)], 1)
             rates[ubatch] = statistics.median(prefill_rate(generate, seed) for seed in (2, 3))
+        say(f"llama.cpp RPC at -ub {ubatch}: prefill {rates[ubatch]:.0f} tokens/s")
     return max(rates, key=lambda ubatch: rates[ubatch]), rates
 
 
@@ -127,13 +136,15 @@ def deployed(client: Client, model: str, name: str, workers: list[str]) -> Itera
         client.undeploy(name)
 
 
-def compare(quant: str, rounds: int, folder: Path, model: Path, programs: Path) -> dict[str, Any]:
+def compare(
+    quant: str, rounds: int, ubatches: Sequence[int], folder: Path, model: Path, programs: Path
+) -> dict[str, Any]:
     name = quant.replace("_", "-")
     pool = ThreadPoolExecutor(max(STREAMS))
     with contextlib.ExitStack() as stack:
         stack.callback(pool.shutdown)
         servers = stack.enter_context(llamacpp.rpc_servers(programs, (0, 1)))
-        ubatch, tried = best_ubatch(programs, model, servers, pool)
+        ubatch, tried = best_ubatch(programs, model, servers, pool, ubatches)
         client = stack.enter_context(Client(folder=folder))
         client.models.add(model, name)
         starts: dict[str, list[float]] = defaultdict(list)
@@ -194,6 +205,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quants", nargs="+", default=["q4_0", "q4_k_m"])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--ubatches", type=int, nargs="+", default=UBATCHES, help="of llama.cpp, to choose from")
     arguments = parser.parse_args()
     programs = llamacpp.build()
     results = []
@@ -203,7 +215,7 @@ def main() -> None:
     ):
         for quant in arguments.quants:
             model = write_model(Path(shapes) / f"llama-1.1b-{quant}.gguf", SHAPES["1.1b"], quant)
-            results.append(compare(quant, arguments.rounds, folder, model, programs))
+            results.append(compare(quant, arguments.rounds, arguments.ubatches, folder, model, programs))
     print_json("vs_llamacpp_rpc", {"rounds": arguments.rounds, "shape": "1.1b", "threads": 1}, results)
 
 
