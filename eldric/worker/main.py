@@ -18,7 +18,7 @@ from eldric.worker.loading import StageLoader
 from eldric.worker.metrics import StageCollector, WorkerMetrics
 from eldric.worker.resources import resources
 from eldric.worker.stage_service import StageService
-from eldric.worker.stages import StageTable, status_of
+from eldric.worker.stages import StageTable
 
 #: How long the control loop may keep the interpreter from a compute thread that waits for it, in seconds. Python's own
 #: 5 ms is a tenth of a token.
@@ -49,7 +49,7 @@ class Worker:
         self.node.on_stop(self.stages.close)
 
     def statuses(self) -> list[stage_pb2.StageStatus]:
-        return [status_of(held) for held in self.stages]
+        return [held.status() for held in self.stages]
 
     def _beat(self) -> heartbeat_pb2.BeatRequest:
         return heartbeat_pb2.BeatRequest(stages=self.statuses(), memory_used_bytes=self.stages.memory_used_bytes)

@@ -8,7 +8,7 @@ import grpc
 
 from eldric.errors import NotFound
 from eldric.v1 import stage_pb2, stage_pb2_grpc
-from eldric.worker.stages import StageTable, status_of
+from eldric.worker.stages import StageTable
 
 #: Progress events that wait for a caller who reads slowly; only the newest matter.
 _PROGRESS = 16
@@ -44,7 +44,7 @@ class StageService(stage_pb2_grpc.StageServicer):
         return stage_pb2.ConnectResponse()
 
     async def Status(self, request: stage_pb2.StageStatusRequest, context: object) -> stage_pb2.StageStatusResponse:
-        statuses = [status_of(held) for held in self._stages]
+        statuses = [held.status() for held in self._stages]
         wanted = [each for each in statuses if request.pipeline_id in ("", each.pipeline_id)]
         return stage_pb2.StageStatusResponse(stages=wanted)
 

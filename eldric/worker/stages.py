@@ -3,8 +3,6 @@
 import asyncio
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from eldric.engine.errors import LoadCancelled
 from eldric.errors import (
@@ -17,11 +15,11 @@ from eldric.errors import (
     Unavailable,
 )
 from eldric.transport.base import Peer
-from eldric.v1 import common_pb2, heartbeat_pb2, stage_pb2
+from eldric.v1 import heartbeat_pb2, stage_pb2
 from eldric.worker.commands import Connect, Degrade, Stop
 from eldric.worker.config import WorkerConfig
 from eldric.worker.head import Head
-from eldric.worker.head_thread import HeadThread
+from eldric.worker.held_stage import HeldStage, StageKey
 from eldric.worker.loading import LoadedStage, StageLoader
 from eldric.worker.resources import memory_budget
 
@@ -36,40 +34,10 @@ _DRAIN_POLL_S = 0.02
 #: Longest wait for a compute thread to end its step and give its memory back.
 _JOIN_S = 30.0
 
+#: States of a stage that has not lost a neighbour.
+_UNBROKEN = (stage_pb2.LOADED, stage_pb2.SERVING)
+
 Progress = Callable[[stage_pb2.LoadProgress], None]
-
-
-class StageKey(NamedTuple):
-    pipeline_id: str
-    stage: int
-    epoch: int
-
-
-@dataclass(slots=True, eq=False)
-class HeldStage:
-    """One stage: loading while `loaded` is None."""
-
-    key: StageKey
-    request: stage_pb2.LoadRequest
-    reserved_bytes: int = 0
-    options: common_pb2.StageOptions = field(default_factory=common_pb2.StageOptions)
-    progress: stage_pb2.LoadProgress = field(default_factory=stage_pb2.LoadProgress)
-    loaded: LoadedStage | None = None
-    unwanted: int = 0
-    unloading: bool = False  # a load that is under way sees it and gives everything back
-    gone: asyncio.Event = field(default_factory=asyncio.Event)
-
-    @property
-    def head(self) -> Head | None:
-        return self.loaded.head if self.loaded else None
-
-    @property
-    def memory_bytes(self) -> int:
-        """What it holds, or has reserved while it loads."""
-        if self.loaded is None:
-            return self.reserved_bytes
-        use = self.loaded.memory
-        return use.mapped_bytes + use.repacked_bytes + use.kv_bytes + use.compute_bytes
 
 
 class StageTable:
@@ -108,7 +76,7 @@ class StageTable:
         heads = [stage for stage in found if stage.head is not None and not stage.unloading]
         if not heads:
             raise NotReady(f"the head of pipeline {name!r} is still loading")
-        best = max(heads, key=lambda stage: (_is_serving(stage), stage.key.epoch)).head
+        best = max(heads, key=lambda stage: (stage.state == stage_pb2.SERVING, stage.key.epoch)).head
         assert best is not None
         return best
 
@@ -245,8 +213,7 @@ class StageTable:
         for held in self:
             want = by_key.get(held.key)
             held.unwanted = 0 if want else held.unwanted + 1
-            if want is not None and want.degraded and _serves(held):
-                assert held.loaded is not None
+            if want is not None and want.degraded and held.loaded is not None and held.state in _UNBROKEN:
                 held.loaded.thread.post(Degrade("another stage of the pipeline is lost"))
             if held.unwanted >= _UNWANTED_ANSWERS and not held.unloading:
                 unwanted.append(held)
@@ -257,56 +224,10 @@ class StageTable:
     async def drain(self) -> None:
         """Take nothing new, and wait until no sequence is left: none at a head, and in other stages none of others'."""
         self._draining = True
-        while any(_is_busy(held) for held in self):
+        while any(held.is_busy for held in self):
             await asyncio.sleep(_DRAIN_POLL_S)
 
     async def close(self) -> None:
         """Unload everything."""
         reason = f"worker {self._config.node.name} has ended"
         await asyncio.gather(*(self._unload(held, reason) for held in self))
-
-
-def status_of(held: HeldStage) -> stage_pb2.StageStatus:
-    """What the worker says of a stage, in heartbeats and on request."""
-    request = held.request
-    status = stage_pb2.StageStatus(
-        pipeline_id=request.pipeline_id,
-        name=request.name,
-        epoch=request.epoch,
-        index=request.index,
-        stage_count=request.stage_count,
-        layers=request.layers,
-        state=stage_pb2.LOADING,
-        progress=held.progress,
-        options=held.options,
-    )
-    loaded = held.loaded
-    if loaded is not None:
-        thread = loaded.thread
-        status.state, status.message = thread.state, thread.message
-        status.memory.CopyFrom(loaded.memory)
-        status.endpoint.CopyFrom(loaded.endpoint)
-        status.step_ms, status.steps = thread.step_ms, thread.steps
-        status.dropped_frames.update(thread.dropped_frames)
-        status.refused_links = thread.refused_links
-        status.slots_used = thread.sequences
-        if isinstance(thread, HeadThread):
-            status.queued = thread.waiting
-        status.slots_total = held.options.slots
-    if held.unloading:
-        status.state = stage_pb2.UNLOADING
-    return status
-
-
-def _is_busy(held: HeldStage) -> bool:
-    if held.head is not None:
-        return held.head.live > 0
-    return held.loaded is not None and held.loaded.thread.sequences > 0
-
-
-def _is_serving(held: HeldStage) -> bool:
-    return held.loaded is not None and held.loaded.thread.state == stage_pb2.SERVING
-
-
-def _serves(held: HeldStage) -> bool:
-    return held.loaded is not None and held.loaded.thread.state != stage_pb2.BROKEN

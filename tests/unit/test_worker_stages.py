@@ -25,7 +25,7 @@ from eldric.worker.commands import Connect, Degrade, Stop
 from eldric.worker.compute_thread import Place
 from eldric.worker.config import WorkerConfig
 from eldric.worker.stages import _UNWANTED_ANSWERS as UNWANTED_ANSWERS
-from eldric.worker.stages import StageTable, status_of
+from eldric.worker.stages import StageTable
 
 pytestmark = pytest.mark.timeout(10)
 
@@ -156,11 +156,11 @@ async def test_a_loaded_stage_counts_what_it_holds(world: World) -> None:
     loading = world.start_load()
     await world.loader.arrived.wait()
     (held,) = world.table
-    assert (status_of(held).state, status_of(held).progress.phase) == (stage_pb2.LOADING, "mapping")
+    assert (held.status().state, held.status().progress.phase) == (stage_pb2.LOADING, "mapping")
     assert world.table.memory_used_bytes == 100, "what it may need is taken from the start"
     world.loader.gate.set()
     await loading
-    assert world.loader.thread.started and status_of(held).state == stage_pb2.LOADED
+    assert world.loader.thread.started and held.status().state == stage_pb2.LOADED
     assert world.table.memory_used_bytes == 80
 
 
@@ -219,7 +219,7 @@ async def test_a_load_whose_caller_leaves_gives_everything_back(world: World) ->
     await world.loader.arrived.wait()
     loading.cancel()
     await asyncio.sleep(0)
-    assert [status_of(held).state for held in world.table] == [stage_pb2.UNLOADING]
+    assert [held.status().state for held in world.table] == [stage_pb2.UNLOADING]
     world.loader.gate.set()
     with pytest.raises(asyncio.CancelledError):
         await loading
