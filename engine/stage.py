@@ -85,6 +85,8 @@ class Stage:
         self.spec, self.shard, self.config = spec, shard, config
         self._model = model
         self._held = [0] * config.slots
+        self._slot_count, self._chunk, self._context = config.slots, config.chunk, config.context
+        self._is_tail = shard.is_tail
         self._lane = min(config.lane_slots, config.slots)
         if config.exact:
             self._lane = min(self._lane, model.exact_rows())
@@ -152,16 +154,20 @@ class Stage:
         A run may begin at most where its slot's positions end; what the slot held behind it is forgotten. Raises
         InvalidStep, with nothing changed, for a step that breaks a bound.
         """
-        runs = step.runs
-        self._check(step)
-        for run in runs:
-            self._held[run.slot] = run.position  # should the computation fail, nothing behind is left to be trusted
-        if len(runs) == 1 or (len(runs) <= self._lane and all(run.count == 1 for run in runs)):
-            output = self._compute(runs, step.tokens, step.hidden)
-        else:
-            output = self._compute_in_parts(step)
-        for run in runs:
-            self._held[run.slot] = run.position + run.count
+        slots, positions, longest = self._admit(step)
+        try:
+            if longest == 1 and len(slots) <= self._lane:
+                output = self._decode(step.runs, slots, positions, step.tokens, step.hidden)
+            elif len(slots) == 1:
+                output = self._run_chunk(step.runs[0], step.tokens, step.hidden)
+            else:
+                output = self._compute_in_parts(step)
+        except BaseException:
+            for slot, position in zip(slots, positions, strict=True):
+                self._held[slot] = position  # what is behind was perhaps written over
+            raise
+        for slot, position, count, _ in step.runs:
+            self._held[slot] = position + count
         return output
 
     def close(self) -> None:
@@ -178,32 +184,42 @@ class Stage:
     ) -> None:
         self.close()
 
-    def _compute(self, runs: Sequence[Run], tokens: Tokens | None, hidden: Hidden | None) -> StepOutput:
-        """One run, or a few runs of one row each: what a single graph computes."""
-        wanted = self.shard.is_tail and any(run.logits for run in runs)
-        first = runs[0]
-        if first.count > 1:
-            rows = self._model.run_chunk(first.slot, first.position, first.count, tokens, hidden, wanted)
-        else:
-            slots, positions = [run.slot for run in runs], [run.position for run in runs]
-            rows = self._model.decode(slots, positions, tokens, hidden, wanted)
-        if not self.shard.is_tail:
-            return StepOutput(rows, None)
-        if rows is not None and len(rows) > 1 and not all(run.logits for run in runs):
-            rows = rows[[index for index, run in enumerate(runs) if run.logits]]
-        return StepOutput(None, rows)
+    def _decode(
+        self,
+        runs: Sequence[Run],
+        slots: list[int],
+        positions: list[int],
+        tokens: Tokens | None,
+        hidden: Hidden | None,
+    ) -> StepOutput:
+        """Runs of one row each, as many as one graph computes."""
+        if not self._is_tail:
+            return StepOutput(self._model.decode(slots, positions, tokens, hidden, False), None)
+        wanted = [index for index, run in enumerate(runs) if run.logits]
+        logits = self._model.decode(slots, positions, tokens, hidden, bool(wanted))
+        return StepOutput(None, logits if logits is None or len(wanted) == len(runs) else logits[wanted])
+
+    def _run_chunk(self, run: Run, tokens: Tokens | None, hidden: Hidden | None) -> StepOutput:
+        """One run of several rows."""
+        logits = self._is_tail and run.logits
+        rows = self._model.run_chunk(run.slot, run.position, run.count, tokens, hidden, logits)
+        return StepOutput(None, rows) if self._is_tail else StepOutput(rows, None)
 
     def _compute_in_parts(self, step: StepInput) -> StepOutput:
         """Any mixture of runs: each long one by itself, the others in groups of one row each."""
         starts = np.cumsum([0, *(run.count for run in step.runs)])
         order = {index: place for place, index in enumerate(i for i, run in enumerate(step.runs) if run.logits)}
-        hidden = None if self.shard.is_tail else np.empty((step.rows, self.spec.hidden_size), np.float32)
-        logits = np.empty((len(order), self.spec.vocab_size), np.float32) if self.shard.is_tail and order else None
+        hidden = None if self._is_tail else np.empty((step.rows, self.spec.hidden_size), np.float32)
+        logits = np.empty((len(order), self.spec.vocab_size), np.float32) if self._is_tail and order else None
         for part in self._parts(step.runs):
             runs = [step.runs[index] for index in part]
             rows = np.concatenate([np.arange(starts[index], starts[index + 1]) for index in part])
             tokens = None if step.tokens is None else step.tokens[rows]
-            output = self._compute(runs, tokens, None if step.hidden is None else step.hidden[rows])
+            states = None if step.hidden is None else step.hidden[rows]
+            if runs[0].count > 1:
+                output = self._run_chunk(runs[0], tokens, states)
+            else:
+                output = self._decode(runs, [run.slot for run in runs], [run.position for run in runs], tokens, states)
             if hidden is not None:
                 hidden[rows] = output.hidden
             elif logits is not None and output.logits is not None:
@@ -217,27 +233,36 @@ class Stage:
         for start in range(0, len(singles), self._lane):
             yield singles[start : start + self._lane]
 
-    def _check(self, step: StepInput) -> None:
-        """ggml ends the process where a bound is broken, so every bound is held here."""
-        config, held = self.config, self._held
-        rows, seen = 0, set()
+    def _admit(self, step: StepInput) -> tuple[list[int], list[int], int]:
+        """Slots and positions of the runs, and the longest run's rows.
+
+        ggml ends the process where a bound is broken, so every bound is held here.
+        """
+        held, slot_count, chunk, context = self._held, self._slot_count, self._chunk, self._context
+        slots, positions, rows, longest = [], [], 0, 0
         for slot, position, count, _ in step.runs:
-            if not 0 <= slot < config.slots:
-                raise InvalidStep(f"slot {slot} is not among the {config.slots} slots")
-            if not 1 <= count <= config.chunk:
-                raise InvalidStep(f"a run of {count} tokens is not of 1 to {config.chunk}")
-            if not 0 <= position <= held[slot]:
-                raise InvalidStep(f"position {position} is not within the {held[slot]} that slot {slot} holds")
-            if position + count > config.context:
-                raise InvalidStep(f"position {position + count - 1} is beyond the context of {config.context} tokens")
-            seen.add(slot)
+            if not (0 <= slot < slot_count and 1 <= count <= chunk and 0 <= position <= held[slot]):
+                raise self._refusal(slot, position, count)
+            if position + count > context:
+                raise InvalidStep(f"position {position + count - 1} is beyond the context of {context} tokens")
+            slots.append(slot)
+            positions.append(position)
             rows += count
-        if len(seen) != len(step.runs) or not rows:
+            longest = max(longest, count)
+        if not slots or len(set(slots)) != len(slots):
             raise InvalidStep("a step needs one run or more, of different slots")
         if self.shard.is_head:
             self._check_tokens(step, rows)
         else:
             self._check_hidden(step, rows)
+        return slots, positions, longest
+
+    def _refusal(self, slot: int, position: int, count: int) -> InvalidStep:
+        if not 0 <= slot < self._slot_count:
+            return InvalidStep(f"slot {slot} is not among the {self._slot_count} slots")
+        if not 1 <= count <= self._chunk:
+            return InvalidStep(f"a run of {count} tokens is not of 1 to {self._chunk}")
+        return InvalidStep(f"position {position} is not within the {self._held[slot]} that slot {slot} holds")
 
     def _check_tokens(self, step: StepInput, rows: int) -> None:
         tokens = step.tokens

@@ -4,10 +4,12 @@ Between two computations of one graph, only a few struct fields change: where th
 and how many there are. They are written as 64-bit words, for all layers at once, without a call per field.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
-from eldric.engine.errors import OutOfMemory
+from eldric.engine.errors import LibraryError, OutOfMemory
 from eldric.engine.ggml.api import Api
 from eldric.engine.ggml.structs import InitParams
 
@@ -36,9 +38,21 @@ class Arena:
     def nbytes(self) -> int:
         return self.words.nbytes
 
-    def word(self, tensor: int, field_offset: int) -> int:
-        """Where in `words` a tensor's field lies, given the field's offset in the struct in bytes."""
-        return (tensor + field_offset - self._address) // _WORD
+    def field(self, tensors: Sequence[int], offset: int) -> NDArray[np.int64]:
+        """One field of several tensors as an array, to be written to. offset: in the struct, in bytes.
+
+        The tensors must have been made one behind the other, so that the array has a single stride.
+        """
+        if not tensors:
+            return self.words[:0]
+        first = (tensors[0] + offset - self._address) // _WORD
+        if len(tensors) == 1:
+            return self.words[first : first + 1]
+        stride = (tensors[1] - tensors[0]) // _WORD
+        found = self.words[first::stride][: len(tensors)]
+        if found[-1:].ctypes.data != tensors[-1] + offset:
+            raise LibraryError("ggml does not lay tensors out one behind the other")
+        return found
 
     def close(self) -> None:
         if self.ctx:

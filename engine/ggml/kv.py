@@ -3,6 +3,7 @@
 import ctypes
 from collections.abc import Sequence
 
+from eldric.engine.errors import OutOfMemory
 from eldric.engine.ggml.api import Api
 from eldric.engine.ggml.arena import Arena
 from eldric.engine.ggml.backend import Backend
@@ -35,12 +36,15 @@ class KVCache:
         self.head_dim, self.kv_heads = spec.head_dim, spec.kv_heads
         self.cell_bytes = kind.row_bytes(spec.head_dim)  # of one head
         self.slot_bytes = context * self.cell_bytes
+        what = f"KV cache of {slots} slots of {context} cells"
         self.cells = self.first_spare + spare
+        if self.cells >= 1 << 31:  # cells are numbered with 32 bits
+            raise OutOfMemory(f"{backend.device.name} cannot hold the {what}")
         api = backend.api
         self._arena = Arena(api, 2 * len(layers))
         self.keys: Sequence[int] = [self._tensor(api, kind) for _ in range(len(layers))]
         self.values: Sequence[int] = [self._tensor(api, kind) for _ in range(len(layers))]
-        self._buffer = backend.allocate(self._arena, f"KV cache of {slots} slots of {context} cells")
+        self._buffer = backend.allocate(self._arena, what)
         api.ggml_backend_buffer_clear(self._buffer.handle, 0)
 
     @property

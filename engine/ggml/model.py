@@ -11,7 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eldric.engine.ggml.backend import Backend
-from eldric.engine.ggml.graph import GraphBuilder, GraphCache, GraphShape
+from eldric.engine.ggml.builder import GraphBuilder
+from eldric.engine.ggml.graph import Graph
+from eldric.engine.ggml.graph_cache import GraphCache
 from eldric.engine.ggml.kv import KVCache
 from eldric.engine.ggml.library import Library
 from eldric.engine.ggml.policy import RowRange, decode_rows, exact_rows
@@ -111,14 +113,13 @@ class GgmlModel:
         """
         rows = len(slots)
         padded = self._padded_decode[rows]
-        graph = self._graphs.get(GraphShape(rows, padded, logits))
-        context, cells = self._context, self._cells
-        self._positions[:rows] = positions
-        cells[:rows] = [slot * context + position for slot, position in zip(slots, positions, strict=True)]
-        if padded > rows:
-            cells[rows:padded] = self._spare[: padded - rows]
-        graph.attend(slots, self._cache.slot_bytes, [position + 1 for position in positions])
-        return self._run(graph.handle, rows, tokens, hidden, rows if logits else 0, self._exact)
+        graph = self._graphs.get(rows, padded, logits)
+        context, cells, lengths = self._context, [], []
+        for slot, position in zip(slots, positions, strict=True):
+            cells.append(slot * context + position)
+            lengths.append(position + 1)
+        graph.attend(slots, self._slot_bytes, lengths)
+        return self._run(graph, rows, padded, positions, cells, tokens, hidden, self._exact)
 
     def run_chunk(
         self, slot: int, position: int, rows: int, tokens: Tokens | None, hidden: Hidden | None, logits: bool
@@ -128,15 +129,13 @@ class GgmlModel:
         Returns hidden states [rows, hidden_size]; on the tail, logits [1, vocab_size] of the last row if wanted.
         """
         padded = self._padded_chunk[rows]
-        graph = self._graphs.get(GraphShape(0, padded, logits))
+        graph = self._graphs.get(0, padded, logits)
         end, first = position + rows, slot * self._context + position
-        self._positions[:padded] = np.arange(position, position + padded, dtype=np.int32)
-        self._cells[:rows] = np.arange(first, first + rows, dtype=np.int64)
-        self._cells[rows:padded] = self._spare[: padded - rows]
-        self._ports.last_row.array[0] = rows - 1
         self._ports.write_causal_mask(position, padded, end)
-        graph.attend([slot], self._cache.slot_bytes, [end])
-        return self._run(graph.handle, rows, tokens, hidden, 1 if logits else 0, False)
+        graph.attend([slot], self._slot_bytes, [end])
+        positions, cells = list(range(position, end)), list(range(first, first + rows))
+        result = self._run(graph, rows, padded, positions, cells, tokens, hidden, False)
+        return None if result is None else result[:rows]
 
     def close(self) -> None:
         self._resources.close()
@@ -172,16 +171,15 @@ class GgmlModel:
             vocab_size=spec.vocab_size,
         )
         resources.callback(self._ports.close)
-        self._positions, self._cells = self._ports.positions.array, self._ports.cells.array
-        self._spare = np.arange(self._cache.first_spare, self._cache.first_spare + rows, dtype=np.int64)
+        self._slot_bytes = self._cache.slot_bytes
+        self._spare = list(range(self._cache.first_spare, self._cache.first_spare + rows))
+        self._no_ids = [0] * rows
         builder = GraphBuilder(self._backend, spec, shard, self._weights, self._cache, self._ports, options.exact)
         self._graphs = GraphCache(builder, _GRAPHS_KEPT)
         resources.callback(self._graphs.close)
-        for shape in (
-            GraphShape(0, self._padded_chunk[-1], shard.is_tail),
-            GraphShape(decode, self._padded_decode[-1], shard.is_tail),
-        ):
-            self._graphs.get(shape)  # the widest first: they size the scratch buffer
+        # The widest first: they size the scratch buffer.
+        self._graphs.get(0, self._padded_chunk[-1], shard.is_tail)
+        self._graphs.get(decode, self._padded_decode[-1], shard.is_tail)
 
     def _exact_range(self) -> RowRange:
         if not self._backend.is_cpu:
@@ -190,20 +188,31 @@ class GgmlModel:
         return RowRange(max(least for least, _ in ranges), min(most for _, most in ranges))
 
     def _run(
-        self, graph: int, rows: int, tokens: Tokens | None, hidden: Hidden | None, logit_rows: int, undivided: bool
+        self,
+        graph: Graph,
+        rows: int,
+        padded: int,
+        positions: list[int],
+        cells: list[int],
+        tokens: Tokens | None,
+        hidden: Hidden | None,
+        undivided: bool,
     ) -> Rows | None:
-        ports = self._ports
+        ids = self._no_ids[:padded]
         if tokens is not None:
-            ports.tokens.array[:rows] = tokens
+            ids[:rows] = tokens.tolist()
         else:
-            ports.hidden_in.array[:rows] = hidden
+            graph.hidden_in[:rows] = hidden
+        if padded > rows:
+            padding = padded - rows
+            positions, cells = positions + self._no_ids[:padding], cells + self._spare[:padding]
+        graph.feed(ids, positions, cells, rows - 1)
         if not self._backend.is_host:
-            ports.upload()
-        self._backend.compute(graph, undivided)
-        port, count = (ports.hidden_out, rows) if ports.logits is None else (ports.logits, logit_rows)
-        if not self._backend.is_host:
-            port.download(count)
-        return port.array[:count] if count else None
+            self._ports.upload(padded)
+        self._backend.compute(graph.handle, undivided)
+        if graph.result is not None and not self._backend.is_host:
+            self._ports.download(len(graph.result))
+        return graph.result
 
 
 def _uses(spec: ModelSpec, shard: Shard) -> tuple[frozenset[str], frozenset[str]]:

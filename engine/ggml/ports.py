@@ -15,7 +15,6 @@ _DTYPES: dict[TensorType, DTypeLike] = {
     TensorType.F32: np.float32,
     TensorType.F16: np.float16,
     TensorType.I32: np.int32,
-    TensorType.I64: np.int64,
 }
 
 
@@ -42,9 +41,9 @@ class Port:
             flat = np.zeros(self.rows * self.width, dtype)
         self.array = flat if self.width == 1 else flat.reshape(self.rows, self.width)
 
-    def upload(self) -> None:
+    def upload(self, rows: int) -> None:
         data = self.array.ctypes.data
-        self._backend.api.ggml_backend_tensor_set(self.tensor, data, 0, self.rows * self.row_bytes)
+        self._backend.api.ggml_backend_tensor_set(self.tensor, data, 0, rows * self.row_bytes)
 
     def download(self, rows: int) -> None:
         data = self.array.ctypes.data
@@ -52,7 +51,7 @@ class Port:
 
 
 class Ports:
-    """All ports of a stage. Rows beyond those in use keep old, harmless values: valid ids, finite numbers."""
+    """All ports of a stage. Rows beyond those in use keep old values, which only rows that pad a step ever see."""
 
     def __init__(
         self,
@@ -71,11 +70,8 @@ class Ports:
         def port(kind: TensorType, width: int, count: int) -> Port:
             return Port(self._arena, backend, kind, width, count)
 
-        self.tokens = port(TensorType.I32, 1, rows)
+        self.integers = port(TensorType.I32, 1, 3 * rows + 1)  # see Graph.feed
         self.hidden_in = port(TensorType.F32, hidden_size, rows)
-        self.positions = port(TensorType.I32, 1, rows)
-        self.cells = port(TensorType.I64, 1, rows)  # where each row's keys and values go
-        self.last_row = port(TensorType.I32, 1, 1)  # of a chunk: the row that gets logits
         self.mask = port(TensorType.F16, context, rows)
         self.attended = port(TensorType.F32, attention_size, rows)  # what attention gives, before its output matrix
         self.hidden_out = port(TensorType.F32, hidden_size, rows)
@@ -106,10 +102,15 @@ class Ports:
         shifted = np.lib.stride_tricks.as_strided(self._strip[first:], (rows, length), (-size, size), writeable=False)
         self.mask.array[:rows, :length] = shifted
 
-    def upload(self) -> None:
-        """Bring all inputs to a device whose memory is not the process's own."""
-        for port in (self.tokens, self.hidden_in, self.positions, self.cells, self.last_row, self.mask):
-            port.upload()
+    def upload(self, rows: int) -> None:
+        """Bring the inputs to a device whose memory is not the process's own."""
+        self.integers.upload(self.integers.rows)
+        self.hidden_in.upload(rows)
+        self.mask.upload(rows)
+
+    def download(self, rows: int) -> None:
+        """Bring the results from there."""
+        (self.logits or self.hidden_out).download(rows)
 
     def close(self) -> None:
         for value in vars(self).values():

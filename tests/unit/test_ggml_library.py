@@ -61,7 +61,7 @@ def test_broken_library_is_refused_with_its_folder(tmp_path: Path) -> None:
 def test_llama_cpp_python_comes_first_and_an_unusable_one_is_passed_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    usual = find_library()
+    usual = find_library({})
     folder = tmp_path / "llama_cpp" / "lib"
     folder.mkdir(parents=True)
     (tmp_path / "llama_cpp" / "__init__.py").write_text("raise RuntimeError('must not be imported')")
