@@ -13,6 +13,7 @@ import pytest
 
 from tests.e2e.cli import Cli, ending, interrupt, running, wait_for
 from tests.e2e.conftest import STORY, Cluster
+from tests.models import storyteller
 
 
 @pytest.fixture
@@ -43,12 +44,22 @@ def test_a_cluster_comes_up_once_comes_back_and_ends_without_a_trace(home_cli: C
     assert sorted(running(folder).values()) == sorted(pids(first).values())
     assert home_cli(*up).json == first
 
+    at = ("--dir", folder)
+    home_cli("deploy", storyteller(), *at)
+    name = storyteller().stem
+
     os.kill(pids(first)["worker-1"], signal.SIGKILL)
     os.kill(pids(first)["router"], signal.SIGKILL)
     both = [home_cli.start(*up), home_cli.start(*up, "--workers", 1)]
     second, other = (json.loads(process.communicate(timeout=60)[0]) for process in both)
     assert second == other
     assert {name for name, pid in pids(second).items() if pid != pids(first)[name]} == {"worker-1", "router"}
+
+    inside = replace(home_cli, inside=True)
+    hint = f"`eldric-cli rebalance {name} --dir {folder}`"
+    wait_for(lambda: hint in inside("up", *at).out)
+    assert inside("rebalance", name, *at, "--json").json["pipeline"]["state"] == "ready"
+    assert len(inside("run", name, "Hello", "-n", 4, *at, "--json").json["tokens"]) == 4
 
     refused = home_cli("up", "--dir", folder, "--workers", 2, code=1)
     assert "cluster of 1 workers" in refused.error
