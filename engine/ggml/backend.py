@@ -14,6 +14,7 @@ from eldric.engine.errors import EngineError, LibraryError, OutOfMemory
 from eldric.engine.ggml.arena import Arena
 from eldric.engine.ggml.library import Library
 from eldric.engine.ggml.structs import MAX_THREADS, ThreadpoolParams
+from eldric.engine.shard import KV_PADDING
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +52,8 @@ class Backend:
         self.is_cpu = self.device.kind == "cpu"
         self.can_map = self.device.host_pointers  # use memory that the process has mapped, without a copy
         self.threads = threads if self.is_cpu else 1
+        # Kernels of other devices want whole blocks of keys, and a mask that hides what lies beyond the last one.
+        self.cell_multiple = 1 if self.is_cpu else KV_PADDING
         self.buffer_type: int = self.api.ggml_backend_dev_buffer_type(self.device.handle)
         self.is_host: bool = self.api.ggml_backend_buft_is_host(self.buffer_type)
         self.compute_ns = 0  # spent in all computations so far
@@ -98,6 +101,11 @@ class Backend:
         if self.is_host:
             _prefer_huge_pages(self.api.ggml_backend_buffer_get_base(handle), buffer.nbytes)
         return buffer
+
+    def supports(self, operation: int) -> bool:
+        """Whether the device computes an operation, given as its result's tensor. ggml aborts where it does not."""
+        supported: bool = self.api.ggml_backend_dev_supports_op(self.device.handle, operation)
+        return supported
 
     def wrap(self, address: int, nbytes: int) -> Buffer:
         """A buffer over memory that the process has mapped: for devices with `host_pointers`."""

@@ -37,6 +37,7 @@ class GraphBuilder:
         self.backend, self.api = backend, backend.api
         self.spec, self.shard, self.weights, self.cache, self.ports = spec, shard, weights, cache, ports
         self.exact = exact
+        self.takes_ids = shard.is_head and weights.token_table is None
         factors = spec.rope.freq_factors
         self.freq_factors = weights[factors].plain if factors else None
 
@@ -75,11 +76,13 @@ class GraphPlan:
     def _make_views(self) -> None:
         """Keys and values as each run sees them in each layer: of slot 0, until Graph.attend moves them.
 
-        They come first, one behind the other, so that they can be written to at once. A chunk's mask comes before.
+        They come first, one behind the other, so that they can be written to at once. Masks come before.
         """
         cache, shard, mask = self.b.cache, self.b.shard, self.ports.mask
         if self.shape.is_chunk:
             self.masks.append(self._rows_of(mask, self.shape.rows))
+        elif self.b.backend.cell_multiple > 1:
+            self.masks += [self._rows_of(mask, 1, run) for run in range(self.shape.runs)]
         layers = len(shard.layers) - (shard.is_tail and not self.shape.logits)
         for keys, values in zip(cache.keys[:layers], cache.values[:layers], strict=True):
             for cells in (keys, values):
@@ -87,7 +90,7 @@ class GraphPlan:
 
     def _build(self) -> None:
         shape, shard = self.shape, self.b.shard
-        if shard.is_head:
+        if self.b.takes_ids:
             ids = self._integers(0, shape.rows)
             hidden = self.api.ggml_get_rows(self.ctx, self.b.weights[self.b.weight("token_embd")].plain, ids)
         else:
@@ -143,27 +146,28 @@ class GraphPlan:
     def _attend(self, index: int, queries: int) -> int:
         """queries: [head_dim, heads, rows]. Returns [heads * head_dim, rows], in the port that it always fills.
 
-        A row of a decode step sees all that its slot holds, so it needs no mask.
+        A row of a decode step sees all that its slot holds, so it needs no mask unless the cells are padded.
         """
         api, ctx, spec, port = self.api, self.ctx, self.spec, self.ports.attended
         head, row = 4 * spec.head_dim, 4 * spec.head_dim * spec.heads
         rows = self.shape.rows
-        per_run, mask = (rows, self.masks[0]) if self.shape.is_chunk else (1, None)
+        per_run = rows if self.shape.is_chunk else 1
         self._expand(queries)
         runs = max(self.shape.runs, 1)
         views = self.views[2 * runs * index : 2 * runs * (index + 1)]
         for run, (keys, values) in enumerate(zip(views[:runs], views[runs:], strict=True)):
             query = api.ggml_view_3d(ctx, queries, spec.head_dim, per_run, spec.heads, row, head, run * row)
+            mask = self.masks[run] if self.masks else None
             result = api.ggml_flash_attn_ext(ctx, query, keys, values, mask, spec.head_dim**-0.5, 0.0, 0.0)
             self._expand(self._place(result, port, run))
         return self._rows_of(port, rows)
 
     def _slot_view(self, cells: int) -> int:
-        """Keys or values of slot 0 as [head_dim, context, kv_heads]."""
+        """Keys or values of slot 0 as [head_dim, stride, kv_heads]."""
         cache, dim = self.b.cache, self.spec.head_dim
         head_bytes = cache.cells * cache.cell_bytes
         view: int = self.api.ggml_view_3d(
-            self.ctx, cells, dim, cache.context, cache.kv_heads, cache.cell_bytes, head_bytes, 0
+            self.ctx, cells, dim, cache.stride, cache.kv_heads, cache.cell_bytes, head_bytes, 0
         )
         return view
 
@@ -207,8 +211,10 @@ class GraphPlan:
             return weight.packed or weight.plain
         return weight.matrix(rows)
 
-    def _rows_of(self, port: Port, rows: int) -> int:
-        view: int = self.api.ggml_view_2d(self.ctx, port.tensor, port.width, rows, port.row_bytes, 0)
+    def _rows_of(self, port: Port, rows: int, first: int = 0) -> int:
+        view: int = self.api.ggml_view_2d(
+            self.ctx, port.tensor, port.width, rows, port.row_bytes, first * port.row_bytes
+        )
         return view
 
     def _integers(self, first: int, count: int) -> int:
@@ -227,9 +233,9 @@ class GraphPlan:
 
     def _check(self) -> None:
         """A device aborts on an operation that it does not have; ask first."""
-        device, api = self.b.backend.device, self.api
+        backend, api = self.b.backend, self.api
         for index in range(api.ggml_graph_n_nodes(self.handle)):
             node = api.ggml_graph_node(self.handle, index)
-            if not api.ggml_backend_dev_supports_op(device.handle, node):
+            if not backend.supports(node):
                 what = api.ggml_op_desc(node).decode()
-                raise UnsupportedModel(f"device {device.name} cannot compute {what} on this model's types")
+                raise UnsupportedModel(f"device {backend.device.name} cannot compute {what} on this model's types")

@@ -35,13 +35,13 @@ class Graph:
 
     def __init__(self, arena: Arena, shape: GraphShape, ports: Ports, views: list[int], masks: list[int]) -> None:
         """views: K and V views of each layer that attends, each for all runs, made one behind the other.
-        masks: the mask view of a chunk."""
+        masks: those of all runs, likewise, or none."""
         self.handle, self._arena = arena.graph, arena
         runs, used = max(shape.runs, 1), shape.runs or shape.rows
         self._lengths = arena.field(views, _LENGTH).reshape(-1, runs)
         self._starts = arena.field(views, _START).reshape(-1, runs)
         self._slot_0 = self._starts.copy()  # where each view lies over slot 0
-        self._columns = arena.field(masks, _COLUMNS)
+        self._columns = arena.field(masks, _COLUMNS) if masks else None
         self._slots: list[int] = []
         self._new_lengths = np.zeros(runs, np.int64)
         self._pack_lengths = struct.Struct(f"={runs}q").pack_into
@@ -63,10 +63,11 @@ class Graph:
         self._pack_integers(self._integers, 0, *ids, *positions, *cells, last_row)
 
     def attend(self, slots: list[int], slot_bytes: int, lengths: list[int]) -> None:
-        """Let run i attend to the first lengths[i] cells of slots[i]."""
+        """Let run i attend to the first lengths[i] cells of slots[i], as far as its mask lets it."""
         self._pack_lengths(self._new_lengths.data, 0, *lengths)
         self._lengths[...] = self._new_lengths
-        self._columns[...] = lengths[0]
+        if self._columns is not None:
+            self._columns[...] = self._new_lengths
         if slots != self._slots:
             self._starts[...] = self._slot_0 + np.array(slots, np.int64) * slot_bytes
             self._slots = slots

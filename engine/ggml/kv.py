@@ -13,7 +13,7 @@ from eldric.engine.tensor_types import TensorType
 
 
 class KVCache:
-    """Slots of `context` cells each; the cell of position p of slot s has index s * context + p in every layer.
+    """Slots of `stride` cells each; the cell of position p of slot s has index s * stride + p in every layer.
 
     Each layer's keys, and likewise its values, are one tensor [head_dim, cells, kv_heads]: what a head reads lies
     together, which makes attention over 2000 cells 1.5 times as fast as whole rows of all heads do. Behind the slots
@@ -32,10 +32,11 @@ class KVCache:
         kind: TensorType,
     ) -> None:
         """Takes all of its memory at once, zeroed. Raises OutOfMemory."""
-        self.slots, self.context, self.first_spare = slots, context, slots * context
+        self.stride = -(-context // backend.cell_multiple) * backend.cell_multiple
+        self.first_spare = slots * self.stride
         self.head_dim, self.kv_heads = spec.head_dim, spec.kv_heads
         self.cell_bytes = kind.row_bytes(spec.head_dim)  # of one head
-        self.slot_bytes = context * self.cell_bytes
+        self.slot_bytes = self.stride * self.cell_bytes
         what = f"KV cache of {slots} slots of {context} cells"
         self.cells = self.first_spare + spare
         if self.cells >= 1 << 31:  # cells are numbered with 32 bits

@@ -12,9 +12,10 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from eldric.engine.errors import LibraryError
 from eldric.engine.ggml.api import Api
@@ -52,7 +53,8 @@ class Library:
             core = ctypes.CDLL(str(self._file("ggml")))
         except OSError as error:
             raise LibraryError(f"cannot load ggml from {folder}: {error}") from error
-        self.api = Api((core, base), str(folder))
+        self._libraries = (core, base)
+        self.api = Api(self._libraries, str(folder))
         self._log_callback = _LOG_CALLBACK(_log)  # ggml keeps the pointer, so the object must live
         self.api.ggml_log_set(ctypes.cast(self._log_callback, ctypes.c_void_p), None)
         self.version: str = self.api.ggml_version().decode()
@@ -86,6 +88,14 @@ class Library:
         registry = self.api.ggml_backend_dev_backend_reg(device)
         address: int | None = self.api.ggml_backend_reg_get_proc_address(registry, name.encode())
         return address
+
+    def function(self, name: str, result: Any, *arguments: Any) -> Callable[..., Any] | None:
+        """A function beside those of `api`, or None if this ggml does not have it."""
+        for library in self._libraries:
+            if found := getattr(library, name, None):
+                found.restype, found.argtypes = result, arguments
+                return found  # type: ignore[no-any-return]
+        return None
 
     def _file(self, name: str) -> Path:
         path = self.folder / f"{_PREFIX}{name}{_SUFFIX}"

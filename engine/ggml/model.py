@@ -70,11 +70,13 @@ class GgmlModel:
             resources.callback(self._backend.close)
             self._weights = Weights(self._backend, model, shard)
             resources.callback(self._weights.close)
-            matrices, looked_up = _uses(spec, shard)
+            matrices = _matrices(spec, shard)
+            looked_up = spec.family.tensors["token_embd"].name if shard.is_head else None
             self._weights.load(options.weights, matrices, looked_up, options.pack_budget_bytes, progress, cancelled)
             used = [self._weights[name] for name in matrices]
             self._matrices = {(weight.info.type, weight.layout) for weight in used}
             self._exact_rows = self._exact_range()
+            self._token_table = self._weights.token_table
             self._take_memory(spec, shard, options, resources)
             self._resources = resources.pop_all()
 
@@ -114,10 +116,13 @@ class GgmlModel:
         rows = len(slots)
         padded = self._padded_decode[rows]
         graph = self._graphs.get(rows, padded, logits)
-        context, cells, lengths = self._context, [], []
+        stride, cells, lengths = self._stride, [], []
         for slot, position in zip(slots, positions, strict=True):
-            cells.append(slot * context + position)
+            cells.append(slot * stride + position)
             lengths.append(position + 1)
+        if self._backend.cell_multiple > 1:
+            ends, lengths = lengths, [self._cells(length) for length in lengths]
+            self._ports.write_row_masks(ends, lengths)
         graph.attend(slots, self._slot_bytes, lengths)
         return self._run(graph, rows, padded, positions, cells, tokens, hidden, self._exact)
 
@@ -130,9 +135,10 @@ class GgmlModel:
         """
         padded = self._padded_chunk[rows]
         graph = self._graphs.get(0, padded, logits)
-        end, first = position + rows, slot * self._context + position
-        self._ports.write_causal_mask(position, padded, end)
-        graph.attend([slot], self._slot_bytes, [end])
+        end, first = position + rows, slot * self._stride + position
+        length = self._cells(end)
+        self._ports.write_causal_mask(position, padded, length)
+        graph.attend([slot], self._slot_bytes, [length])
         positions, cells = list(range(position, end)), list(range(first, first + rows))
         result = self._run(graph, rows, padded, positions, cells, tokens, hidden, False)
         return None if result is None else result[:rows]
@@ -142,7 +148,7 @@ class GgmlModel:
 
     def _take_memory(self, spec: ModelSpec, shard: Shard, options: ModelOptions, resources: ExitStack) -> None:
         """KV cache, ports and scratch: nothing is allocated in a step later on, graphs of new shapes aside."""
-        self._context, self._exact = options.context, options.exact
+        self._exact = options.exact
         decode = options.decode_rows
         if options.exact:
             decode = min(decode, self._exact_rows.most)
@@ -166,12 +172,12 @@ class GgmlModel:
             rows=rows,
             hidden_size=spec.hidden_size,
             attention_size=spec.heads * spec.head_dim,
-            context=options.context,
+            context=self._cache.stride,
             logit_rows=self._padded_decode[-1] if shard.is_tail else 0,
             vocab_size=spec.vocab_size,
         )
         resources.callback(self._ports.close)
-        self._slot_bytes = self._cache.slot_bytes
+        self._stride, self._slot_bytes = self._cache.stride, self._cache.slot_bytes
         self._spare = list(range(self._cache.first_spare, self._cache.first_spare + rows))
         self._no_ids = [0] * rows
         builder = GraphBuilder(self._backend, spec, shard, self._weights, self._cache, self._ports, options.exact)
@@ -180,6 +186,11 @@ class GgmlModel:
         # The widest first: they size the scratch buffer.
         self._graphs.get(0, self._padded_chunk[-1], shard.is_tail)
         self._graphs.get(decode, self._padded_decode[-1], shard.is_tail)
+
+    def _cells(self, length: int) -> int:
+        """How many cells are read for so many positions."""
+        multiple = self._backend.cell_multiple
+        return -(-length // multiple) * multiple
 
     def _exact_range(self) -> RowRange:
         if not self._backend.is_cpu:
@@ -199,10 +210,12 @@ class GgmlModel:
         undivided: bool,
     ) -> Rows | None:
         ids = self._no_ids[:padded]
-        if tokens is not None:
-            ids[:rows] = tokens.tolist()
-        else:
+        if tokens is None:
             graph.hidden_in[:rows] = hidden
+        elif self._token_table is not None:
+            self._token_table.look_up(tokens.tolist(), graph.hidden_in)
+        else:
+            ids[:rows] = tokens.tolist()
         if padded > rows:
             padding = padded - rows
             positions, cells = positions + self._no_ids[:padding], cells + self._spare[:padding]
@@ -215,11 +228,10 @@ class GgmlModel:
         return graph.result
 
 
-def _uses(spec: ModelSpec, shard: Shard) -> tuple[frozenset[str], frozenset[str]]:
-    """The names of the tensors that the shard multiplies with, and of those that it looks rows up in."""
+def _matrices(spec: ModelSpec, shard: Shard) -> frozenset[str]:
+    """The names of the tensors that the shard multiplies with."""
     embedding = spec.family.tensors["token_embd"].name
-    looked_up = {embedding} if shard.is_head else set()
-    multiplied = {name for name, info in shard.tensors.items() if len(info.shape) == 2 and name != embedding}
+    names = {name for name, info in shard.tensors.items() if len(info.shape) == 2 and name != embedding}
     if shard.is_tail and spec.tied_output:
-        multiplied.add(embedding)
-    return frozenset(multiplied), frozenset(looked_up)
+        names.add(embedding)
+    return frozenset(names)

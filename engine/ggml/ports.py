@@ -102,6 +102,12 @@ class Ports:
         shifted = np.lib.stride_tricks.as_strided(self._strip[first:], (rows, length), (-size, size), writeable=False)
         self.mask.array[:rows, :length] = shifted
 
+    def write_row_masks(self, ends: list[int], lengths: list[int]) -> None:
+        """Row i may attend to the first ends[i] of lengths[i] cells."""
+        for row, (end, length) in enumerate(zip(ends, lengths, strict=True)):
+            self.mask.array[row, :end] = 0.0
+            self.mask.array[row, end:length] = _MASKED
+
     def upload(self, rows: int) -> None:
         """Bring the inputs to a device whose memory is not the process's own."""
         self.integers.upload(self.integers.rows)

@@ -9,11 +9,13 @@ from typing import Literal
 from eldric.engine.errors import LoadCancelled, UnsupportedModel
 from eldric.engine.ggml.arena import Arena
 from eldric.engine.ggml.backend import WEIGHTS, Backend, Buffer
+from eldric.engine.ggml.lookup import TokenTable
 from eldric.engine.ggml.mapping import Mapping, Mappings, read_in
 from eldric.engine.ggml.policy import MAPPED, keeps_mapped, packed_pays, worth_packing
 from eldric.engine.ggml.structs import MAX_DIMS, Tensor
 from eldric.engine.gguf import ModelFile
 from eldric.engine.shard import Shard
+from eldric.engine.tensor_types import TensorType
 from eldric.engine.tensors import TensorInfo
 
 WeightsMode = Literal["auto", "mapped", "repacked"]
@@ -47,6 +49,7 @@ class Weights:
     def __init__(self, backend: Backend, model: ModelFile, shard: Shard) -> None:
         self._backend, self._api, self._shard = backend, backend.api, shard
         self._by_name: dict[str, Weight] = {}
+        self.token_table: TokenTable | None = None  # for a device that cannot look rows up in the embedding
         self._buffers: list[Buffer] = []
         self._arenas: list[Arena] = []
         self._mappings = Mappings(model.paths, model.file_sizes, shard.ranges)
@@ -67,16 +70,16 @@ class Weights:
         self,
         mode: WeightsMode,
         matrices: frozenset[str],
-        looked_up: frozenset[str],
+        looked_up: str | None,
         pack_budget_bytes: int | None,
         progress: Progress | None,
         cancelled: Callable[[], bool] | None,
     ) -> None:
         """Bring the weights in, in the order of the file.
 
-        matrices: names of the tensors that are multiplied with. looked_up: those of which rows are read, which must
-        keep the file's layout. progress gets (bytes done, bytes of the shard) many times. Raises ModelUnreadable,
-        OutOfMemory, LoadCancelled or UnsupportedModel.
+        matrices: names of the tensors that are multiplied with. looked_up: the token embedding if rows of it are
+        read, for which it must keep the file's layout. progress gets (bytes done, bytes of the shard) many times.
+        Raises ModelUnreadable, OutOfMemory, LoadCancelled or UnsupportedModel.
         """
         infos = sorted(self._shard.tensors.values(), key=lambda info: (info.file, info.offset))
         for info in infos:
@@ -85,14 +88,16 @@ class Weights:
         self._by_name = {info.name: Weight(info) for info in infos}
         if mode != "mapped":
             self._pack([info for info in infos if info.name in matrices], mode, pack_budget_bytes)
-        in_place = self._backend.can_map
-        plain = [info for info in infos if self._wants_plain(info, mode, looked_up)]
-        if in_place:
+        if looked_up is not None and not self._can_look_up(self._shard.tensors[looked_up]):
+            info, looked_up = self._shard.tensors[looked_up], None
+            self.token_table = TokenTable(self._backend.library, info, self._address(info))
+        plain = [info for info in infos if self._wants_plain(info, mode, matrices, looked_up)]
+        if self._backend.can_map:
             self._place_over_file(plain)
         else:
             self._place_in_device(plain)
-        self._bring_in(infos, in_place, progress, cancelled)
-        if not in_place:
+        self._bring_in(infos, progress, cancelled)
+        if not self._backend.can_map and self.token_table is None:
             self._mappings.close()
 
     def close(self) -> None:
@@ -103,9 +108,20 @@ class Weights:
         self._mappings.close()
         self._by_name.clear()
 
-    def _wants_plain(self, info: TensorInfo, mode: WeightsMode, looked_up: frozenset[str]) -> bool:
+    def _can_look_up(self, info: TensorInfo) -> bool:
+        with closing(Arena(self._api, 4)) as arena:
+            ids = self._api.ggml_new_tensor_1d(arena.ctx, int(TensorType.I32), 1)
+            return self._backend.supports(self._api.ggml_get_rows(arena.ctx, self._struct(arena, info), ids))
+
+    def _wants_plain(
+        self, info: TensorInfo, mode: WeightsMode, matrices: frozenset[str], looked_up: str | None
+    ) -> bool:
         weight = self._by_name[info.name]
-        if not weight.packed or info.name in looked_up:
+        if info.name == looked_up:
+            return True
+        if self.token_table is not None and info is self.token_table.info and info.name not in matrices:
+            return False
+        if not weight.packed:
             return True
         return mode == "auto" and keeps_mapped(info.type, weight.packing)
 
@@ -120,9 +136,10 @@ class Weights:
             for info in infos:
                 if self._by_name[info.name].packed or (mode == "auto" and not worth_packing(info.type, packing)):
                     continue
-                if (budget is None or info.nbytes <= budget) and self._takes(buffer_type, info):
+                nbytes = self._packed_size(buffer_type, info)
+                if nbytes is not None and (budget is None or nbytes <= budget):
                     chosen.append(info)
-                    budget = None if budget is None else budget - info.nbytes
+                    budget = None if budget is None else budget - nbytes
             if chosen:
                 arena = self._arena(len(chosen))
                 for info in chosen:
@@ -130,21 +147,19 @@ class Weights:
                     weight.packed, weight.packing = self._struct(arena, info), packing
                 self.packed_bytes += self._allocate(arena, f"weights in {packing} layout", buffer_type).nbytes
 
-    def _takes(self, buffer_type: int, info: TensorInfo) -> bool:
-        """Whether the device multiplies with such a matrix in such a buffer. Elsewhere ggml would abort."""
+    def _packed_size(self, buffer_type: int, info: TensorInfo) -> int | None:
+        """Bytes that a matrix takes in such a buffer, or None if the device does not multiply with it there."""
         api = self._api
         with closing(Arena(api, 4)) as arena:
             matrix = self._struct(arena, info)
             handle = api.ggml_backend_buft_alloc_buffer(buffer_type, 0)
             if not handle:
-                return False
+                return None
             Tensor.from_address(matrix).buffer = handle
-            other = api.ggml_new_tensor_2d(arena.ctx, 0, info.shape[0], 8)
-            supported: bool = api.ggml_backend_dev_supports_op(
-                self._backend.device.handle, api.ggml_mul_mat(arena.ctx, matrix, other)
-            )
+            rows = api.ggml_new_tensor_2d(arena.ctx, int(TensorType.F32), info.shape[0], 8)
+            supported = self._backend.supports(api.ggml_mul_mat(arena.ctx, matrix, rows))
             api.ggml_backend_buffer_free(handle)
-            return supported
+            return api.ggml_backend_buft_get_alloc_size(buffer_type, matrix) if supported else None
 
     def _place_over_file(self, infos: list[TensorInfo]) -> None:
         """Structs whose data is the mapped file. A tensor at an offset that the device cannot use gets a copy."""
@@ -158,8 +173,7 @@ class Weights:
                 buffers[mapping.address] = self._backend.wrap(mapping.address, mapping.nbytes)
                 self._buffers.append(buffers[mapping.address])
             tensor = self._struct(arena, info)
-            address = mapping.address + info.offset - mapping.offset
-            self._api.ggml_backend_tensor_alloc(buffers[mapping.address].handle, tensor, address)
+            self._api.ggml_backend_tensor_alloc(buffers[mapping.address].handle, tensor, self._address(info))
             self._by_name[info.name].plain = tensor
             self.mapped_bytes += info.nbytes
         if len(aligned) < len(infos):
@@ -173,11 +187,7 @@ class Weights:
             self.copied_bytes += self._allocate(arena, "weights").nbytes
 
     def _bring_in(
-        self,
-        infos: list[TensorInfo],
-        in_place: bool,
-        progress: Progress | None,
-        cancelled: Callable[[], bool] | None,
+        self, infos: list[TensorInfo], progress: Progress | None, cancelled: Callable[[], bool] | None
     ) -> None:
         """Read each tensor's pages, copy where a copy is due, and let go of pages that no struct lies over."""
         done, total = 0, sum(info.nbytes for info in infos)
@@ -193,16 +203,21 @@ class Weights:
         for info in infos:
             weight, mapping = self._by_name[info.name], self._mapping(info)
             read_in(mapping, info.offset, info.nbytes, on_piece)
-            address = mapping.address + info.offset - mapping.offset
-            over_file = bool(weight.plain) and self._api.ggml_get_data(weight.plain) == address
-            copies = [weight.packed] + ([] if over_file else [weight.plain])
+            address = self._address(info)
+            in_place = bool(weight.plain) and self._api.ggml_get_data(weight.plain) == address
+            copies = [weight.packed] if in_place else [weight.packed, weight.plain]
             for tensor in filter(None, copies):
                 self._api.ggml_backend_tensor_set(tensor, address, 0, info.nbytes)
-            if not over_file:
+            if not in_place and (self.token_table is None or info is not self.token_table.info):
                 mapping.drop(info.offset, info.nbytes)
 
     def _mapping(self, info: TensorInfo) -> Mapping:
         return self._mappings.of(info.file, info.offset, info.nbytes)
+
+    def _address(self, info: TensorInfo) -> int:
+        """Where the file's bytes of a tensor lie in memory."""
+        mapping = self._mapping(info)
+        return mapping.address + info.offset - mapping.offset
 
     def _arena(self, tensors: int) -> Arena:
         arena = Arena(self._api, tensors)

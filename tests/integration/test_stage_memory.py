@@ -12,6 +12,7 @@ from benchmarks.shapes import Shape, write_model
 from eldric.engine.errors import LoadCancelled, ModelUnreadable, OutOfMemory
 from eldric.engine.ggml import mapping
 from eldric.engine.ggml.backend import Backend
+from eldric.engine.ggml.weights import Weights
 from eldric.engine.gguf import ModelFile
 from eldric.engine.shard import LayerRange
 from eldric.engine.stage import MemoryUse, Stage, StageConfig
@@ -179,18 +180,29 @@ def test_memory_adds_up() -> None:
     assert MemoryUse(1, 2, 3, 4).total == 10
 
 
-def test_device_without_host_pointers_gets_copies(q8_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a GPU would take: weights copied in, inputs uploaded, outputs downloaded. Here on the CPU's buffers."""
-    prompt = random_prompt(SHAPE.vocab, 40)
-    with Chain(q8_model, weights="mapped") as chain:
-        expected = chain.greedy(prompt, 4)[1]
+@pytest.mark.parametrize("quant", ["q8_0", "q4_k_m", "f16", "bf16", "f32"])
+def test_what_a_gpu_would_take_gives_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quant: str) -> None:
+    """Weights copied in, tokens looked up beside, whole blocks of keys behind masks, inputs and outputs carried to and
+    fro: all of it on the CPU's own buffers, since no other device is there."""
+    shape = Shape(layers=2, hidden=256, heads=8, kv_heads=2, ffn=512, vocab=320, context=512)
+    path = write_model(tmp_path / "model.gguf", shape, quant)
+    prompt = random_prompt(shape.vocab, 250)
+    with Chain(path, weights="mapped") as chain:
+        expected = chain.greedy(prompt, 8)[1]
+        chain.prefill(1, prompt[:30])
+        both = chain.decode({0: (250, 7), 1: (30, 8)})
     make = Backend.__init__
 
     def far_away(self: Backend, *arguments: Any) -> None:
         make(self, *arguments)
         self.is_host = self.can_map = False
+        self.cell_multiple = 256
 
     monkeypatch.setattr(Backend, "__init__", far_away)
-    with Chain(q8_model, weights="mapped") as chain:
-        assert (chain.greedy(prompt, 4)[1] == expected).all()
+    monkeypatch.setattr(Weights, "_can_look_up", lambda self, info: False)
+    with Chain(path, weights="mapped") as chain:
+        assert (chain.greedy(prompt, 8)[1] == expected).all()
+        chain.prefill(1, prompt[:30])
+        again = chain.decode({0: (250, 7), 1: (30, 8)})
+        assert all((again[slot] == both[slot]).all() for slot in both)
         assert chain.stages[0].memory.mapped == 0
