@@ -85,8 +85,9 @@ class Stage:
         self.spec, self.shard, self.config = spec, shard, config
         self._model = model
         self._held = [0] * config.slots
+        self._vocab_size, self._hidden_size = spec.vocab_size, spec.hidden_size
         self._slot_count, self._chunk, self._context = config.slots, config.chunk, config.context
-        self._is_tail = shard.is_tail
+        self._is_tail, self._closed = shard.is_tail, False
         self._lane = min(config.lane_slots, config.slots)
         if config.exact:
             self._lane = min(self._lane, model.exact_rows())
@@ -124,6 +125,9 @@ class Stage:
 
     @property
     def memory(self) -> MemoryUse:
+        """What the stage holds now; nothing once it is closed."""
+        if self._closed:
+            return MemoryUse(0, 0, 0, 0)
         model = self._model
         return MemoryUse(model.mapped_bytes, model.copied_bytes, model.kv_bytes, model.compute_bytes)
 
@@ -172,6 +176,7 @@ class Stage:
 
     def close(self) -> None:
         """Give back all maps and buffers. Arrays of earlier outputs must not be touched any more."""
+        self._closed, self._slot_count = True, 0  # no slots: every further step is refused
         self._model.close()
         if sys.platform == "linux":
             ctypes.CDLL(None).malloc_trim(0)  # glibc keeps freed buffers of less than 32 MiB for itself
@@ -248,7 +253,8 @@ class Stage:
             slots.append(slot)
             positions.append(position)
             rows += count
-            longest = max(longest, count)
+            if count > longest:
+                longest = count
         if not slots or len(set(slots)) != len(slots):
             raise InvalidStep("a step needs one run or more, of different slots")
         if self.shard.is_head:
@@ -258,6 +264,8 @@ class Stage:
         return slots, positions, longest
 
     def _refusal(self, slot: int, position: int, count: int) -> InvalidStep:
+        if self._closed:
+            return InvalidStep("the stage is closed")
         if not 0 <= slot < self._slot_count:
             return InvalidStep(f"slot {slot} is not among the {self._slot_count} slots")
         if not 1 <= count <= self._chunk:
@@ -270,14 +278,15 @@ class Stage:
             raise InvalidStep("the head takes token ids")
         if tokens.shape != (rows,) or tokens.dtype != np.int32:
             raise InvalidStep(f"token ids are {tokens.dtype} {tokens.shape}, expected int32 ({rows},)")
-        if not 0 <= int(tokens.min()) <= int(tokens.max()) < self.spec.vocab_size:
+        ids = tokens.tolist()
+        if min(ids) < 0 or max(ids) >= self._vocab_size:
             raise InvalidStep(f"token ids are not all within the vocabulary of {self.spec.vocab_size}")
 
     def _check_hidden(self, step: StepInput, rows: int) -> None:
         hidden = step.hidden
         if hidden is None or step.tokens is not None:
             raise InvalidStep("a stage behind the head takes hidden states")
-        if hidden.shape != (rows, self.spec.hidden_size) or hidden.dtype != np.float32:
+        if hidden.shape != (rows, self._hidden_size) or hidden.dtype != np.float32:
             expected = f"float32 ({rows}, {self.spec.hidden_size})"
             raise InvalidStep(f"hidden states are {hidden.dtype} {hidden.shape}, expected {expected}")
 

@@ -38,6 +38,7 @@ class GraphCache:
         before = self._api.ggml_gallocr_get_buffer_size(self._allocator, 0)
         if not self._api.ggml_gallocr_alloc_graph(self._allocator, plan.handle):
             plan.arena.close()
+            self._drop_all()  # the scratch buffer is gone
             raise OutOfMemory(f"no scratch memory for a step of {shape.rows} rows")
         if self._api.ggml_gallocr_get_buffer_size(self._allocator, 0) != before:
             self._drop_all()  # the scratch buffer moved, and the older graphs' tensors with it

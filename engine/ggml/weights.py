@@ -1,7 +1,7 @@
 """A shard's weights in a device's memory: the mapped file itself where the device can use it, copies elsewhere."""
 
 import ctypes
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Literal
@@ -62,9 +62,6 @@ class Weights:
 
     def __contains__(self, name: str) -> bool:
         return name in self._by_name
-
-    def values(self) -> Iterable[Weight]:
-        return self._by_name.values()
 
     def load(
         self,

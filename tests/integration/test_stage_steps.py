@@ -152,6 +152,29 @@ def test_step_that_breaks_a_bound_is_refused_and_changes_nothing(
     assert [stage.held(slot) for slot in range(4)] == [0, 0, 0, 4]
 
 
+def test_closed_stage_refuses_steps_and_holds_nothing() -> None:
+    stage = load()
+    stage.compute(StepInput((Run(0, 0, 1, True),), tokens(1)))
+    stage.close()
+    stage.close()
+    with pytest.raises(InvalidStep, match="the stage is closed"):
+        stage.compute(StepInput((Run(0, 0, 1, True),), tokens(1)))
+    assert stage.memory.total == 0
+
+
+def test_more_shapes_than_graphs_are_kept() -> None:
+    """Chunks and decode steps of all sizes, twice: what is built again computes what it computed before."""
+    with load(slots=4, lane_slots=4, chunk=24, weights="mapped") as stage:
+        stage._model._graphs._limit = 3
+        seen: dict[tuple[int, int], np.ndarray] = {}
+        for count, rows in [*((count, 1) for count in range(1, 25)), *((1, rows) for rows in range(1, 5))] * 2:
+            runs = tuple(Run(slot, 0, count, True) for slot in range(rows))
+            logits = stage.compute(StepInput(runs, tokens(count * rows))).logits
+            assert logits is not None
+            expected = seen.setdefault((count, rows), logits.copy())
+            np.testing.assert_array_equal(logits, expected)
+
+
 def test_positions_beyond_the_context_are_refused(stage: Stage) -> None:
     for start in range(0, 96, 16):
         stage.compute(StepInput((Run(0, start, 16, False),), tokens(16)))
