@@ -47,6 +47,7 @@ class StageTable:
         self._config = config
         self._loader = loader
         self._stages: dict[StageKey, HeldStage] = {}
+        self._giving_up: set[asyncio.Future[None]] = set()
         self._draining = False
 
     def __iter__(self) -> Iterator[HeldStage]:
@@ -93,7 +94,10 @@ class StageTable:
                 raise LoadCancelled("the stage was unloaded while it was loading")
         except BaseException:
             held.unloading = True
-            await self._give_up(held, loading)
+            giving_up = asyncio.ensure_future(self._give_up(held, loading))
+            self._giving_up.add(giving_up)
+            giving_up.add_done_callback(self._giving_up.discard)
+            await asyncio.shield(giving_up)  # it goes on, should this task be cancelled again
             raise
         held.loaded = loaded
         loaded.thread.start()

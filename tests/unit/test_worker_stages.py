@@ -226,6 +226,20 @@ async def test_a_load_whose_caller_leaves_gives_everything_back(world: World) ->
     assert not len(world.table) and not world.loader.made and world.loader.plans[0].closed
 
 
+async def test_a_load_that_is_cancelled_twice_is_held_until_it_is_given_back(world: World) -> None:
+    loading = world.start_load()
+    await world.loader.arrived.wait()
+    for _ in range(2):
+        loading.cancel()
+        await asyncio.sleep(0)
+    with pytest.raises(asyncio.CancelledError):
+        await loading
+    assert [held.state for held in world.table] == [stage_pb2.UNLOADING]
+    world.loader.gate.set()
+    assert await world.table.unload("p") == 1
+    assert not len(world.table) and world.loader.plans[0].closed
+
+
 async def test_a_load_whose_caller_leaves_while_the_file_is_opened_closes_it(world: World) -> None:
     loading = asyncio.create_task(world.load())
     while not len(world.table):
