@@ -59,7 +59,7 @@ def test_machines_become_a_cluster(operator: Cli, tmp_path: Path) -> None:
     assert f"eldric-cli controller --folder {made['folder']}" in made["command"]
     assert "already" in operator("init", "test", code=1).error
 
-    machine = person(tmp_path / "machine")
+    machine, quick = person(tmp_path / "machine"), replace(operator, inside=True)
     with contextlib.ExitStack() as nodes:
         controller = nodes.enter_context(node(operator, "controller", "--folder", made["folder"], "--http-port", port))
         assert controller["grpc_address"] == made["controller"]
@@ -73,8 +73,8 @@ def test_machines_become_a_cluster(operator: Cli, tmp_path: Path) -> None:
                 f"eldric-cli {kind} --folder {joined['folder']} --controller {made['controller']}" in joined["command"]
             )
             if kind == "worker":
-                operator("models", "add", storyteller(), "--name", "story")
-                assert "there is no worker" in operator("deploy", "story", code=1).error
+                quick("models", "add", storyteller(), "--name", "story")
+                assert "there is no worker" in quick("deploy", "story", code=1).error
             store = ("--models", tmp_path / "store") if kind == "data" else ()
             ready = nodes.enter_context(
                 node(
@@ -90,18 +90,18 @@ def test_machines_become_a_cluster(operator: Cli, tmp_path: Path) -> None:
                 )
             )
             assert (ready["kind"], ready["name"]) == (kind, f"my-{kind}")
-            wait_for(lambda kind=kind: kind in [each["kind"] for each in operator("ps", "--json").json["nodes"]])
+            wait_for(lambda kind=kind: kind in [each["kind"] for each in quick("ps", "--json").json["nodes"]])
 
-        operator("deploy", "story")
-        assert operator("run", "story", "Hello", "-n", 4, "--json").json["usage"]["completion_tokens"] == 4
-        assert operator("doctor", "--json").json["problems"] == 0
+        quick("deploy", "story")
+        assert quick("run", "story", "Hello", "-n", 4, "--json").json["usage"]["completion_tokens"] == 4
+        assert quick("doctor", "--json").json["problems"] == 0
 
         refused = machine("join", made["token"], made["join_address"], "--kind", "client", code=1)
         assert "admits no client" in refused.error
-        token = operator("token", "--kind", "client", "--json").json
+        token = quick("token", "--kind", "client", "--json").json
         assert token["join_address"] == made["join_address"]
         machine("join", token["token"], made["join_address"], "--kind", "client", "--name", "second")
-        assert machine("status", "--json").json["pipelines"][0]["name"] == "story"
+        assert replace(machine, inside=True)("status", "--json").json["pipelines"][0]["name"] == "story"
         used_up = person(tmp_path / "late")("join", token["token"], made["join_address"], "--kind", "client", code=1)
         assert "used up" in used_up.error
 
