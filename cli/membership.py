@@ -21,7 +21,7 @@ from eldric.config import HTTP_PORTS
 from eldric.controller.main import AUTHORITY_FOLDER, STATE_FILE
 from eldric.controller.state import Store
 from eldric.errors import AlreadyExists, InvalidRequest, NotFound
-from eldric.names import IDENTITY_KINDS, check_name, join_address, machine_address, split_address
+from eldric.names import check_name, join_address, machine_address, split_address
 from eldric.security import Authority, Identity, JoinToken, join, new_token
 from eldric.security.tokens import MAX_LIFETIME_S
 
@@ -29,6 +29,9 @@ app = options.new_app()
 
 #: Where nodes of this machine have their folders, unless it is said.
 HOME = user_data_path("eldric")
+
+#: Kinds that `join` takes.
+_JOINERS = ("worker", "data", "router", "client")
 
 Lifetime = Annotated[
     str,
@@ -129,7 +132,7 @@ def token(
 ) -> None:
     """Make a join token, which admits a new node to the cluster.
 
-    --kind client makes another operator; --kind controller another controller.
+    With --kind client it admits another operator.
     """
     seconds = _lifetime(lifetime)
     with client_of(folder, controller) as client:
@@ -167,10 +170,8 @@ def join_cluster(
     address: Annotated[str, typer.Argument(metavar="HOST:PORT", help="The controller's join address.")],
     kind: Annotated[
         str,
-        option(
-            "--kind", metavar="KIND", help="worker, data, router, controller, or client: an operator.", default="worker"
-        ),
-    ] = ("worker"),
+        option("--kind", metavar="KIND", help="worker, data, router, or client: an operator.", default="worker"),
+    ] = "worker",
     name: Annotated[str, option("--name", metavar="NAME", help="Name of the node.", default="the machine's")] = "",
     folder: Annotated[
         Path | None,
@@ -192,8 +193,8 @@ def join_cluster(
     Checks that the controller is the one that made the token, gets a certificate, and prints how to start the node.
     A folder that is this node's already gets a new certificate.
     """
-    if kind not in IDENTITY_KINDS:
-        raise InvalidRequest(f"{kind!r} is no kind of node; kinds are {', '.join(IDENTITY_KINDS)}")
+    if kind not in _JOINERS:
+        raise InvalidRequest(f"{kind!r} is no kind of node that joins; kinds are {', '.join(_JOINERS)}")
     parsed = JoinToken.parse(token)
     node = check_name(name or _host_name())
     controller = _controller_address(address, grpc_address)
@@ -206,8 +207,6 @@ def join_cluster(
     if kind == "client":
         Cluster((controller,), place).save(context_path())
         command = "eldric-cli status"
-    elif kind == "controller":
-        command = f"eldric-cli controller --folder {place}"
     else:
         store = " --models MODEL-FOLDER" if kind == "data" else ""
         command = f"eldric-cli {kind} --folder {place} --controller {controller} --host 0.0.0.0{store}"
