@@ -125,8 +125,8 @@ class LiveCluster:
         held = [each for worker in workers for each in await self.stages_held(worker) if each.name == name]
         return [stage.slots_used + stage.queued for stage in held]
 
-    async def until_free(self, name: str = ENDLESS, limit_s: float = 1.0) -> None:
-        """Until no slot of the pipeline is taken in any stage."""
+    async def until_free(self, name: str = ENDLESS, limit_s: float = 1.5) -> None:
+        """Until no slot of the pipeline is taken in any stage: within a second, and what a busy machine adds."""
         async with asyncio.timeout(limit_s):
             while any(await self.slots_used(name)):
                 await asyncio.sleep(0.01)

@@ -25,6 +25,9 @@ from tests.e2e.clusters import (
 
 pytestmark = pytest.mark.timeout(60)
 
+#: A second, and what a busy machine adds.
+SOON_S = 1.5
+
 
 def openai_client(cluster: LiveCluster) -> openai.AsyncOpenAI:
     return openai.AsyncOpenAI(base_url=f"{cluster.router_url}/v1", api_key="any", max_retries=0)
@@ -40,9 +43,19 @@ async def endless_stream(client: openai.AsyncOpenAI) -> Any:
     return stream
 
 
-async def read(events: Any) -> int:
-    """Reads to the end or the error. Returns how many events there were."""
-    return len([event async for event in events])
+async def read(events: Any) -> None:
+    """To the end, or the error."""
+    async for _ in events:
+        pass
+
+
+async def end_of(events: Any) -> tuple[Exception | None, float]:
+    """The error in which a stream ends, and when it did."""
+    try:
+        await read(events)
+    except Exception as error:
+        return error, time.monotonic()
+    return None, time.monotonic()
 
 
 async def test_a_worker_killed_midway_ends_the_streams_and_the_others_go_on(tmp_path: Path) -> None:
@@ -51,16 +64,15 @@ async def test_a_worker_killed_midway_ends_the_streams_and_the_others_go_on(tmp_
         await cluster.deploy_endless()
         ours, theirs = cluster.endless(), await endless_stream(client)
         await tokens_until(ours, 20)
+        ending = [asyncio.create_task(end_of(events)) for events in (ours, theirs)]
 
         os.kill(cluster.node("worker-2").pid, signal.SIGKILL)
         killed = time.monotonic()
-        with pytest.raises(Unavailable, match="'endless' is lost"):
-            await read(ours)
-        with pytest.raises(openai.APIError, match="'endless' is lost"):
-            await read(theirs)
-        assert time.monotonic() - killed < 1.0
+        for (error, at), kind in zip(await asyncio.gather(*ending), (Unavailable, openai.APIError), strict=True):
+            assert isinstance(error, kind) and "'endless' is lost" in str(error)
+            assert at - killed < SOON_S
 
-        info = await cluster.until_state("degraded", limit_s=1.0)
+        info = await cluster.until_state("degraded", limit_s=SOON_S)
         assert "worker-2 is lost" in info.message
         with pytest.raises(Unavailable, match="worker-2"):
             await read(cluster.endless())
@@ -129,7 +141,7 @@ async def test_a_frozen_worker_is_noticed_and_goes_on_when_it_wakes(tmp_path: Pa
         with pytest.raises(Unavailable, match="'endless' is lost"):
             await read(events)
         assert time.monotonic() - frozen < silence_s + 1.0
-        await cluster.until_state("degraded", limit_s=1.0)
+        await cluster.until_state("degraded", limit_s=SOON_S)
         cluster.signal("worker-2", signal.SIGCONT)
         await cluster.until_state("ready")
         assert await tokens_until(cluster.endless(), 20) == answer
@@ -213,7 +225,7 @@ async def test_down_lets_what_runs_end_and_leaves_nothing(tmp_path: Path, monkey
         last = [event async for event in events][-1]
         assert isinstance(last, Finished) and (last.reason, last.completion_tokens) == ("length", 600)
         assert await ending == [], "nobody had to be killed"
-        await until(lambda: not any(map(runs, processes.values())), 1.0)
+        await until(lambda: not any(map(runs, processes.values())), SOON_S)
         assert not ports & listening()
         assert not list(outside.iterdir())
         assert not list(cluster.folder.rglob("node.json")) + list(cluster.folder.rglob("*.partial"))
@@ -233,8 +245,8 @@ async def test_a_second_sigterm_ends_a_worker_at_once(tmp_path: Path) -> None:
         assert len(await tokens_until(events, 50)) >= 50, "the first one lets it finish"
         worker.terminate()
         ended = time.monotonic()
-        await until(lambda: not runs(worker), 1.0)
+        await until(lambda: not runs(worker), SOON_S)
         with pytest.raises(Unavailable, match="is lost"):
             async for event in events:
                 assert isinstance(event, Delta)
-        assert time.monotonic() - ended < 1.0
+        assert time.monotonic() - ended < SOON_S
