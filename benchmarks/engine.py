@@ -8,7 +8,8 @@ mode. All of them take turns within a round. Decoding is bound by memory: a step
 rows. So its ceiling is rows * bandwidth / bytes, with the bandwidth of one thread measured in the same run by a dot
 product over 256 MB. Prefill is bound by arithmetic and has no such line. `python` is the part of a step's time that
 was not spent in ggml. `on CPU` is the share of the time in which the thread had its CPU: well below 100 %, others were
-at work on the machine, and the row says little. Random-weight files are made once and kept in the user's cache.
+at work on the machine; `per CPU s` then says what the thread would have done with the CPU to itself, though not with
+the memory to itself. Random-weight files are made once and kept in the user's cache.
 """
 
 import argparse
@@ -76,6 +77,7 @@ class Samples:
             "tokens_per_s": rows / statistics.median(self.step),
             "slowest_tokens_per_s": rows / max(self.step),
             "fastest_tokens_per_s": rows / min(self.step),
+            "tokens_per_cpu_s": rows / statistics.median(self.cpu),
             "python_us": statistics.median(outside) * 1e6,
             "cpu_share": sum(self.cpu) / sum(self.step),
         }
@@ -139,10 +141,11 @@ def measure(stages: dict[str, Stage], loads: Sequence[Load], rounds: int) -> dic
 
 
 def benchmark(quant: str, path: Path, loads: Sequence[Load], arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    bandwidth = bandwidth_bytes_per_s()
+    before = bandwidth_bytes_per_s()
     stages = load_stages(path, loads, arguments.threads, arguments.cpus)
     weights = next(iter(stages.values())).shard.nbytes
     samples = measure(stages, loads, arguments.rounds)
+    bandwidth = max(before, bandwidth_bytes_per_s())
     results = []
     for load in loads:
         for variant, stage in stages.items():
@@ -159,13 +162,13 @@ def benchmark(quant: str, path: Path, loads: Sequence[Load], arguments: argparse
     return results
 
 
-COLUMNS = ("step", "rows", "weights", "tokens/s", "slowest", "fastest", "ceiling", "python us", "on CPU")
+COLUMNS = ("step", "rows", "weights", "tokens/s", "slowest", "fastest", "per CPU s", "ceiling", "python us", "on CPU")
 
 
 def row(result: dict[str, Any]) -> list[object]:
     ceiling = result["ceiling_tokens_per_s"]
     cells = [result[name] for name in ("kind", "rows", "variant", "tokens_per_s")]
-    cells += [result["slowest_tokens_per_s"], result["fastest_tokens_per_s"]]
+    cells += [result[f"{name}_tokens_per_s"] for name in ("slowest", "fastest")] + [result["tokens_per_cpu_s"]]
     cells += ["" if ceiling is None else ceiling, result["python_us"], f"{result['cpu_share']:.0%}"]
     return cells
 
