@@ -77,7 +77,7 @@ class DataWorker:
             self._problem = "the store cannot be looked through: see this node's log"
 
     async def _drain(self) -> None:
-        await self._jobs.close(JOB_GRACE_S)
+        await self._jobs.close(min(JOB_GRACE_S, self.node.config.drain_s / 2))  # the rest is for cleaning up
 
     async def _stop(self) -> None:
         if self._refreshing is not None:
