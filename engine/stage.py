@@ -23,6 +23,7 @@ from eldric.engine.tensor_types import TensorType
 KVType = Literal["f16", "f32"]
 Logits = NDArray[np.float32]
 
+_I32, _F32 = np.dtype(np.int32), np.dtype(np.float32)
 _MAX_ROWS = 1 << 16  # of a chunk or a lane, and most slots: far above what pays
 _MAX_CONTEXT = 1 << 26
 
@@ -87,7 +88,7 @@ class Stage:
         self._held = [0] * config.slots
         self._vocab_size, self._hidden_size = spec.vocab_size, spec.hidden_size
         self._slot_count, self._chunk, self._context = config.slots, config.chunk, config.context
-        self._is_tail, self._closed = shard.is_tail, False
+        self._is_head, self._is_tail, self._closed = shard.is_head, shard.is_tail, False
         self._lane = min(config.lane_slots, config.slots)
         if config.exact:
             self._lane = min(self._lane, model.exact_rows())
@@ -158,20 +159,21 @@ class Stage:
         A run may begin at most where its slot's positions end; what the slot held behind it is forgotten. Raises
         InvalidStep, with nothing changed, for a step that breaks a bound.
         """
-        slots, positions, longest = self._admit(step)
+        runs, held = step.runs, self._held
+        longest = self._admit(step)
         try:
-            if longest == 1 and len(slots) <= self._lane:
-                output = self._decode(step.runs, slots, positions, step.tokens, step.hidden)
-            elif len(slots) == 1:
-                output = self._run_chunk(step.runs[0], step.tokens, step.hidden)
+            if longest == 1 and len(runs) <= self._lane:
+                output = self._decode(runs, step.tokens, step.hidden)
+            elif len(runs) == 1:
+                output = self._run_chunk(runs[0], step.tokens, step.hidden)
             else:
                 output = self._compute_in_parts(step)
         except BaseException:
-            for slot, position in zip(slots, positions, strict=True):
-                self._held[slot] = position  # what is behind was perhaps written over
+            for slot, position, _, _ in runs:
+                held[slot] = position  # what is behind was perhaps written over
             raise
-        for slot, position, count, _ in step.runs:
-            self._held[slot] = position + count
+        for slot, position, count, _ in runs:
+            held[slot] = position + count
         return output
 
     def close(self) -> None:
@@ -189,25 +191,17 @@ class Stage:
     ) -> None:
         self.close()
 
-    def _decode(
-        self,
-        runs: Sequence[Run],
-        slots: list[int],
-        positions: list[int],
-        tokens: Tokens | None,
-        hidden: Hidden | None,
-    ) -> StepOutput:
+    def _decode(self, runs: Sequence[Run], tokens: Tokens | None, hidden: Hidden | None) -> StepOutput:
         """Runs of one row each, as many as one graph computes."""
         if not self._is_tail:
-            return StepOutput(self._model.decode(slots, positions, tokens, hidden, False), None)
+            return StepOutput(self._model.decode(runs, tokens, hidden, False), None)
         wanted = [index for index, run in enumerate(runs) if run.logits]
-        logits = self._model.decode(slots, positions, tokens, hidden, bool(wanted))
+        logits = self._model.decode(runs, tokens, hidden, bool(wanted))
         return StepOutput(None, logits if logits is None or len(wanted) == len(runs) else logits[wanted])
 
     def _run_chunk(self, run: Run, tokens: Tokens | None, hidden: Hidden | None) -> StepOutput:
         """One run of several rows."""
-        logits = self._is_tail and run.logits
-        rows = self._model.run_chunk(run.slot, run.position, run.count, tokens, hidden, logits)
+        rows = self._model.run_chunk(run, tokens, hidden, self._is_tail and run.logits)
         return StepOutput(None, rows) if self._is_tail else StepOutput(rows, None)
 
     def _compute_in_parts(self, step: StepInput) -> StepOutput:
@@ -224,7 +218,7 @@ class Stage:
             if runs[0].count > 1:
                 output = self._run_chunk(runs[0], tokens, states)
             else:
-                output = self._decode(runs, [run.slot for run in runs], [run.position for run in runs], tokens, states)
+                output = self._decode(runs, tokens, states)
             if hidden is not None:
                 hidden[rows] = output.hidden
             elif logits is not None and output.logits is not None:
@@ -238,30 +232,28 @@ class Stage:
         for start in range(0, len(singles), self._lane):
             yield singles[start : start + self._lane]
 
-    def _admit(self, step: StepInput) -> tuple[list[int], list[int], int]:
-        """Slots and positions of the runs, and the longest run's rows.
+    def _admit(self, step: StepInput) -> int:
+        """The number of rows of the longest run.
 
         ggml ends the process where a bound is broken, so every bound is held here.
         """
-        held, slot_count, chunk, context = self._held, self._slot_count, self._chunk, self._context
-        slots, positions, rows, longest = [], [], 0, 0
-        for slot, position, count, _ in step.runs:
+        runs, held, slot_count, chunk, context = step.runs, self._held, self._slot_count, self._chunk, self._context
+        rows = longest = 0
+        for slot, position, count, _ in runs:
             if not (0 <= slot < slot_count and 1 <= count <= chunk and 0 <= position <= held[slot]):
                 raise self._refusal(slot, position, count)
             if position + count > context:
                 raise InvalidStep(f"position {position + count - 1} is beyond the context of {context} tokens")
-            slots.append(slot)
-            positions.append(position)
             rows += count
             if count > longest:
                 longest = count
-        if not slots or len(set(slots)) != len(slots):
+        if len(runs) != 1 and (not runs or len({run.slot for run in runs}) != len(runs)):
             raise InvalidStep("a step needs one run or more, of different slots")
-        if self.shard.is_head:
+        if self._is_head:
             self._check_tokens(step, rows)
         else:
             self._check_hidden(step, rows)
-        return slots, positions, longest
+        return longest
 
     def _refusal(self, slot: int, position: int, count: int) -> InvalidStep:
         if self._closed:
@@ -276,7 +268,7 @@ class Stage:
         tokens = step.tokens
         if tokens is None or step.hidden is not None:
             raise InvalidStep("the head takes token ids")
-        if tokens.shape != (rows,) or tokens.dtype != np.int32:
+        if tokens.shape != (rows,) or (tokens.dtype is not _I32 and tokens.dtype != _I32):
             raise InvalidStep(f"token ids are {tokens.dtype} {tokens.shape}, expected int32 ({rows},)")
         ids = tokens.tolist()
         if min(ids) < 0 or max(ids) >= self._vocab_size:
@@ -286,7 +278,7 @@ class Stage:
         hidden = step.hidden
         if hidden is None or step.tokens is not None:
             raise InvalidStep("a stage behind the head takes hidden states")
-        if hidden.shape != (rows, self._hidden_size) or hidden.dtype != np.float32:
+        if hidden.shape != (rows, self._hidden_size) or (hidden.dtype is not _F32 and hidden.dtype != _F32):
             expected = f"float32 ({rows}, {self.spec.hidden_size})"
             raise InvalidStep(f"hidden states are {hidden.dtype} {hidden.shape}, expected {expected}")
 

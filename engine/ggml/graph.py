@@ -30,7 +30,8 @@ class GraphShape(NamedTuple):
 class Graph:
     """An allocated graph, what it reads and writes, and the struct fields that say what each run attends to.
 
-    Written for few and small operations: between two steps of a large model, nothing of this is in a CPU's caches.
+    Written for few and small operations. Between two steps of a large model, hundreds of megabytes of weights pass
+    through the CPU's caches, so that every line of Python's and numpy's own code comes from memory again.
     """
 
     def __init__(self, arena: Arena, shape: GraphShape, ports: Ports, views: list[int], masks: list[int]) -> None:
@@ -38,15 +39,17 @@ class Graph:
         masks: those of all runs, likewise, or none."""
         self.handle, self._arena = arena.graph, arena
         runs, used = max(shape.runs, 1), shape.runs or shape.rows
-        self._lengths = arena.field(views, _LENGTH).reshape(-1, runs)
         self._starts = arena.field(views, _START).reshape(-1, runs)
         self._slot_0 = self._starts.copy()  # where each view lies over slot 0
-        self._columns = arena.field(masks, _COLUMNS) if masks else None
         self._slots: list[int] = []
-        self._new_lengths = np.zeros(runs, np.int64)
-        self._pack_lengths = struct.Struct(f"={runs}q").pack_into
-        self._integers = ports.integers.array.data
-        self._pack_integers = struct.Struct(f"={3 * shape.rows + 1}i").pack_into
+        self._columns = arena.field(masks, _COLUMNS) if masks else None
+        self._layers_views = len(views) // runs
+        self._lengths = arena.field(views, _LENGTH).data
+        self._inputs = ports.integers.array.data.cast("B")
+        integers = 3 * shape.rows + 1
+        first = -(-4 * integers // 8)  # the lengths lie behind, where nothing but attend reads them
+        self._new_lengths = self._inputs[8 * first : 8 * (first + len(views))].cast("B").cast("l")
+        self._pack = struct.Struct(f"={integers}i{8 * first - 4 * integers}x{len(views)}q").pack_into
         self.hidden_in = ports.hidden_in.array[:used]
         self.result: NDArray[np.float32] | None = None  # hidden states or logits, of rows that are no padding
         if ports.logits is None:
@@ -58,20 +61,19 @@ class Graph:
     def nbytes(self) -> int:
         return self._arena.nbytes
 
-    def feed(self, ids: list[int], positions: list[int], cells: list[int], last_row: int) -> None:
-        """Write token ids, positions and KV cells of all rows, and which row of a chunk gets logits."""
-        self._pack_integers(self._integers, 0, *ids, *positions, *cells, last_row)
-
-    def attend(self, slots: list[int], slot_bytes: int, lengths: list[int]) -> None:
-        """Let run i attend to the first lengths[i] cells of slots[i], as far as its mask lets it."""
-        self._pack_lengths(self._new_lengths.data, 0, *lengths)
-        self._lengths[...] = self._new_lengths
+    def feed(self, ids: list[int], positions: list[int], cells: list[int], last_row: int, lengths: list[int]) -> None:
+        """Write token ids, positions and KV cells of all rows, and which row of a chunk gets logits. Let run i attend
+        to the first lengths[i] cells of its slot, as far as its mask lets it."""
+        self._pack(self._inputs, 0, *ids, *positions, *cells, last_row, *lengths * self._layers_views)
+        self._lengths[:] = self._new_lengths
         if self._columns is not None:
-            self._columns[...] = self._new_lengths
+            self._columns[...] = lengths
+
+    def move(self, slots: list[int], slot_bytes: int) -> None:
+        """Let run i attend to slots[i]."""
         if slots != self._slots:
             self._starts[...] = self._slot_0 + np.array(slots, np.int64) * slot_bytes
             self._slots = slots
 
     def close(self) -> None:
-        self._integers.release()
         self._arena.close()

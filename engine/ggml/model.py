@@ -3,7 +3,7 @@
 Nothing here checks its caller: Stage does.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -22,7 +22,7 @@ from eldric.engine.ggml.weights import Progress, Weights, WeightsMode
 from eldric.engine.gguf import ModelFile
 from eldric.engine.shard import Shard
 from eldric.engine.spec import ModelSpec
-from eldric.engine.step import Hidden, Tokens
+from eldric.engine.step import Hidden, Run, Tokens
 from eldric.engine.tensor_types import TensorType
 
 Rows = NDArray[np.float32]
@@ -106,41 +106,47 @@ class GgmlModel:
         """Most rows of a decode step in which each row gets the bits that it gets alone."""
         return self._exact_rows.most
 
-    def decode(
-        self, slots: list[int], positions: list[int], tokens: Tokens | None, hidden: Hidden | None, logits: bool
-    ) -> Rows | None:
-        """One row of each slot, in this order.
+    def decode(self, runs: Sequence[Run], tokens: Tokens | None, hidden: Hidden | None, logits: bool) -> Rows | None:
+        """Runs of one row each.
 
         Returns hidden states [rows, hidden_size]; on the tail, logits [rows, vocab_size] if they are wanted.
         """
-        rows = len(slots)
+        rows, stride = len(runs), self._stride
         padded = self._padded_decode[rows]
         graph = self._graphs.get(rows, padded, logits)
-        stride, cells, lengths = self._stride, [], []
-        for slot, position in zip(slots, positions, strict=True):
+        slots, positions, cells, lengths = [], [], [], []
+        for slot, position, _, _ in runs:
+            slots.append(slot)
+            positions.append(position)
             cells.append(slot * stride + position)
             lengths.append(position + 1)
+        if padded > rows:
+            positions += self._no_ids[: padded - rows]
+            cells += self._spare[: padded - rows]
         if self._backend.cell_multiple > 1:
             ends, lengths = lengths, [self._cells(length) for length in lengths]
             self._ports.write_row_masks(ends, lengths)
-        graph.attend(slots, self._slot_bytes, lengths)
-        return self._run(graph, rows, padded, positions, cells, tokens, hidden, self._exact)
+        ids = self._take_rows(graph.hidden_in, padded, tokens, hidden)
+        graph.feed(ids, positions, cells, 0, lengths)
+        graph.move(slots, self._slot_bytes)
+        return self._compute(graph, self._exact)
 
-    def run_chunk(
-        self, slot: int, position: int, rows: int, tokens: Tokens | None, hidden: Hidden | None, logits: bool
-    ) -> Rows | None:
-        """Several rows of one slot, from a position on.
+    def run_chunk(self, run: Run, tokens: Tokens | None, hidden: Hidden | None, logits: bool) -> Rows | None:
+        """One run of several rows.
 
         Returns hidden states [rows, hidden_size]; on the tail, logits [1, vocab_size] of the last row if wanted.
         """
+        slot, position, rows, _ = run
         padded = self._padded_chunk[rows]
         graph = self._graphs.get(0, padded, logits)
         end, first = position + rows, slot * self._stride + position
         length = self._cells(end)
         self._ports.write_causal_mask(position, padded, length)
-        graph.attend([slot], self._slot_bytes, [length])
-        positions, cells = list(range(position, end)), list(range(first, first + rows))
-        result = self._run(graph, rows, padded, positions, cells, tokens, hidden, False)
+        ids = self._take_rows(graph.hidden_in[:rows], padded, tokens, hidden)
+        cells = [*range(first, first + rows), *self._spare[: padded - rows]]
+        graph.feed(ids, list(range(position, position + padded)), cells, rows - 1, [length])
+        graph.move([slot], self._slot_bytes)
+        result = self._compute(graph, False)
         return None if result is None else result[:rows]
 
     def close(self) -> None:
@@ -173,6 +179,7 @@ class GgmlModel:
             hidden_size=spec.hidden_size,
             attention_size=spec.heads * spec.head_dim,
             context=self._cache.stride,
+            views=2 * len(shard.layers) * decode,
             logit_rows=self._padded_decode[-1] if shard.is_tail else 0,
             vocab_size=spec.vocab_size,
         )
@@ -198,34 +205,26 @@ class GgmlModel:
         ranges = [exact_rows(kind, layout) for kind, layout in self._matrices]
         return RowRange(max(least for least, _ in ranges), min(most for _, most in ranges))
 
-    def _run(
-        self,
-        graph: Graph,
-        rows: int,
-        padded: int,
-        positions: list[int],
-        cells: list[int],
-        tokens: Tokens | None,
-        hidden: Hidden | None,
-        undivided: bool,
-    ) -> Rows | None:
-        ids = self._no_ids[:padded]
+    def _take_rows(self, target: Rows, padded: int, tokens: Tokens | None, hidden: Hidden | None) -> list[int]:
+        """Bring hidden states, or looked up tokens, into the graph's input; return the ids that it looks up itself."""
         if tokens is None:
-            graph.hidden_in[:rows] = hidden
+            target[...] = hidden
         elif self._token_table is not None:
-            self._token_table.look_up(tokens.tolist(), graph.hidden_in)
+            self._token_table.look_up(tokens.tolist(), target)
         else:
-            ids[:rows] = tokens.tolist()
-        if padded > rows:
-            padding = padded - rows
-            positions, cells = positions + self._no_ids[:padding], cells + self._spare[:padding]
-        graph.feed(ids, positions, cells, rows - 1)
-        if not self._backend.is_host:
-            self._ports.upload(padded)
+            return tokens.tolist() + self._no_ids[len(tokens) : padded]  # type: ignore[no-any-return]
+        return self._no_ids[:padded]
+
+    def _compute(self, graph: Graph, undivided: bool) -> Rows | None:
+        result = graph.result
+        if self._backend.is_host:
+            self._backend.compute(graph.handle, undivided)
+            return result
+        self._ports.upload()
         self._backend.compute(graph.handle, undivided)
-        if graph.result is not None and not self._backend.is_host:
-            self._ports.download(len(graph.result))
-        return graph.result
+        if result is not None:
+            self._ports.download(len(result))
+        return result
 
 
 def _matrices(spec: ModelSpec, shard: Shard) -> frozenset[str]:

@@ -41,9 +41,9 @@ class Port:
             flat = np.zeros(self.rows * self.width, dtype)
         self.array = flat if self.width == 1 else flat.reshape(self.rows, self.width)
 
-    def upload(self, rows: int) -> None:
+    def upload(self) -> None:
         data = self.array.ctypes.data
-        self._backend.api.ggml_backend_tensor_set(self.tensor, data, 0, rows * self.row_bytes)
+        self._backend.api.ggml_backend_tensor_set(self.tensor, data, 0, self.rows * self.row_bytes)
 
     def download(self, rows: int) -> None:
         data = self.array.ctypes.data
@@ -61,16 +61,19 @@ class Ports:
         hidden_size: int,
         attention_size: int,
         context: int,
+        views: int,
         logit_rows: int,
         vocab_size: int,
     ) -> None:
-        """logit_rows: 0 where there is no output matrix. Raises OutOfMemory."""
+        """views: most views of keys and values in a graph, whose lengths are kept beside the integers. logit_rows: 0
+        where there is no output matrix. Raises OutOfMemory.
+        """
         self._arena = Arena(backend.api, 16)
 
         def port(kind: TensorType, width: int, count: int) -> Port:
             return Port(self._arena, backend, kind, width, count)
 
-        self.integers = port(TensorType.I32, 1, 3 * rows + 1)  # see Graph.feed
+        self.integers = port(TensorType.I32, 1, 3 * rows + 2 + 2 * views)  # see Graph.feed
         self.hidden_in = port(TensorType.F32, hidden_size, rows)
         self.mask = port(TensorType.F16, context, rows)
         self.attended = port(TensorType.F32, attention_size, rows)  # what attention gives, before its output matrix
@@ -108,11 +111,10 @@ class Ports:
             self.mask.array[row, :end] = 0.0
             self.mask.array[row, end:length] = _MASKED
 
-    def upload(self, rows: int) -> None:
+    def upload(self) -> None:
         """Bring the inputs to a device whose memory is not the process's own."""
-        self.integers.upload(self.integers.rows)
-        self.hidden_in.upload(rows)
-        self.mask.upload(rows)
+        for port in (self.integers, self.hidden_in, self.mask):
+            port.upload()
 
     def download(self, rows: int) -> None:
         """Bring the results from there."""
