@@ -68,7 +68,7 @@ class MemoryUse:
 
 @dataclass(slots=True)
 class StepOutput:
-    """What a step gives; the arrays are valid until the next step.
+    """What a step gives. It and its arrays are valid until the next step, which may use them again.
 
     hidden: [rows, hidden_size], None on the tail. logits: [runs that want them, vocab_size] in the order of the runs,
     on the tail; None elsewhere, and when no run wants any.
@@ -86,6 +86,7 @@ class Stage:
         self.spec, self.shard, self.config = spec, shard, config
         self._model = model
         self._held = [0] * config.slots
+        self._output = StepOutput(None, None)
         self._vocab_size, self._hidden_size = spec.vocab_size, spec.hidden_size
         self._slot_count, self._chunk, self._context = config.slots, config.chunk, config.context
         self._is_head, self._is_tail, self._closed = shard.is_head, shard.is_tail, False
@@ -193,16 +194,24 @@ class Stage:
 
     def _decode(self, runs: Sequence[Run], tokens: Tokens | None, hidden: Hidden | None) -> StepOutput:
         """Runs of one row each, as many as one graph computes."""
+        output = self._output
         if not self._is_tail:
-            return StepOutput(self._model.decode(runs, tokens, hidden, False), None)
+            output.hidden = self._model.decode(runs, tokens, hidden, False)
+            return output
         wanted = [index for index, run in enumerate(runs) if run.logits]
         logits = self._model.decode(runs, tokens, hidden, bool(wanted))
-        return StepOutput(None, logits if logits is None or len(wanted) == len(runs) else logits[wanted])
+        output.logits = logits if logits is None or len(wanted) == len(runs) else logits[wanted]
+        return output
 
     def _run_chunk(self, run: Run, tokens: Tokens | None, hidden: Hidden | None) -> StepOutput:
         """One run of several rows."""
+        output = self._output
         rows = self._model.run_chunk(run, tokens, hidden, self._is_tail and run.logits)
-        return StepOutput(None, rows) if self._is_tail else StepOutput(rows, None)
+        if self._is_tail:
+            output.logits = rows
+        else:
+            output.hidden = rows
+        return output
 
     def _compute_in_parts(self, step: StepInput) -> StepOutput:
         """Any mixture of runs: each long one by itself, the others in groups of one row each."""
@@ -238,16 +247,17 @@ class Stage:
         ggml ends the process where a bound is broken, so every bound is held here.
         """
         runs, held, slot_count, chunk, context = step.runs, self._held, self._slot_count, self._chunk, self._context
-        rows = longest = 0
+        slots, rows, longest = [], 0, 0
         for slot, position, count, _ in runs:
             if not (0 <= slot < slot_count and 1 <= count <= chunk and 0 <= position <= held[slot]):
                 raise self._refusal(slot, position, count)
             if position + count > context:
                 raise InvalidStep(f"position {position + count - 1} is beyond the context of {context} tokens")
+            slots.append(slot)
             rows += count
             if count > longest:
                 longest = count
-        if len(runs) != 1 and (not runs or len({run.slot for run in runs}) != len(runs)):
+        if not slots or len(set(slots)) != len(slots):
             raise InvalidStep("a step needs one run or more, of different slots")
         if self._is_head:
             self._check_tokens(step, rows)
