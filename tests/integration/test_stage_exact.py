@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks.shapes import Shape, write_model
+from eldric.engine.ggml.library import find_library
 from eldric.engine.ggml.policy import AMX, MAPPED, REPACK, exact_rows
 from eldric.engine.stage import Logits
 from eldric.engine.step import Run
@@ -91,5 +92,7 @@ def test_default_mode_is_not_exact_for_mapped_k_quants(tmp_path: Path) -> None:
     path = write_model(tmp_path / "model.gguf", SHAPE, "q4_k_m")
     sizes: dict[str, Any] = {"slots": SEQUENCES, "lane_slots": SEQUENCES, "context": 640, "weights": "mapped"}
     with Chain(path, **sizes) as chain:
-        pairs = zip(greedy_alone(chain, 2), greedy_together(chain, 2), strict=True)
-        assert any((expected != found).any() for expected, found in pairs)
+        pairs = list(zip(greedy_alone(chain, 2), greedy_together(chain, 2), strict=True))
+    if find_library().cpu_variant in ("x64", "sse42", "sandybridge", "ivybridge", "piledriver"):
+        pytest.skip("this CPU variant has one kernel for all numbers of rows")
+    assert any((expected != found).any() for expected, found in pairs)
