@@ -70,6 +70,8 @@ QUANTS = {
     "q4_1": Quant(gguf.LlamaFileType.MOSTLY_Q4_1, Kind.Q4_1, Kind.Q6_K),
     "q5_0": Quant(gguf.LlamaFileType.MOSTLY_Q5_0, Kind.Q5_0, Kind.Q6_K),
     "q5_1": Quant(gguf.LlamaFileType.MOSTLY_Q5_1, Kind.Q5_1, Kind.Q6_K),
+    "q2_k": Quant(gguf.LlamaFileType.MOSTLY_Q2_K_S, Kind.Q2_K, Kind.Q6_K),
+    "q3_k": Quant(gguf.LlamaFileType.MOSTLY_Q3_K_S, Kind.Q3_K, Kind.Q6_K),
     "q5_k": Quant(gguf.LlamaFileType.MOSTLY_Q5_K_S, Kind.Q5_K, Kind.Q6_K),
     "q4_k_m": Quant(gguf.LlamaFileType.MOSTLY_Q4_K_M, Kind.Q4_K, Kind.Q6_K, Kind.Q6_K),
     "q6_k": Quant(gguf.LlamaFileType.MOSTLY_Q6_K, Kind.Q6_K, Kind.Q6_K),
@@ -257,6 +259,18 @@ def _k_minimum(span: float) -> Callable[[Bytes, float, np.random.Generator], Non
     return write
 
 
+def _q2_k(blocks: Bytes, std: float, rng: np.random.Generator) -> None:
+    """Q2_K: value = d * s * q - dmin * m, 4-bit s and m (mean square 8.8 ** 2), 2-bit q; d and dmin end the block."""
+    spread = (8.8**2 * 4**2 / 12 + 2 * 4.6**2 * 1.5**2) ** 0.5
+    _halves(blocks, 80, std / spread)
+    _halves(blocks, 82, std / spread * 1.5)
+
+
+def _q3_k(blocks: Bytes, std: float, rng: np.random.Generator) -> None:
+    """Q3_K: value = d * (s - 32) * (q - 4), 6-bit s (root mean square 18.5), 3-bit q (2.35); d ends the block."""
+    _halves(blocks, 108, std / (18.5 * 2.35))
+
+
 def _q6_k(blocks: Bytes, std: float, rng: np.random.Generator) -> None:
     """Q6_K: value = d * s * (q - 32), 8-bit s (root mean square 73.9), 6-bit q (18.5); d ends the block."""
     _halves(blocks, 208, std / (73.9 * 18.5))
@@ -268,6 +282,8 @@ _SCALES: dict[Kind, Callable[[Bytes, float, np.random.Generator], None]] = {
     Kind.Q8_0: _signed(256),
     Kind.Q4_1: _with_minimum(16),
     Kind.Q5_1: _with_minimum(32),
+    Kind.Q2_K: _q2_k,
+    Kind.Q3_K: _q3_k,
     Kind.Q4_K: _k_minimum(16),
     Kind.Q5_K: _k_minimum(32),
     Kind.Q6_K: _q6_k,
