@@ -146,18 +146,19 @@ def compare(
         servers = stack.enter_context(llamacpp.rpc_servers(programs, (0, 1)))
         ubatch, tried = best_ubatch(programs, model, servers, pool, ubatches)
         client = stack.enter_context(Client(folder=folder))
-        client.models.add(model, name)
+        stored = f"{name}-file"  # a pipeline named like its model would stand for all pipelines of that model
+        client.models.add(model, stored)
         starts: dict[str, list[float]] = defaultdict(list)
         for _ in range(rounds):
             with llamacpp.llama_server(programs, model, servers, ubatch=ubatch, slots=SLOTS, context=CONTEXT) as server:
                 starts["llama.cpp RPC"].append(server.start_s)
-            with deployed(client, name, f"{name}-timed", ["worker-1", "worker-2"]) as seconds:
+            with deployed(client, stored, f"{name}-timed", ["worker-1", "worker-2"]) as seconds:
                 starts["eldric"].append(seconds)
         server = stack.enter_context(
             llamacpp.llama_server(programs, model, servers, ubatch=ubatch, slots=SLOTS, context=CONTEXT)
         )
-        stack.enter_context(deployed(client, name, name, ["worker-1", "worker-2"]))
-        stack.enter_context(deployed(client, name, f"{name}-alone", ["worker-1"]))
+        stack.enter_context(deployed(client, stored, name, ["worker-1", "worker-2"]))
+        stack.enter_context(deployed(client, stored, f"{name}-alone", ["worker-1"]))
         sides = {
             "llama.cpp RPC": llama_generate(server, pool),
             "eldric": eldric_generate(folder, name),
