@@ -115,8 +115,9 @@ class FrameHeader(_message.Message):
     pipeline_id: _builtins.str
     """Pipeline that the frame belongs to, 1 to 64 bytes of UTF-8. A receiver drops frames of other pipelines."""
     epoch: _builtins.int
-    """The pipeline's epoch when the frame was sent, from 1. A receiver drops frames of older epochs, and holds a few of
-    newer ones back until it is told of that epoch.
+    """Grows with every change of the ring: the pipeline's epoch * 2^32 + the round in which its stages were connected
+    (ConnectRequest.round). To a link it is one number: a receiver drops frames of lower ones, and holds a few of higher
+    ones back until it is told of that epoch.
     """
     step: _builtins.int
     """Number of the step, from 1, given by the head; all frames of one trip around the ring carry the same.

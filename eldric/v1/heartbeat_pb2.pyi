@@ -93,11 +93,19 @@ class WantedStage(_message.Message):
     INDEX_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
     DEGRADED_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    CLOSING_FIELD_NUMBER: _builtins.int
     pipeline_id: _builtins.str
     index: _builtins.int
     epoch: _builtins.int
     degraded: _builtins.bool
     """The pipeline lost another stage: end its sequences with UNAVAILABLE and take no new ones."""
+    reason: _builtins.str
+    """Why it is degraded or closing: names the stage and its worker. For people."""
+    closing: _builtins.bool
+    """A worker of the pipeline is about to end: let the sequences that run go on, and refuse new ones and those that
+    wait with UNAVAILABLE.
+    """
     def __init__(
         self,
         *,
@@ -105,10 +113,12 @@ class WantedStage(_message.Message):
         index: _builtins.int = ...,
         epoch: _builtins.int = ...,
         degraded: _builtins.bool = ...,
+        reason: _builtins.str = ...,
+        closing: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["degraded", b"degraded", "epoch", b"epoch", "index", b"index", "pipeline_id", b"pipeline_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["closing", b"closing", "degraded", b"degraded", "epoch", b"epoch", "index", b"index", "pipeline_id", b"pipeline_id", "reason", b"reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

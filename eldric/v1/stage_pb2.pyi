@@ -309,21 +309,25 @@ class UnloadRequest(_message.Message):
     PIPELINE_ID_FIELD_NUMBER: _builtins.int
     INDEX_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
     pipeline_id: _builtins.str
     index: _builtins.int
     """Only this stage. Absent: every stage of the pipeline on this worker."""
     epoch: _builtins.int
     """Only stages of at most this epoch. 0: any."""
+    reason: _builtins.str
+    """What the sequences that run are told. Empty: that the pipeline was undeployed."""
     def __init__(
         self,
         *,
         pipeline_id: _builtins.str = ...,
         index: _builtins.int | None = ...,
         epoch: _builtins.int = ...,
+        reason: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_index", b"_index", "index", b"index"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_index", b"_index", "epoch", b"epoch", "index", b"index", "pipeline_id", b"pipeline_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_index", b"_index", "epoch", b"epoch", "index", b"index", "pipeline_id", b"pipeline_id", "reason", b"reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__index: _TypeAlias = _typing.Literal["index"]  # noqa: Y015
     _WhichOneofArgType__index: _TypeAlias = _typing.Literal["_index", b"_index"]  # noqa: Y015
@@ -360,10 +364,16 @@ class ConnectRequest(_message.Message):
     NEXT_FIELD_NUMBER: _builtins.int
     NEXT_INDEX_FIELD_NUMBER: _builtins.int
     ALLOWED_KEYS_FIELD_NUMBER: _builtins.int
+    WORKERS_FIELD_NUMBER: _builtins.int
+    ROUND_FIELD_NUMBER: _builtins.int
     pipeline_id: _builtins.str
     index: _builtins.int
     epoch: _builtins.int
     next_index: _builtins.int
+    round: _builtins.int
+    """How often this ring was connected before. Frames of an earlier round are dropped like those of an older epoch, so
+    that nothing that was under way when a ring broke is taken once it is mended.
+    """
     @_builtins.property
     def next(self) -> _common_pb2.TensorEndpoint:
         """The stage that this one sends to: the next, and for the tail the head. Absent in a pipeline of one stage."""
@@ -371,6 +381,10 @@ class ConnectRequest(_message.Message):
     @_builtins.property
     def allowed_keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Keys of the transports that may send to this stage (the stage before)."""
+
+    @_builtins.property
+    def workers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names of the workers of all stages in ring order, for people: whose stage was lost. May be left out."""
 
     def __init__(
         self,
@@ -381,10 +395,12 @@ class ConnectRequest(_message.Message):
         next: _common_pb2.TensorEndpoint | None = ...,
         next_index: _builtins.int = ...,
         allowed_keys: _abc.Iterable[_builtins.str] | None = ...,
+        workers: _abc.Iterable[_builtins.str] | None = ...,
+        round: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["next", b"next"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allowed_keys", b"allowed_keys", "epoch", b"epoch", "index", b"index", "next", b"next", "next_index", b"next_index", "pipeline_id", b"pipeline_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allowed_keys", b"allowed_keys", "epoch", b"epoch", "index", b"index", "next", b"next", "next_index", b"next_index", "pipeline_id", b"pipeline_id", "round", b"round", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -448,6 +464,7 @@ class StageStatus(_message.Message):
     ENDPOINT_FIELD_NUMBER: _builtins.int
     OPTIONS_FIELD_NUMBER: _builtins.int
     REFUSED_LINKS_FIELD_NUMBER: _builtins.int
+    ROUND_FIELD_NUMBER: _builtins.int
     pipeline_id: _builtins.str
     name: _builtins.str
     epoch: _builtins.int
@@ -465,6 +482,8 @@ class StageStatus(_message.Message):
     """Generations that wait for a slot. Head only."""
     refused_links: _builtins.int
     """Connections to the tensor endpoint that were refused: no key or a wrong one, another pipeline or protocol version."""
+    round: _builtins.int
+    """Of its last Connect."""
     @_builtins.property
     def layers(self) -> _common_pb2.LayerRange: ...
     @_builtins.property
@@ -503,10 +522,11 @@ class StageStatus(_message.Message):
         endpoint: _common_pb2.TensorEndpoint | None = ...,
         options: _common_pb2.StageOptions | None = ...,
         refused_links: _builtins.int = ...,
+        round: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["endpoint", b"endpoint", "layers", b"layers", "memory", b"memory", "options", b"options", "progress", b"progress"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dropped_frames", b"dropped_frames", "endpoint", b"endpoint", "epoch", b"epoch", "index", b"index", "layers", b"layers", "memory", b"memory", "message", b"message", "name", b"name", "options", b"options", "pipeline_id", b"pipeline_id", "progress", b"progress", "queued", b"queued", "refused_links", b"refused_links", "slots_total", b"slots_total", "slots_used", b"slots_used", "stage_count", b"stage_count", "state", b"state", "step_ms", b"step_ms", "steps", b"steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dropped_frames", b"dropped_frames", "endpoint", b"endpoint", "epoch", b"epoch", "index", b"index", "layers", b"layers", "memory", b"memory", "message", b"message", "name", b"name", "options", b"options", "pipeline_id", b"pipeline_id", "progress", b"progress", "queued", b"queued", "refused_links", b"refused_links", "round", b"round", "slots_total", b"slots_total", "slots_used", b"slots_used", "stage_count", b"stage_count", "state", b"state", "step_ms", b"step_ms", "steps", b"steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

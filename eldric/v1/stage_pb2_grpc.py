@@ -85,7 +85,7 @@ class StageServicer:
 
     def Connect(self, request, context):
         """Names the neighbours in the ring. After it the stage takes frames of exactly this epoch.
-        FAILED_PRECONDITION: the epoch is older than the stage's.
+        FAILED_PRECONDITION: the epoch or the round is older than the stage's.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -43,7 +43,7 @@ class StageStub:
     """Ends the stage's sequences, gives all memory and ports back. No error when there is no such stage."""
     Connect: _grpc.UnaryUnaryMultiCallable[_stage_pb2.ConnectRequest, _stage_pb2.ConnectResponse]
     """Names the neighbours in the ring. After it the stage takes frames of exactly this epoch.
-    FAILED_PRECONDITION: the epoch is older than the stage's.
+    FAILED_PRECONDITION: the epoch or the round is older than the stage's.
     """
     Status: _grpc.UnaryUnaryMultiCallable[_stage_pb2.StageStatusRequest, _stage_pb2.StageStatusResponse]
     """The stages that this worker holds."""
@@ -68,7 +68,7 @@ class StageAsyncStub(StageStub):
     """Ends the stage's sequences, gives all memory and ports back. No error when there is no such stage."""
     Connect: _aio.UnaryUnaryMultiCallable[_stage_pb2.ConnectRequest, _stage_pb2.ConnectResponse]  # type: ignore[assignment]
     """Names the neighbours in the ring. After it the stage takes frames of exactly this epoch.
-    FAILED_PRECONDITION: the epoch is older than the stage's.
+    FAILED_PRECONDITION: the epoch or the round is older than the stage's.
     """
     Status: _aio.UnaryUnaryMultiCallable[_stage_pb2.StageStatusRequest, _stage_pb2.StageStatusResponse]  # type: ignore[assignment]
     """The stages that this worker holds."""
@@ -108,7 +108,7 @@ class StageServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_stage_pb2.ConnectResponse, _abc.Awaitable[_stage_pb2.ConnectResponse]]:
         """Names the neighbours in the ring. After it the stage takes frames of exactly this epoch.
-        FAILED_PRECONDITION: the epoch is older than the stage's.
+        FAILED_PRECONDITION: the epoch or the round is older than the stage's.
         """
 
     @_abc_1.abstractmethod
