@@ -27,7 +27,7 @@ from eldric.v1 import frame_pb2 as eldric_dot_v1_dot_frame__pb2
 from google.api import annotations_pb2 as google_dot_api_dot_annotations__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x65ldric/v1/stage.proto\x12\teldric.v1\x1a\x16\x65ldric/v1/common.proto\x1a\x15\x65ldric/v1/frame.proto\x1a\x1cgoogle/api/annotations.proto\"#\n\x0cTraceRequest\x12\x13\n\x0bpipeline_id\x18\x01 \x01(\t\"\x8a\x01\n\tStepTrace\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x0c\n\x04rows\x18\x02 \x01(\r\x12\x0f\n\x07prefill\x18\x03 \x01(\x08\x12%\n\x06stages\x18\x04 \x03(\x0b\x32\x15.eldric.v1.StageTrace\x12\x13\n\x0breturned_ns\x18\x05 \x01(\x06\x12\x14\n\x0c\x64\x65livered_ns\x18\x06 \x01(\x06\"h\n\x0bModelSource\x12\r\n\x05model\x18\x01 \x01(\t\x12#\n\x05\x66iles\x18\x02 \x03(\x0b\x32\x14.eldric.v1.ModelFile\x12\x15\n\rheader_sha256\x18\x03 \x01(\x0c\x12\x0e\n\x06\x66older\x18\x04 \x01(\t\"-\n\tModelFile\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\"\xa5\x02\n\x0bLoadRequest\x12\x13\n\x0bpipeline_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\r\n\x05index\x18\x04 \x01(\r\x12\x13\n\x0bstage_count\x18\x05 \x01(\r\x12%\n\x06layers\x18\x06 \x01(\x0b\x32\x15.eldric.v1.LayerRange\x12&\n\x06source\x18\x07 \x01(\x0b\x32\x16.eldric.v1.ModelSource\x12(\n\x07options\x18\x08 \x01(\x0b\x32\x17.eldric.v1.StageOptions\x12\x1a\n\x12memory_limit_bytes\x18\t \x01(\x04\x12\x11\n\ttransport\x18\n \x01(\t\x12\x18\n\x10insecure_tensors\x18\x0b \x01(\x08\"f\n\tLoadEvent\x12+\n\x08progress\x18\x01 \x01(\x0b\x32\x17.eldric.v1.LoadProgressH\x00\x12#\n\x06loaded\x18\x02 \x01(\x0b\x32\x11.eldric.v1.LoadedH\x00\x42\x07\n\x05\x65vent\"F\n\x0cLoadProgress\x12\r\n\x05phase\x18\x01 \x01(\t\x12\x12\n\ndone_bytes\x18\x02 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x04\"[\n\x06Loaded\x12+\n\x08\x65ndpoint\x18\x01 \x01(\x0b\x32\x19.eldric.v1.TensorEndpoint\x12$\n\x06memory\x18\x02 \x01(\x0b\x32\x14.eldric.v1.MemoryUse\"a\n\rUnloadRequest\x12\x13\n\x0bpipeline_id\x18\x01 \x01(\t\x12\x12\n\x05index\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x0e\n\x06reason\x18\x04 \x01(\tB\x08\n\x06_index\"\"\n\x0eUnloadResponse\x12\x10\n\x08unloaded\x18\x01 \x01(\r\"\xb6\x01\n\x0e\x43onnectRequest\x12\x13\n\x0bpipeline_id\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\r\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\'\n\x04next\x18\x04 \x01(\x0b\x32\x19.eldric.v1.TensorEndpoint\x12\x12\n\nnext_index\x18\x05 \x01(\r\x12\x14\n\x0c\x61llowed_keys\x18\x06 \x03(\t\x12\x0f\n\x07workers\x18\x07 \x03(\t\x12\r\n\x05round\x18\x08 \x01(\r\"\x11\n\x0f\x43onnectResponse\"\xe1\x04\n\x0bStageStatus\x12\x13\n\x0bpipeline_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\r\n\x05index\x18\x04 \x01(\r\x12\x13\n\x0bstage_count\x18\x05 \x01(\r\x12%\n\x06layers\x18\x06 \x01(\x0b\x32\x15.eldric.v1.LayerRange\x12$\n\x05state\x18\x07 \x01(\x0e\x32\x15.eldric.v1.StageState\x12$\n\x06memory\x18\x08 \x01(\x0b\x32\x14.eldric.v1.MemoryUse\x12)\n\x08progress\x18\t \x01(\x0b\x32\x17.eldric.v1.LoadProgress\x12\x0f\n\x07message\x18\n \x01(\t\x12\x0f\n\x07step_ms\x18\x0b \x01(\x01\x12\r\n\x05steps\x18\x0c \x01(\x04\x12\x12\n\nslots_used\x18\r \x01(\r\x12\x13\n\x0bslots_total\x18\x0e \x01(\r\x12\x0e\n\x06queued\x18\x0f \x01(\r\x12\x41\n\x0e\x64ropped_frames\x18\x10 \x03(\x0b\x32).eldric.v1.StageStatus.DroppedFramesEntry\x12+\n\x08\x65ndpoint\x18\x11 \x01(\x0b\x32\x19.eldric.v1.TensorEndpoint\x12(\n\x07options\x18\x12 \x01(\x0b\x32\x17.eldric.v1.StageOptions\x12\x15\n\rrefused_links\x18\x13 \x01(\x04\x12\r\n\x05round\x18\x14 \x01(\r\x1a\x34\n\x12\x44roppedFramesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\")\n\x12StageStatusRequest\x12\x13\n\x0bpipeline_id\x18\x01 \x01(\t\"=\n\x13StageStatusResponse\x12&\n\x06stages\x18\x01 \x03(\x0b\x32\x16.eldric.v1.StageStatus*j\n\nStageState\x12\x1b\n\x17STAGE_STATE_UNSPECIFIED\x10\x00\x12\x0b\n\x07LOADING\x10\x01\x12\n\n\x06LOADED\x10\x02\x12\x0b\n\x07SERVING\x10\x03\x12\n\n\x06\x42ROKEN\x10\x04\x12\r\n\tUNLOADING\x10\x05\x32\xaa\x03\n\x05Stage\x12X\n\x04Load\x12\x16.eldric.v1.LoadRequest\x1a\x14.eldric.v1.LoadEvent\" \x82\xd3\xe4\x93\x02\x1a\"\x15/api/v1/pipeline/load:\x01*0\x01\x12\x61\n\x06Unload\x12\x18.eldric.v1.UnloadRequest\x1a\x19.eldric.v1.UnloadResponse\"\"\x82\xd3\xe4\x93\x02\x1c\"\x17/api/v1/pipeline/unload:\x01*\x12@\n\x07\x43onnect\x12\x19.eldric.v1.ConnectRequest\x1a\x1a.eldric.v1.ConnectResponse\x12h\n\x06Status\x12\x1d.eldric.v1.StageStatusRequest\x1a\x1e.eldric.v1.StageStatusResponse\"\x1f\x82\xd3\xe4\x93\x02\x19\x12\x17/api/v1/pipeline/status\x12\x38\n\x05Trace\x12\x17.eldric.v1.TraceRequest\x1a\x14.eldric.v1.StepTrace0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x65ldric/v1/stage.proto\x12\teldric.v1\x1a\x16\x65ldric/v1/common.proto\x1a\x15\x65ldric/v1/frame.proto\x1a\x1cgoogle/api/annotations.proto\"#\n\x0cTraceRequest\x12\x13\n\x0bpipeline_id\x18\x01 \x01(\t\"\x8a\x01\n\tStepTrace\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x0c\n\x04rows\x18\x02 \x01(\r\x12\x0f\n\x07prefill\x18\x03 \x01(\x08\x12%\n\x06stages\x18\x04 \x03(\x0b\x32\x15.eldric.v1.StageTrace\x12\x13\n\x0breturned_ns\x18\x05 \x01(\x06\x12\x14\n\x0c\x64\x65livered_ns\x18\x06 \x01(\x06\"\x8f\x01\n\x0bModelSource\x12\r\n\x05model\x18\x01 \x01(\t\x12#\n\x05\x66iles\x18\x02 \x03(\x0b\x32\x14.eldric.v1.ModelFile\x12\x15\n\rheader_sha256\x18\x03 \x01(\x0c\x12\x0e\n\x06\x66older\x18\x04 \x01(\t\x12%\n\x06places\x18\x05 \x03(\x0b\x32\x15.eldric.v1.ModelPlace\"/\n\nModelPlace\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x10\n\x08http_url\x18\x02 \x01(\t\"j\n\tModelFile\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x12\x14\n\x0cheader_bytes\x18\x03 \x01(\x04\x12\x0e\n\x06sha256\x18\x04 \x01(\x0c\x12\x15\n\rblocks_sha256\x18\x05 \x01(\x0c\"\xa5\x02\n\x0bLoadRequest\x12\x13\n\x0bpipeline_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\r\n\x05index\x18\x04 \x01(\r\x12\x13\n\x0bstage_count\x18\x05 \x01(\r\x12%\n\x06layers\x18\x06 \x01(\x0b\x32\x15.eldric.v1.LayerRange\x12&\n\x06source\x18\x07 \x01(\x0b\x32\x16.eldric.v1.ModelSource\x12(\n\x07options\x18\x08 \x01(\x0b\x32\x17.eldric.v1.StageOptions\x12\x1a\n\x12memory_limit_bytes\x18\t \x01(\x04\x12\x11\n\ttransport\x18\n \x01(\t\x12\x18\n\x10insecure_tensors\x18\x0b \x01(\x08\"f\n\tLoadEvent\x12+\n\x08progress\x18\x01 \x01(\x0b\x32\x17.eldric.v1.LoadProgressH\x00\x12#\n\x06loaded\x18\x02 \x01(\x0b\x32\x11.eldric.v1.LoadedH\x00\x42\x07\n\x05\x65vent\"F\n\x0cLoadProgress\x12\r\n\x05phase\x18\x01 \x01(\t\x12\x12\n\ndone_bytes\x18\x02 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x04\"[\n\x06Loaded\x12+\n\x08\x65ndpoint\x18\x01 \x01(\x0b\x32\x19.eldric.v1.TensorEndpoint\x12$\n\x06memory\x18\x02 \x01(\x0b\x32\x14.eldric.v1.MemoryUse\"a\n\rUnloadRequest\x12\x13\n\x0bpipeline_id\x18\x01 \x01(\t\x12\x12\n\x05index\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x0e\n\x06reason\x18\x04 \x01(\tB\x08\n\x06_index\"\"\n\x0eUnloadResponse\x12\x10\n\x08unloaded\x18\x01 \x01(\r\"\xb6\x01\n\x0e\x43onnectRequest\x12\x13\n\x0bpipeline_id\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\r\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\'\n\x04next\x18\x04 \x01(\x0b\x32\x19.eldric.v1.TensorEndpoint\x12\x12\n\nnext_index\x18\x05 \x01(\r\x12\x14\n\x0c\x61llowed_keys\x18\x06 \x03(\t\x12\x0f\n\x07workers\x18\x07 \x03(\t\x12\r\n\x05round\x18\x08 \x01(\r\"\x11\n\x0f\x43onnectResponse\"\xe1\x04\n\x0bStageStatus\x12\x13\n\x0bpipeline_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\r\n\x05index\x18\x04 \x01(\r\x12\x13\n\x0bstage_count\x18\x05 \x01(\r\x12%\n\x06layers\x18\x06 \x01(\x0b\x32\x15.eldric.v1.LayerRange\x12$\n\x05state\x18\x07 \x01(\x0e\x32\x15.eldric.v1.StageState\x12$\n\x06memory\x18\x08 \x01(\x0b\x32\x14.eldric.v1.MemoryUse\x12)\n\x08progress\x18\t \x01(\x0b\x32\x17.eldric.v1.LoadProgress\x12\x0f\n\x07message\x18\n \x01(\t\x12\x0f\n\x07step_ms\x18\x0b \x01(\x01\x12\r\n\x05steps\x18\x0c \x01(\x04\x12\x12\n\nslots_used\x18\r \x01(\r\x12\x13\n\x0bslots_total\x18\x0e \x01(\r\x12\x0e\n\x06queued\x18\x0f \x01(\r\x12\x41\n\x0e\x64ropped_frames\x18\x10 \x03(\x0b\x32).eldric.v1.StageStatus.DroppedFramesEntry\x12+\n\x08\x65ndpoint\x18\x11 \x01(\x0b\x32\x19.eldric.v1.TensorEndpoint\x12(\n\x07options\x18\x12 \x01(\x0b\x32\x17.eldric.v1.StageOptions\x12\x15\n\rrefused_links\x18\x13 \x01(\x04\x12\r\n\x05round\x18\x14 \x01(\r\x1a\x34\n\x12\x44roppedFramesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\")\n\x12StageStatusRequest\x12\x13\n\x0bpipeline_id\x18\x01 \x01(\t\"=\n\x13StageStatusResponse\x12&\n\x06stages\x18\x01 \x03(\x0b\x32\x16.eldric.v1.StageStatus*j\n\nStageState\x12\x1b\n\x17STAGE_STATE_UNSPECIFIED\x10\x00\x12\x0b\n\x07LOADING\x10\x01\x12\n\n\x06LOADED\x10\x02\x12\x0b\n\x07SERVING\x10\x03\x12\n\n\x06\x42ROKEN\x10\x04\x12\r\n\tUNLOADING\x10\x05\x32\xaa\x03\n\x05Stage\x12X\n\x04Load\x12\x16.eldric.v1.LoadRequest\x1a\x14.eldric.v1.LoadEvent\" \x82\xd3\xe4\x93\x02\x1a\"\x15/api/v1/pipeline/load:\x01*0\x01\x12\x61\n\x06Unload\x12\x18.eldric.v1.UnloadRequest\x1a\x19.eldric.v1.UnloadResponse\"\"\x82\xd3\xe4\x93\x02\x1c\"\x17/api/v1/pipeline/unload:\x01*\x12@\n\x07\x43onnect\x12\x19.eldric.v1.ConnectRequest\x1a\x1a.eldric.v1.ConnectResponse\x12h\n\x06Status\x12\x1d.eldric.v1.StageStatusRequest\x1a\x1e.eldric.v1.StageStatusResponse\"\x1f\x82\xd3\xe4\x93\x02\x19\x12\x17/api/v1/pipeline/status\x12\x38\n\x05Trace\x12\x17.eldric.v1.TraceRequest\x1a\x14.eldric.v1.StepTrace0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -42,40 +42,42 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STAGE'].methods_by_name['Unload']._serialized_options = b'\202\323\344\223\002\034\"\027/api/v1/pipeline/unload:\001*'
   _globals['_STAGE'].methods_by_name['Status']._loaded_options = None
   _globals['_STAGE'].methods_by_name['Status']._serialized_options = b'\202\323\344\223\002\031\022\027/api/v1/pipeline/status'
-  _globals['_STAGESTATE']._serialized_start=2066
-  _globals['_STAGESTATE']._serialized_end=2172
+  _globals['_STAGESTATE']._serialized_start=2216
+  _globals['_STAGESTATE']._serialized_end=2322
   _globals['_TRACEREQUEST']._serialized_start=113
   _globals['_TRACEREQUEST']._serialized_end=148
   _globals['_STEPTRACE']._serialized_start=151
   _globals['_STEPTRACE']._serialized_end=289
-  _globals['_MODELSOURCE']._serialized_start=291
-  _globals['_MODELSOURCE']._serialized_end=395
-  _globals['_MODELFILE']._serialized_start=397
-  _globals['_MODELFILE']._serialized_end=442
-  _globals['_LOADREQUEST']._serialized_start=445
-  _globals['_LOADREQUEST']._serialized_end=738
-  _globals['_LOADEVENT']._serialized_start=740
-  _globals['_LOADEVENT']._serialized_end=842
-  _globals['_LOADPROGRESS']._serialized_start=844
-  _globals['_LOADPROGRESS']._serialized_end=914
-  _globals['_LOADED']._serialized_start=916
-  _globals['_LOADED']._serialized_end=1007
-  _globals['_UNLOADREQUEST']._serialized_start=1009
-  _globals['_UNLOADREQUEST']._serialized_end=1106
-  _globals['_UNLOADRESPONSE']._serialized_start=1108
-  _globals['_UNLOADRESPONSE']._serialized_end=1142
-  _globals['_CONNECTREQUEST']._serialized_start=1145
-  _globals['_CONNECTREQUEST']._serialized_end=1327
-  _globals['_CONNECTRESPONSE']._serialized_start=1329
-  _globals['_CONNECTRESPONSE']._serialized_end=1346
-  _globals['_STAGESTATUS']._serialized_start=1349
-  _globals['_STAGESTATUS']._serialized_end=1958
-  _globals['_STAGESTATUS_DROPPEDFRAMESENTRY']._serialized_start=1906
-  _globals['_STAGESTATUS_DROPPEDFRAMESENTRY']._serialized_end=1958
-  _globals['_STAGESTATUSREQUEST']._serialized_start=1960
-  _globals['_STAGESTATUSREQUEST']._serialized_end=2001
-  _globals['_STAGESTATUSRESPONSE']._serialized_start=2003
-  _globals['_STAGESTATUSRESPONSE']._serialized_end=2064
-  _globals['_STAGE']._serialized_start=2175
-  _globals['_STAGE']._serialized_end=2601
+  _globals['_MODELSOURCE']._serialized_start=292
+  _globals['_MODELSOURCE']._serialized_end=435
+  _globals['_MODELPLACE']._serialized_start=437
+  _globals['_MODELPLACE']._serialized_end=484
+  _globals['_MODELFILE']._serialized_start=486
+  _globals['_MODELFILE']._serialized_end=592
+  _globals['_LOADREQUEST']._serialized_start=595
+  _globals['_LOADREQUEST']._serialized_end=888
+  _globals['_LOADEVENT']._serialized_start=890
+  _globals['_LOADEVENT']._serialized_end=992
+  _globals['_LOADPROGRESS']._serialized_start=994
+  _globals['_LOADPROGRESS']._serialized_end=1064
+  _globals['_LOADED']._serialized_start=1066
+  _globals['_LOADED']._serialized_end=1157
+  _globals['_UNLOADREQUEST']._serialized_start=1159
+  _globals['_UNLOADREQUEST']._serialized_end=1256
+  _globals['_UNLOADRESPONSE']._serialized_start=1258
+  _globals['_UNLOADRESPONSE']._serialized_end=1292
+  _globals['_CONNECTREQUEST']._serialized_start=1295
+  _globals['_CONNECTREQUEST']._serialized_end=1477
+  _globals['_CONNECTRESPONSE']._serialized_start=1479
+  _globals['_CONNECTRESPONSE']._serialized_end=1496
+  _globals['_STAGESTATUS']._serialized_start=1499
+  _globals['_STAGESTATUS']._serialized_end=2108
+  _globals['_STAGESTATUS_DROPPEDFRAMESENTRY']._serialized_start=2056
+  _globals['_STAGESTATUS_DROPPEDFRAMESENTRY']._serialized_end=2108
+  _globals['_STAGESTATUSREQUEST']._serialized_start=2110
+  _globals['_STAGESTATUSREQUEST']._serialized_end=2151
+  _globals['_STAGESTATUSRESPONSE']._serialized_start=2153
+  _globals['_STAGESTATUSRESPONSE']._serialized_end=2214
+  _globals['_STAGE']._serialized_start=2325
+  _globals['_STAGE']._serialized_end=2751
 # @@protoc_insertion_point(module_scope)

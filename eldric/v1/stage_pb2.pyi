@@ -120,6 +120,7 @@ class ModelSource(_message.Message):
     FILES_FIELD_NUMBER: _builtins.int
     HEADER_SHA256_FIELD_NUMBER: _builtins.int
     FOLDER_FIELD_NUMBER: _builtins.int
+    PLACES_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name in the model store."""
     header_sha256: _builtins.bytes
@@ -130,6 +131,10 @@ class ModelSource(_message.Message):
     def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelFile]:
         """The files of the split set in order, relative to the store's folder."""
 
+    @_builtins.property
+    def places(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelPlace]:
+        """Data workers that hold these very files. The controller fills it in from the nodes that are registered."""
+
     def __init__(
         self,
         *,
@@ -137,14 +142,41 @@ class ModelSource(_message.Message):
         files: _abc.Iterable[Global___ModelFile] | None = ...,
         header_sha256: _builtins.bytes = ...,
         folder: _builtins.str = ...,
+        places: _abc.Iterable[Global___ModelPlace] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["files", b"files", "folder", b"folder", "header_sha256", b"header_sha256", "model", b"model"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["files", b"files", "folder", b"folder", "header_sha256", b"header_sha256", "model", b"model", "places", b"places"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ModelSource: _TypeAlias = ModelSource  # noqa: Y015
+
+@_typing.final
+class ModelPlace(_message.Message):
+    """A data worker that a model can be fetched from, by GET /api/v1/models/{id}/content."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODE_ID_FIELD_NUMBER: _builtins.int
+    HTTP_URL_FIELD_NUMBER: _builtins.int
+    node_id: _builtins.str
+    """"data/NAME": its certificate must say so."""
+    http_url: _builtins.str
+    """"https://host:port"."""
+    def __init__(
+        self,
+        *,
+        node_id: _builtins.str = ...,
+        http_url: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["http_url", b"http_url", "node_id", b"node_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ModelPlace: _TypeAlias = ModelPlace  # noqa: Y015
 
 @_typing.final
 class ModelFile(_message.Message):
@@ -152,17 +184,29 @@ class ModelFile(_message.Message):
 
     PATH_FIELD_NUMBER: _builtins.int
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    HEADER_BYTES_FIELD_NUMBER: _builtins.int
+    SHA256_FIELD_NUMBER: _builtins.int
+    BLOCKS_SHA256_FIELD_NUMBER: _builtins.int
     path: _builtins.str
     size_bytes: _builtins.int
+    header_bytes: _builtins.int
+    """Bytes before the first tensor's data: the header and nothing else, or a little more."""
+    sha256: _builtins.bytes
+    """SHA-256 of the file. Empty when the store does not know it yet."""
+    blocks_sha256: _builtins.bytes
+    """SHA-256 over the block sums (FileBlocks.block_sha256, one after the other). Empty when they are not known yet."""
     def __init__(
         self,
         *,
         path: _builtins.str = ...,
         size_bytes: _builtins.int = ...,
+        header_bytes: _builtins.int = ...,
+        sha256: _builtins.bytes = ...,
+        blocks_sha256: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["path", b"path", "size_bytes", b"size_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks_sha256", b"blocks_sha256", "header_bytes", b"header_bytes", "path", b"path", "sha256", b"sha256", "size_bytes", b"size_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -260,7 +304,7 @@ class LoadProgress(_message.Message):
     DONE_BYTES_FIELD_NUMBER: _builtins.int
     TOTAL_BYTES_FIELD_NUMBER: _builtins.int
     phase: _builtins.str
-    """"mapping", "repacking", "building"."""
+    """"fetching" (from a data worker into the worker's cache), "mapping", "repacking", "building"."""
     done_bytes: _builtins.int
     total_bytes: _builtins.int
     def __init__(
