@@ -64,7 +64,9 @@ class DeployRequest(_message.Message):
     stages: _builtins.int
     """Number of stages. 0: as few as fit."""
     transport: _builtins.str
-    """Scheme of the tensor transport. Empty: the best that both ends offer."""
+    """Scheme of the tensor transport of every link. Empty or "auto": for each link the best that both its ends offer, and
+    the next best where that one fails.
+    """
     insecure_tensors: _builtins.bool
     """Tensor channels without encryption; every worker must allow it."""
     @_builtins.property
@@ -108,6 +110,7 @@ class PlannedStage(_message.Message):
     KV_BYTES_FIELD_NUMBER: _builtins.int
     COMPUTE_BYTES_FIELD_NUMBER: _builtins.int
     AVAILABLE_BYTES_FIELD_NUMBER: _builtins.int
+    TRANSPORTS_FIELD_NUMBER: _builtins.int
     index: _builtins.int
     worker: _builtins.str
     weights_bytes: _builtins.int
@@ -117,6 +120,10 @@ class PlannedStage(_message.Message):
     """What the worker had free for it, head room taken off."""
     @_builtins.property
     def layers(self) -> _common_pb2.LayerRange: ...
+    @_builtins.property
+    def transports(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Schemes that the link to the next stage may go by, best first. None in a plan of one stage."""
+
     def __init__(
         self,
         *,
@@ -127,10 +134,11 @@ class PlannedStage(_message.Message):
         kv_bytes: _builtins.int = ...,
         compute_bytes: _builtins.int = ...,
         available_bytes: _builtins.int = ...,
+        transports: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["layers", b"layers"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["available_bytes", b"available_bytes", "compute_bytes", b"compute_bytes", "index", b"index", "kv_bytes", b"kv_bytes", "layers", b"layers", "weights_bytes", b"weights_bytes", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["available_bytes", b"available_bytes", "compute_bytes", b"compute_bytes", "index", b"index", "kv_bytes", b"kv_bytes", "layers", b"layers", "transports", b"transports", "weights_bytes", b"weights_bytes", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -268,6 +276,7 @@ class PipelineStage(_message.Message):
     STEPS_FIELD_NUMBER: _builtins.int
     TRANSPORT_FIELD_NUMBER: _builtins.int
     ENCRYPTED_FIELD_NUMBER: _builtins.int
+    LINK_FIELD_NUMBER: _builtins.int
     index: _builtins.int
     worker: _builtins.str
     pid: _builtins.int
@@ -276,12 +285,16 @@ class PipelineStage(_message.Message):
     message: _builtins.str
     steps: _builtins.int
     transport: _builtins.str
-    """"zmq", and whether it is encrypted."""
+    """What the stage receives with, e.g. "zmq", and whether that is encrypted."""
     encrypted: _builtins.bool
     @_builtins.property
     def layers(self) -> _common_pb2.LayerRange: ...
     @_builtins.property
     def memory(self) -> _common_pb2.MemoryUse: ...
+    @_builtins.property
+    def link(self) -> _stage_pb2.LinkStatus:
+        """The link to the next stage. Absent in a pipeline of one stage."""
+
     def __init__(
         self,
         *,
@@ -296,10 +309,11 @@ class PipelineStage(_message.Message):
         steps: _builtins.int = ...,
         transport: _builtins.str = ...,
         encrypted: _builtins.bool = ...,
+        link: _stage_pb2.LinkStatus | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["layers", b"layers", "memory", b"memory"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["layers", b"layers", "link", b"link", "memory", b"memory"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["encrypted", b"encrypted", "index", b"index", "layers", b"layers", "memory", b"memory", "message", b"message", "pid", b"pid", "state", b"state", "step_ms", b"step_ms", "steps", b"steps", "transport", b"transport", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["encrypted", b"encrypted", "index", b"index", "layers", b"layers", "link", b"link", "memory", b"memory", "message", b"message", "pid", b"pid", "state", b"state", "step_ms", b"step_ms", "steps", b"steps", "transport", b"transport", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -111,6 +111,7 @@ class Resources(_message.Message):
     ENGINE_FIELD_NUMBER: _builtins.int
     CPU_VARIANT_FIELD_NUMBER: _builtins.int
     TRANSPORTS_FIELD_NUMBER: _builtins.int
+    HOST_FIELD_NUMBER: _builtins.int
     cores: _builtins.int
     memory_bytes: _builtins.int
     """Memory that stages may use in all, in bytes: the operator's limit, or what the machine has."""
@@ -118,6 +119,10 @@ class Resources(_message.Message):
     """Version of the compute library, e.g. "ggml 0.26.0"."""
     cpu_variant: _builtins.str
     """CPU variant that was picked, e.g. "sapphirerapids"."""
+    host: _builtins.str
+    """Names what processes must share to reach each other without a network: equal for workers on one machine that see
+    the same shared memory. Empty: not known.
+    """
     @_builtins.property
     def devices(self) -> _containers.RepeatedCompositeFieldContainer[Global___Device]: ...
     @_builtins.property
@@ -133,10 +138,11 @@ class Resources(_message.Message):
         engine: _builtins.str = ...,
         cpu_variant: _builtins.str = ...,
         transports: _abc.Iterable[_builtins.str] | None = ...,
+        host: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cores", b"cores", "cpu_variant", b"cpu_variant", "devices", b"devices", "engine", b"engine", "memory_bytes", b"memory_bytes", "transports", b"transports"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cores", b"cores", "cpu_variant", b"cpu_variant", "devices", b"devices", "engine", b"engine", "host", b"host", "memory_bytes", b"memory_bytes", "transports", b"transports"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

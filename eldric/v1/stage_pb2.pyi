@@ -236,7 +236,9 @@ class LoadRequest(_message.Message):
     memory_limit_bytes: _builtins.int
     """Memory that the plan counted for this stage, in bytes: weights may be copied only within it. 0: no bound."""
     transport: _builtins.str
-    """Scheme of the tensor transport to listen with. Empty: zmq."""
+    """Scheme of the tensor transport to receive with; the stage sends with the same, until OpenLinks says otherwise.
+    Empty: zmq. Where it cannot be opened it is zmq too, and Loaded.transport_problem says why.
+    """
     insecure_tensors: _builtins.bool
     """Tensor channels without encryption. Refused unless the worker was started to allow it."""
     @_builtins.property
@@ -328,6 +330,9 @@ class Loaded(_message.Message):
 
     ENDPOINT_FIELD_NUMBER: _builtins.int
     MEMORY_FIELD_NUMBER: _builtins.int
+    TRANSPORT_PROBLEM_FIELD_NUMBER: _builtins.int
+    transport_problem: _builtins.str
+    """Why the endpoint is not of the scheme that was asked for. Empty: it is."""
     @_builtins.property
     def endpoint(self) -> _common_pb2.TensorEndpoint: ...
     @_builtins.property
@@ -337,14 +342,80 @@ class Loaded(_message.Message):
         *,
         endpoint: _common_pb2.TensorEndpoint | None = ...,
         memory: _common_pb2.MemoryUse | None = ...,
+        transport_problem: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["endpoint", b"endpoint", "memory", b"memory"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["endpoint", b"endpoint", "memory", b"memory"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["endpoint", b"endpoint", "memory", b"memory", "transport_problem", b"transport_problem"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Loaded: _TypeAlias = Loaded  # noqa: Y015
+
+@_typing.final
+class OpenLinksRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PIPELINE_ID_FIELD_NUMBER: _builtins.int
+    INDEX_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    RECEIVE_FIELD_NUMBER: _builtins.int
+    SEND_FIELD_NUMBER: _builtins.int
+    pipeline_id: _builtins.str
+    index: _builtins.int
+    epoch: _builtins.int
+    receive: _builtins.str
+    """Schemes of the transports to receive and to send with."""
+    send: _builtins.str
+    def __init__(
+        self,
+        *,
+        pipeline_id: _builtins.str = ...,
+        index: _builtins.int = ...,
+        epoch: _builtins.int = ...,
+        receive: _builtins.str = ...,
+        send: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "index", b"index", "pipeline_id", b"pipeline_id", "receive", b"receive", "send", b"send"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OpenLinksRequest: _TypeAlias = OpenLinksRequest  # noqa: Y015
+
+@_typing.final
+class OpenLinksResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENDPOINT_FIELD_NUMBER: _builtins.int
+    SENDER_KEY_FIELD_NUMBER: _builtins.int
+    RECEIVE_PROBLEM_FIELD_NUMBER: _builtins.int
+    SEND_PROBLEM_FIELD_NUMBER: _builtins.int
+    sender_key: _builtins.str
+    """Key of the transport that it sends with: the next stage must allow it."""
+    receive_problem: _builtins.str
+    """Why a transport could not be opened. Empty: it is."""
+    send_problem: _builtins.str
+    @_builtins.property
+    def endpoint(self) -> _common_pb2.TensorEndpoint:
+        """Where the stage listens now."""
+
+    def __init__(
+        self,
+        *,
+        endpoint: _common_pb2.TensorEndpoint | None = ...,
+        sender_key: _builtins.str = ...,
+        receive_problem: _builtins.str = ...,
+        send_problem: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["endpoint", b"endpoint"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["endpoint", b"endpoint", "receive_problem", b"receive_problem", "send_problem", b"send_problem", "sender_key", b"sender_key"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OpenLinksResponse: _TypeAlias = OpenLinksResponse  # noqa: Y015
 
 @_typing.final
 class UnloadRequest(_message.Message):
@@ -410,6 +481,8 @@ class ConnectRequest(_message.Message):
     ALLOWED_KEYS_FIELD_NUMBER: _builtins.int
     WORKERS_FIELD_NUMBER: _builtins.int
     ROUND_FIELD_NUMBER: _builtins.int
+    TRY_MS_FIELD_NUMBER: _builtins.int
+    FALLBACK_FIELD_NUMBER: _builtins.int
     pipeline_id: _builtins.str
     index: _builtins.int
     epoch: _builtins.int
@@ -418,6 +491,10 @@ class ConnectRequest(_message.Message):
     """How often this ring was connected before. Frames of an earlier round are dropped like those of an older epoch, so
     that nothing that was under way when a ring broke is taken once it is mended.
     """
+    try_ms: _builtins.int
+    """How long to try to reach the next stage, in milliseconds. 0: the worker's own patience."""
+    fallback: _builtins.str
+    """Why the link to the next stage is not of a better transport, for LinkStatus. Empty: there is none."""
     @_builtins.property
     def next(self) -> _common_pb2.TensorEndpoint:
         """The stage that this one sends to: the next, and for the tail the head. Absent in a pipeline of one stage."""
@@ -441,10 +518,12 @@ class ConnectRequest(_message.Message):
         allowed_keys: _abc.Iterable[_builtins.str] | None = ...,
         workers: _abc.Iterable[_builtins.str] | None = ...,
         round: _builtins.int = ...,
+        try_ms: _builtins.int = ...,
+        fallback: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["next", b"next"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allowed_keys", b"allowed_keys", "epoch", b"epoch", "index", b"index", "next", b"next", "next_index", b"next_index", "pipeline_id", b"pipeline_id", "round", b"round", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allowed_keys", b"allowed_keys", "epoch", b"epoch", "fallback", b"fallback", "index", b"index", "next", b"next", "next_index", b"next_index", "pipeline_id", b"pipeline_id", "round", b"round", "try_ms", b"try_ms", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -454,16 +533,81 @@ Global___ConnectRequest: _TypeAlias = ConnectRequest  # noqa: Y015
 class ConnectResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    PROBLEM_FIELD_NUMBER: _builtins.int
+    problem: _builtins.str
+    """Why the next stage cannot be reached by the transport that this one sends with; the stage is broken until the next
+    Connect. Empty: it is reached, and the stage is in the ring.
+    """
     def __init__(
         self,
+        *,
+        problem: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["problem", b"problem"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ConnectResponse: _TypeAlias = ConnectResponse  # noqa: Y015
+
+@_typing.final
+class LinkStatus(_message.Message):
+    """The link from a stage to the next one, as the sending stage sees it. Counters are since the link was made."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TO_STAGE_FIELD_NUMBER: _builtins.int
+    TRANSPORT_FIELD_NUMBER: _builtins.int
+    ENCRYPTION_FIELD_NUMBER: _builtins.int
+    ROUND_TRIP_MS_FIELD_NUMBER: _builtins.int
+    FRAMES_FIELD_NUMBER: _builtins.int
+    BYTES_FIELD_NUMBER: _builtins.int
+    QUEUE_FRAMES_FIELD_NUMBER: _builtins.int
+    QUEUE_BYTES_FIELD_NUMBER: _builtins.int
+    FALLBACK_FIELD_NUMBER: _builtins.int
+    CLOSED_FIELD_NUMBER: _builtins.int
+    to_stage: _builtins.int
+    """Index of the receiving stage."""
+    transport: _builtins.str
+    """Scheme of its transport, e.g. "zmq"."""
+    encryption: _builtins.str
+    """What protects frames on their way: "curve", "tls", "host" (they do not leave the machine), "none"."""
+    round_trip_ms: _builtins.float
+    """A short message's way to the receiver's machine and back, in milliseconds, by the transport's own measure. 0: not
+    known.
+    """
+    frames: _builtins.int
+    bytes: _builtins.int
+    """Of payloads."""
+    queue_frames: _builtins.int
+    """Sent and not yet taken by the receiver."""
+    queue_bytes: _builtins.int
+    fallback: _builtins.str
+    """Why it is not of a better transport that both ends offer, e.g. "ucx failed: ...". Empty: there is none."""
+    closed: _builtins.str
+    """Why nothing can be sent any more. Empty: the link is good."""
+    def __init__(
+        self,
+        *,
+        to_stage: _builtins.int = ...,
+        transport: _builtins.str = ...,
+        encryption: _builtins.str = ...,
+        round_trip_ms: _builtins.float = ...,
+        frames: _builtins.int = ...,
+        bytes: _builtins.int = ...,
+        queue_frames: _builtins.int = ...,
+        queue_bytes: _builtins.int = ...,
+        fallback: _builtins.str = ...,
+        closed: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "closed", b"closed", "encryption", b"encryption", "fallback", b"fallback", "frames", b"frames", "queue_bytes", b"queue_bytes", "queue_frames", b"queue_frames", "round_trip_ms", b"round_trip_ms", "to_stage", b"to_stage", "transport", b"transport"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LinkStatus: _TypeAlias = LinkStatus  # noqa: Y015
 
 @_typing.final
 class StageStatus(_message.Message):
@@ -509,6 +653,9 @@ class StageStatus(_message.Message):
     OPTIONS_FIELD_NUMBER: _builtins.int
     REFUSED_LINKS_FIELD_NUMBER: _builtins.int
     ROUND_FIELD_NUMBER: _builtins.int
+    LINK_FIELD_NUMBER: _builtins.int
+    SENDER_SCHEME_FIELD_NUMBER: _builtins.int
+    SENDER_KEY_FIELD_NUMBER: _builtins.int
     pipeline_id: _builtins.str
     name: _builtins.str
     epoch: _builtins.int
@@ -528,6 +675,9 @@ class StageStatus(_message.Message):
     """Connections to the tensor endpoint that were refused: no key or a wrong one, another pipeline or protocol version."""
     round: _builtins.int
     """Of its last Connect."""
+    sender_scheme: _builtins.str
+    """Scheme and key of the transport that it sends with."""
+    sender_key: _builtins.str
     @_builtins.property
     def layers(self) -> _common_pb2.LayerRange: ...
     @_builtins.property
@@ -543,6 +693,10 @@ class StageStatus(_message.Message):
     @_builtins.property
     def options(self) -> _common_pb2.StageOptions:
         """Settings in force, defaults filled in."""
+
+    @_builtins.property
+    def link(self) -> Global___LinkStatus:
+        """Absent in a pipeline of one stage, and before the first Connect."""
 
     def __init__(
         self,
@@ -567,10 +721,13 @@ class StageStatus(_message.Message):
         options: _common_pb2.StageOptions | None = ...,
         refused_links: _builtins.int = ...,
         round: _builtins.int = ...,
+        link: Global___LinkStatus | None = ...,
+        sender_scheme: _builtins.str = ...,
+        sender_key: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["endpoint", b"endpoint", "layers", b"layers", "memory", b"memory", "options", b"options", "progress", b"progress"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["endpoint", b"endpoint", "layers", b"layers", "link", b"link", "memory", b"memory", "options", b"options", "progress", b"progress"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dropped_frames", b"dropped_frames", "endpoint", b"endpoint", "epoch", b"epoch", "index", b"index", "layers", b"layers", "memory", b"memory", "message", b"message", "name", b"name", "options", b"options", "pipeline_id", b"pipeline_id", "progress", b"progress", "queued", b"queued", "refused_links", b"refused_links", "round", b"round", "slots_total", b"slots_total", "slots_used", b"slots_used", "stage_count", b"stage_count", "state", b"state", "step_ms", b"step_ms", "steps", b"steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dropped_frames", b"dropped_frames", "endpoint", b"endpoint", "epoch", b"epoch", "index", b"index", "layers", b"layers", "link", b"link", "memory", b"memory", "message", b"message", "name", b"name", "options", b"options", "pipeline_id", b"pipeline_id", "progress", b"progress", "queued", b"queued", "refused_links", b"refused_links", "round", b"round", "sender_key", b"sender_key", "sender_scheme", b"sender_scheme", "slots_total", b"slots_total", "slots_used", b"slots_used", "stage_count", b"stage_count", "state", b"state", "step_ms", b"step_ms", "steps", b"steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -45,6 +45,11 @@ class StageStub:
                 request_serializer=eldric_dot_v1_dot_stage__pb2.UnloadRequest.SerializeToString,
                 response_deserializer=eldric_dot_v1_dot_stage__pb2.UnloadResponse.FromString,
                 _registered_method=True)
+        self.OpenLinks = channel.unary_unary(
+                '/eldric.v1.Stage/OpenLinks',
+                request_serializer=eldric_dot_v1_dot_stage__pb2.OpenLinksRequest.SerializeToString,
+                response_deserializer=eldric_dot_v1_dot_stage__pb2.OpenLinksResponse.FromString,
+                _registered_method=True)
         self.Connect = channel.unary_unary(
                 '/eldric.v1.Stage/Connect',
                 request_serializer=eldric_dot_v1_dot_stage__pb2.ConnectRequest.SerializeToString,
@@ -78,6 +83,16 @@ class StageServicer:
 
     def Unload(self, request, context):
         """Ends the stage's sequences, gives all memory and ports back. No error when there is no such stage.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def OpenLinks(self, request, context):
+        """Settles what the stage's two links go by: what it receives with, and what it sends with. What is open already and
+        of the right scheme is kept; a transport that is of no use any more is closed, and its links with it. A scheme that
+        cannot be opened here is no error but a problem in the answer, and leaves that end as it was.
+        FAILED_PRECONDITION: the stage is still loading, or of another epoch.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -119,6 +134,11 @@ def add_StageServicer_to_server(servicer, server):
                     servicer.Unload,
                     request_deserializer=eldric_dot_v1_dot_stage__pb2.UnloadRequest.FromString,
                     response_serializer=eldric_dot_v1_dot_stage__pb2.UnloadResponse.SerializeToString,
+            ),
+            'OpenLinks': grpc.unary_unary_rpc_method_handler(
+                    servicer.OpenLinks,
+                    request_deserializer=eldric_dot_v1_dot_stage__pb2.OpenLinksRequest.FromString,
+                    response_serializer=eldric_dot_v1_dot_stage__pb2.OpenLinksResponse.SerializeToString,
             ),
             'Connect': grpc.unary_unary_rpc_method_handler(
                     servicer.Connect,
@@ -191,6 +211,33 @@ class Stage:
             '/eldric.v1.Stage/Unload',
             eldric_dot_v1_dot_stage__pb2.UnloadRequest.SerializeToString,
             eldric_dot_v1_dot_stage__pb2.UnloadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def OpenLinks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/eldric.v1.Stage/OpenLinks',
+            eldric_dot_v1_dot_stage__pb2.OpenLinksRequest.SerializeToString,
+            eldric_dot_v1_dot_stage__pb2.OpenLinksResponse.FromString,
             options,
             channel_credentials,
             insecure,

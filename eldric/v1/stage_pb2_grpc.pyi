@@ -41,6 +41,12 @@ class StageStub:
     """
     Unload: _grpc.UnaryUnaryMultiCallable[_stage_pb2.UnloadRequest, _stage_pb2.UnloadResponse]
     """Ends the stage's sequences, gives all memory and ports back. No error when there is no such stage."""
+    OpenLinks: _grpc.UnaryUnaryMultiCallable[_stage_pb2.OpenLinksRequest, _stage_pb2.OpenLinksResponse]
+    """Settles what the stage's two links go by: what it receives with, and what it sends with. What is open already and
+    of the right scheme is kept; a transport that is of no use any more is closed, and its links with it. A scheme that
+    cannot be opened here is no error but a problem in the answer, and leaves that end as it was.
+    FAILED_PRECONDITION: the stage is still loading, or of another epoch.
+    """
     Connect: _grpc.UnaryUnaryMultiCallable[_stage_pb2.ConnectRequest, _stage_pb2.ConnectResponse]
     """Names the neighbours in the ring. After it the stage takes frames of exactly this epoch.
     FAILED_PRECONDITION: the epoch or the round is older than the stage's.
@@ -66,6 +72,12 @@ class StageAsyncStub(StageStub):
     """
     Unload: _aio.UnaryUnaryMultiCallable[_stage_pb2.UnloadRequest, _stage_pb2.UnloadResponse]  # type: ignore[assignment]
     """Ends the stage's sequences, gives all memory and ports back. No error when there is no such stage."""
+    OpenLinks: _aio.UnaryUnaryMultiCallable[_stage_pb2.OpenLinksRequest, _stage_pb2.OpenLinksResponse]  # type: ignore[assignment]
+    """Settles what the stage's two links go by: what it receives with, and what it sends with. What is open already and
+    of the right scheme is kept; a transport that is of no use any more is closed, and its links with it. A scheme that
+    cannot be opened here is no error but a problem in the answer, and leaves that end as it was.
+    FAILED_PRECONDITION: the stage is still loading, or of another epoch.
+    """
     Connect: _aio.UnaryUnaryMultiCallable[_stage_pb2.ConnectRequest, _stage_pb2.ConnectResponse]  # type: ignore[assignment]
     """Names the neighbours in the ring. After it the stage takes frames of exactly this epoch.
     FAILED_PRECONDITION: the epoch or the round is older than the stage's.
@@ -100,6 +112,18 @@ class StageServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_stage_pb2.UnloadResponse, _abc.Awaitable[_stage_pb2.UnloadResponse]]:
         """Ends the stage's sequences, gives all memory and ports back. No error when there is no such stage."""
+
+    @_abc_1.abstractmethod
+    def OpenLinks(
+        self,
+        request: _stage_pb2.OpenLinksRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_stage_pb2.OpenLinksResponse, _abc.Awaitable[_stage_pb2.OpenLinksResponse]]:
+        """Settles what the stage's two links go by: what it receives with, and what it sends with. What is open already and
+        of the right scheme is kept; a transport that is of no use any more is closed, and its links with it. A scheme that
+        cannot be opened here is no error but a problem in the answer, and leaves that end as it was.
+        FAILED_PRECONDITION: the stage is still loading, or of another epoch.
+        """
 
     @_abc_1.abstractmethod
     def Connect(
