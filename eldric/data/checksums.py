@@ -1,4 +1,5 @@
-"""SHA-256 of files, and copies of files, a piece at a time: memory stays flat whatever a file's size."""
+"""SHA-256 of files and of their blocks, and copies of files, a piece at a time: memory stays flat whatever a file's
+size."""
 
 import contextlib
 import errno
@@ -6,11 +7,15 @@ import fcntl
 import hashlib
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 #: Called with the number of bytes done since the last call. May raise, which ends the work.
 Progress = Callable[[int], None]
+
+#: Length of a block, the unit of what is fetched and compared. A file's last one may be shorter.
+BLOCK_BYTES = 16 << 20
 
 _PIECE_BYTES = 1 << 20
 #: linux/fs.h: _IOW(0x94, 9, int)
@@ -33,29 +38,77 @@ _NOT_HERE = frozenset(
 )
 
 
-def sha256_of(path: Path, progress: Progress) -> str:
-    """SHA-256 of a file in lower-case hex. Raises OSError."""
-    digest = hashlib.sha256()
+@dataclass(frozen=True, slots=True)
+class FileSums:
+    """SHA-256 of a file, and of each of its blocks in order; lower-case hex. Both are empty when not known yet."""
+
+    sha256: str = ""
+    blocks: tuple[str, ...] = ()
+
+    def damaged_blocks(self, now: "FileSums") -> list[int]:
+        """Numbers of the blocks that are not what they were."""
+        return [number for number, pair in enumerate(zip(self.blocks, now.blocks, strict=False)) if pair[0] != pair[1]]
+
+
+def blocks_of(size_bytes: int) -> int:
+    """How many blocks a file of this size has."""
+    return -(-size_bytes // BLOCK_BYTES)
+
+
+class Hasher:
+    """Sums of a file that is seen once, from its beginning to its end."""
+
+    def __init__(self) -> None:
+        self._whole, self._block = hashlib.sha256(), hashlib.sha256()
+        self._in_block = 0
+        self._blocks: list[str] = []
+
+    def update(self, data: bytes | memoryview) -> None:
+        """Takes the file's next bytes, however many."""
+        self._whole.update(data)
+        view = memoryview(data)
+        while view:
+            part = view[: BLOCK_BYTES - self._in_block]
+            self._block.update(part)
+            self._in_block += len(part)
+            view = view[len(part) :]
+            if self._in_block == BLOCK_BYTES:
+                self._end_block()
+
+    def sums(self) -> FileSums:
+        """Of what was seen; nothing may follow."""
+        if self._in_block:
+            self._end_block()
+        return FileSums(self._whole.hexdigest(), tuple(self._blocks))
+
+    def _end_block(self) -> None:
+        self._blocks.append(self._block.hexdigest())
+        self._block, self._in_block = hashlib.sha256(), 0
+
+
+def sums_of(path: Path, progress: Progress) -> FileSums:
+    """Sums of a file. Raises OSError."""
+    hasher = Hasher()
     with path.open("rb", buffering=0) as file:
         for piece in _pieces(file):
-            digest.update(piece)
+            hasher.update(piece)
             progress(len(piece))
-    return digest.hexdigest()
+    return hasher.sums()
 
 
-def copy_with_sha256(source: Path, target: Path, progress: Progress) -> str:
-    """Copies a file to `target`, which must not exist, and has it on the disk on return. Returns its SHA-256.
+def copy_with_sums(source: Path, target: Path, progress: Progress) -> FileSums:
+    """Copies a file to `target`, which must not exist, and has it on the disk on return. Returns its sums.
 
     Raises OSError.
     """
-    digest = hashlib.sha256()
+    hasher = Hasher()
     with source.open("rb", buffering=0) as file, target.open("xb", buffering=0) as copy:
         for piece in _pieces(file):
-            digest.update(piece)
-            _write_all(copy, piece)
+            hasher.update(piece)
+            write_all(copy, piece)
             progress(len(piece))
         os.fsync(copy.fileno())
-    return digest.hexdigest()
+    return hasher.sums()
 
 
 def try_link(source: Path, target: Path) -> bool:
@@ -93,6 +146,7 @@ def _pieces(file: BinaryIO) -> Iterator[memoryview]:
         yield buffer[:count]
 
 
-def _write_all(file: BinaryIO, piece: memoryview) -> None:
+def write_all(file: BinaryIO, piece: memoryview) -> None:
+    """Writes all of a piece to an unbuffered file, which may take less at once."""
     while piece:
         piece = piece[file.write(piece) :]

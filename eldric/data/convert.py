@@ -1,7 +1,9 @@
 """A store's models as messages of the contract."""
 
+from eldric.data.checksums import BLOCK_BYTES
 from eldric.data.header import ModelHeader
 from eldric.data.model import StoredModel
+from eldric.errors import NotReady
 from eldric.v1 import model_store_pb2 as pb
 from eldric.v1 import stage_pb2
 
@@ -33,6 +35,26 @@ def model_metadata(model: StoredModel) -> pb.ModelMetadata:
         header=header.entries,
         sha256=sums if all(sums) else (),
         costs=_costs(header),
+    )
+
+
+def model_blocks(model: StoredModel) -> pb.ModelBlocks:
+    """Sums of all blocks. Raises DataLoss for a damaged model, NotReady when the sums are not known yet."""
+    _ = model.sound_header
+    if any(file.size_bytes and not file.sums.blocks for file in model.files):
+        raise NotReady(
+            f"the block sums of {model.id} are not known yet: `eldric-cli models verify {model.id}` finds them"
+        )
+    return pb.ModelBlocks(
+        block_bytes=BLOCK_BYTES,
+        files=[
+            pb.FileBlocks(
+                size_bytes=file.size_bytes,
+                sha256=bytes.fromhex(file.sha256),
+                block_sha256=[bytes.fromhex(block) for block in file.sums.blocks],
+            )
+            for file in model.files
+        ],
     )
 
 

@@ -93,22 +93,22 @@ class _Transfer:
         files = []
         for number, name in enumerate(names):
             source, target = self._sources[number], self._folder / name
-            sha256 = self._bring(number, source, target)
+            sums = self._bring(number, source, target)
             before, after = self._before[number], source.stat()
             if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
                 raise InvalidModel("the file changed while it was imported", source)
-            files.append(ManifestFile(name, before.st_size, sha256))
+            files.append(ManifestFile(name, before.st_size, sums.sha256, sums.blocks))
         return files
 
-    def _bring(self, number: int, source: Path, target: Path) -> str:
+    def _bring(self, number: int, source: Path, target: Path) -> checksums.FileSums:
         if checksums.try_link(source, target) or checksums.try_clone(source, target):
             self._phase = "hashing"
             self._progress(0)
-            return checksums.sha256_of(target, self._progress)
+            return checksums.sums_of(target, self._progress)
         self._phase = "copying"
         self._check_space(number)
         self._progress(0)
-        return checksums.copy_with_sha256(source, target, self._progress)
+        return checksums.copy_with_sums(source, target, self._progress)
 
     def _progress(self, nbytes: int) -> None:
         self._done += nbytes

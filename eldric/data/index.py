@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from eldric.data.checksums import FileSums
 from eldric.data.header import ModelHeader, read_header
 from eldric.data.manifest import NAME, BrokenManifest, Manifest, UnknownVersion
 from eldric.data.model import StoredFile, StoredModel
@@ -113,7 +114,7 @@ class Index:
         manifest = Manifest.load(self._folder / name)
         paths = [Path(name, file.name) for file in manifest.files]
         return [
-            (StoredFile(path, file.size_bytes, file.sha256), self._status(path))
+            (StoredFile(path, file.size_bytes, file.sums), self._status(path))
             for path, file in zip(paths, manifest.files, strict=True)
         ]
 
@@ -124,7 +125,7 @@ class Index:
             if status:
                 files.append((StoredFile(path, status.st_size, self._sums.get(path.name, status)), status))
             else:
-                files.append((StoredFile(path, 0, ""), None))
+                files.append((StoredFile(path, 0, FileSums()), None))
         if files[0][1] is None:
             raise FileNotFoundError(name)
         return files

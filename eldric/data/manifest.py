@@ -7,10 +7,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from eldric.data.checksums import BLOCK_BYTES, FileSums, blocks_of
+
 NAME = "manifest.json"
 VERSION = 1
 
-_MAX_BYTES = 1 << 20
+#: Enough for the block sums of 2 TB.
+_MAX_BYTES = 1 << 24
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -24,11 +27,19 @@ class UnknownVersion(BrokenManifest):
 
 @dataclass(frozen=True, slots=True)
 class ManifestFile:
-    """One file of a model. name: in the model's folder. sha256: lower-case hex, at import."""
+    """One file of a model. name: in the model's folder. sha256, and those of its blocks: lower-case hex, at import.
+
+    blocks is empty in a manifest that was written before there were any.
+    """
 
     name: str
     size_bytes: int
     sha256: str
+    blocks: tuple[str, ...] = ()
+
+    @property
+    def sums(self) -> FileSums:
+        return FileSums(self.sha256, self.blocks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +55,8 @@ class Manifest:
         """Writes the manifest atomically and durably. Raises OSError."""
         path, draft = folder / NAME, folder / f".{NAME}.tmp"
         with draft.open("w", encoding="utf-8", errors="backslashreplace") as file:
-            json.dump({"version": VERSION, **asdict(self)}, file, indent=2, ensure_ascii=False)
+            document = {"version": VERSION, "block_bytes": BLOCK_BYTES, **asdict(self)}
+            json.dump(document, file, indent=2, ensure_ascii=False)
             file.write("\n")
             file.flush()
             os.fsync(file.fileno())
@@ -74,13 +86,13 @@ class Manifest:
             raise BrokenManifest("its manifest names no files")
         return cls(
             format=_text(document, "format"),
-            files=tuple(_file(entry) for entry in files),
+            files=tuple(_file(entry, document.get("block_bytes")) for entry in files),
             source=_text(document, "source"),
             imported_at=_text(document, "imported_at"),
         )
 
 
-def _file(entry: Any) -> ManifestFile:
+def _file(entry: Any, block_bytes: Any) -> ManifestFile:
     if not isinstance(entry, dict):
         raise BrokenManifest("an entry of its manifest's files is not an object")
     name, size, sha256 = _text(entry, "name"), entry.get("size_bytes"), _text(entry, "sha256")
@@ -90,7 +102,18 @@ def _file(entry: Any) -> ManifestFile:
         raise BrokenManifest(f"its manifest gives {name} the size {size!r:.40}")
     if not _SHA256.fullmatch(sha256):
         raise BrokenManifest(f"its manifest gives {name} a SHA-256 that is none")
-    return ManifestFile(name, size, sha256)
+    blocks = _blocks(entry.get("blocks", []), name, size) if block_bytes == BLOCK_BYTES else ()
+    return ManifestFile(name, size, sha256, blocks)
+
+
+def _blocks(blocks: Any, name: str, size: int) -> tuple[str, ...]:
+    if not blocks:
+        return ()
+    if not isinstance(blocks, list) or len(blocks) != blocks_of(size):
+        raise BrokenManifest(f"its manifest does not give {name} a SHA-256 for each of its {blocks_of(size)} blocks")
+    if not all(isinstance(block, str) and _SHA256.fullmatch(block) for block in blocks):
+        raise BrokenManifest(f"its manifest gives a block of {name} a SHA-256 that is none")
+    return tuple(blocks)
 
 
 def _text(document: dict[str, Any], key: str) -> str:

@@ -3,17 +3,22 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from eldric.data.checksums import FileSums
 from eldric.data.header import ModelHeader
 from eldric.errors import DataLoss, EldricError, NotFound
 
 
 @dataclass(frozen=True, slots=True)
 class StoredFile:
-    """One file. path: below the store's folder. sha256: lower-case hex, empty when not known yet."""
+    """One file. path: below the store's folder. sums: empty when not known yet."""
 
     path: Path
     size_bytes: int
-    sha256: str
+    sums: FileSums
+
+    @property
+    def sha256(self) -> str:
+        return self.sums.sha256
 
 
 @dataclass(frozen=True, slots=True)

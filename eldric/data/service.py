@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ParamSpec, TypeVar
 
-from eldric.data.convert import model_info, model_metadata, model_tensors
+from eldric.data.convert import model_blocks, model_info, model_metadata, model_tensors
 from eldric.data.importer import Importer
 from eldric.data.jobs import Jobs
 from eldric.data.metrics import DataMetrics
@@ -59,6 +59,9 @@ class ModelStoreService(model_store_pb2_grpc.ModelStoreServicer):
 
     async def Tensors(self, request: pb.ModelRequest, context: Any) -> pb.ModelTensors:
         return model_tensors(await self.find(request.id))
+
+    async def Blocks(self, request: pb.ModelRequest, context: Any) -> pb.ModelBlocks:
+        return model_blocks(await self.find(request.id))
 
     async def Pull(self, request: pb.PullRequest, context: Any) -> AsyncIterator[pb.PullChunk]:
         model = await self.find(request.id)

@@ -30,6 +30,10 @@ log = logging.getLogger(__name__)
 Report = Callable[[str, int, int], None]
 
 
+#: Damaged blocks that a message names.
+_NAMED_BLOCKS = 8
+
+
 class ModelStore:
     """Lists, finds, verifies and removes models. Thread-safe; several processes may use one folder."""
 
@@ -75,10 +79,10 @@ class ModelStore:
         log.info("event=model_removed id=%s bytes=%d", model, found.size_bytes)
 
     def verify(self, model: str, report: Report) -> None:
-        """Compares the SHA-256 of each file with the one that was kept.
+        """Compares the sums of each file and of its blocks with those that were kept.
 
-        A file that was put there by hand has none at first: then its sum is kept. Raises DataLoss, which names every
-        file that differs, NotFound, NotReady.
+        A file that was put there by hand has none at first: then its sums are kept. Raises DataLoss, which names every
+        file that differs and its damaged blocks, NotFound, NotReady.
         """
         found = self.get(model)
         if not found.files:
@@ -167,13 +171,14 @@ class ModelStore:
             status = path.stat()
             if file.sha256 and status.st_size != file.size_bytes:
                 return f"{file.path} has {status.st_size} bytes, it had {file.size_bytes}"
-            sha256 = checksums.sha256_of(path, progress)
+            sums = checksums.sums_of(path, progress)
         except OSError as error:
             return f"{file.path} cannot be read: {error.strerror}"
         if not file.sha256:
-            self._sums.put(file.path.name, status, sha256)
-        elif sha256 != file.sha256:
-            return f"{file.path} has the SHA-256 {sha256}, it had {file.sha256}"
+            self._sums.put(file.path.name, status, sums)
+        elif sums.sha256 != file.sha256:
+            blocks = _named_blocks(file.sums.damaged_blocks(sums), status.st_size)
+            return f"{file.path} has the SHA-256 {sums.sha256}, it had {file.sha256}{blocks}"
         return ""
 
     def _remove_folder(self, folder: Path) -> None:
@@ -185,6 +190,18 @@ class ModelStore:
         with contextlib.suppress(FileNotFoundError):  # somebody else removed it just now
             folder.rename(target)
             shutil.rmtree(target, ignore_errors=True)
+
+
+def _named_blocks(damaged: list[int], size_bytes: int) -> str:
+    """Where the damage is, for people."""
+    if not damaged:
+        return ""
+    ranges = [
+        f"{block} (bytes {block * checksums.BLOCK_BYTES} to {min((block + 1) * checksums.BLOCK_BYTES, size_bytes) - 1})"
+        for block in damaged[:_NAMED_BLOCKS]
+    ]
+    more = f" and {len(damaged) - _NAMED_BLOCKS} more" if len(damaged) > _NAMED_BLOCKS else ""
+    return f": damaged is block {', '.join(ranges)}{more}"
 
 
 def _children(folder: Path) -> list[Path]:

@@ -7,17 +7,20 @@ import threading
 from pathlib import Path
 from typing import NamedTuple
 
-_MAX_BYTES = 1 << 24
+from eldric.data.checksums import FileSums, blocks_of
+
+_MAX_BYTES = 1 << 26
 
 
 class _Sum(NamedTuple):
     size_bytes: int
     modified_ns: int
     sha256: str
+    blocks: list[str]
 
 
 class Sums:
-    """SHA-256 by file name, each good for one size and time of change. Thread-safe.
+    """Sums by file name, each good for one size and time of change. Thread-safe.
 
     Where the store cannot be written they are kept in memory only. Two processes that write at once lose one
     of the sums: it is computed again when it is needed.
@@ -28,14 +31,16 @@ class Sums:
         self._lock = threading.Lock()
         self._sums = _load(path)
 
-    def get(self, name: str, status: os.stat_result) -> str:
-        """The sum of a file as it is now; empty when there is none."""
+    def get(self, name: str, status: os.stat_result) -> FileSums:
+        """The sums of a file as it is now; empty when there are none."""
         known = self._sums.get(name)
-        return known.sha256 if known and known[:2] == (status.st_size, status.st_mtime_ns) else ""
+        if known is None or known[:2] != (status.st_size, status.st_mtime_ns):
+            return FileSums()
+        return FileSums(known.sha256, tuple(known.blocks))
 
-    def put(self, name: str, status: os.stat_result, sha256: str) -> None:
+    def put(self, name: str, status: os.stat_result, sums: FileSums) -> None:
         with self._lock:
-            self._sums[name] = _Sum(status.st_size, status.st_mtime_ns, sha256)
+            self._sums[name] = _Sum(status.st_size, status.st_mtime_ns, sums.sha256, list(sums.blocks))
             self._save()
 
     def drop(self, name: str) -> None:
@@ -59,5 +64,10 @@ def _load(path: Path) -> dict[str, _Sum]:
         sums = {str(name): _Sum(*entry) for name, entry in document.items()}
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return {}
-    kinds = (int, int, str)
-    return {name: known for name, known in sums.items() if tuple(map(type, known)) == kinds}
+    return {name: known for name, known in sums.items() if _is_sound(known)}
+
+
+def _is_sound(known: _Sum) -> bool:
+    if tuple(map(type, known)) != (int, int, str, list):
+        return False
+    return len(known.blocks) == blocks_of(known.size_bytes) and all(isinstance(block, str) for block in known.blocks)

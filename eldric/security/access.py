@@ -59,6 +59,7 @@ RULES: dict[str, Rule] = {
     "ModelStore/List": Rule(NODES),
     "ModelStore/Metadata": Rule(NODES),
     "ModelStore/Tensors": Rule(NODES),
+    "ModelStore/Blocks": Rule(NODES),
     "ModelStore/Pull": Rule(NODES),
     "Membership/Join": Rule(NODES, strangers=True),
     "Membership/Renew": Rule(NODES),

@@ -308,6 +308,61 @@ class ModelTensors(_message.Message):
 Global___ModelTensors: _TypeAlias = ModelTensors  # noqa: Y015
 
 @_typing.final
+class ModelBlocks(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BLOCK_BYTES_FIELD_NUMBER: _builtins.int
+    FILES_FIELD_NUMBER: _builtins.int
+    block_bytes: _builtins.int
+    """Length of a block, 16 MiB here: block N of a file begins at byte N * block_bytes; its last one may be shorter."""
+    @_builtins.property
+    def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___FileBlocks]:
+        """In the order of ModelSource.files."""
+
+    def __init__(
+        self,
+        *,
+        block_bytes: _builtins.int = ...,
+        files: _abc.Iterable[Global___FileBlocks] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_bytes", b"block_bytes", "files", b"files"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ModelBlocks: _TypeAlias = ModelBlocks  # noqa: Y015
+
+@_typing.final
+class FileBlocks(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    SHA256_FIELD_NUMBER: _builtins.int
+    BLOCK_SHA256_FIELD_NUMBER: _builtins.int
+    size_bytes: _builtins.int
+    sha256: _builtins.bytes
+    """Of the whole file, 32 bytes."""
+    @_builtins.property
+    def block_sha256(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """Of each block, 32 bytes each, in order."""
+
+    def __init__(
+        self,
+        *,
+        size_bytes: _builtins.int = ...,
+        sha256: _builtins.bytes = ...,
+        block_sha256: _abc.Iterable[_builtins.bytes] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_sha256", b"block_sha256", "sha256", b"sha256", "size_bytes", b"size_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FileBlocks: _TypeAlias = FileBlocks  # noqa: Y015
+
+@_typing.final
 class PullRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

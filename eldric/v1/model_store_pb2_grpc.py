@@ -51,6 +51,11 @@ class ModelStoreStub:
                 request_serializer=eldric_dot_v1_dot_model__store__pb2.ModelRequest.SerializeToString,
                 response_deserializer=eldric_dot_v1_dot_model__store__pb2.ModelTensors.FromString,
                 _registered_method=True)
+        self.Blocks = channel.unary_unary(
+                '/eldric.v1.ModelStore/Blocks',
+                request_serializer=eldric_dot_v1_dot_model__store__pb2.ModelRequest.SerializeToString,
+                response_deserializer=eldric_dot_v1_dot_model__store__pb2.ModelBlocks.FromString,
+                _registered_method=True)
         self.Pull = channel.unary_stream(
                 '/eldric.v1.ModelStore/Pull',
                 request_serializer=eldric_dot_v1_dot_model__store__pb2.PullRequest.SerializeToString,
@@ -98,6 +103,14 @@ class ModelStoreServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Blocks(self, request, context):
+        """SHA-256 of every block of every file, kept at import: whoever fetches a part of a file compares what it got.
+        FAILED_PRECONDITION: a file's sums are not known yet (it was put into the folder by hand): call Verify first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Pull(self, request, context):
         """The bytes of chosen layers (with what head and tail need besides), or of the header alone. Chunks come in the
         order of the files and offsets, of at most 1 MiB. INVALID_ARGUMENT: layers outside the model, or an architecture
@@ -127,8 +140,9 @@ class ModelStoreServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Verify(self, request, context):
-        """Compares every file's SHA-256 with the one that was kept at import. DATA_LOSS: it differs (the file is named).
-        Of a file that was dropped into the folder by hand, the first call keeps the sum and later ones compare.
+        """Compares every file's SHA-256, and that of each of its blocks, with those that were kept at import. DATA_LOSS: they
+        differ (the file and its damaged blocks are named). Of a file that was dropped into the folder by hand, the first
+        call keeps the sums and later ones compare.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -151,6 +165,11 @@ def add_ModelStoreServicer_to_server(servicer, server):
                     servicer.Tensors,
                     request_deserializer=eldric_dot_v1_dot_model__store__pb2.ModelRequest.FromString,
                     response_serializer=eldric_dot_v1_dot_model__store__pb2.ModelTensors.SerializeToString,
+            ),
+            'Blocks': grpc.unary_unary_rpc_method_handler(
+                    servicer.Blocks,
+                    request_deserializer=eldric_dot_v1_dot_model__store__pb2.ModelRequest.FromString,
+                    response_serializer=eldric_dot_v1_dot_model__store__pb2.ModelBlocks.SerializeToString,
             ),
             'Pull': grpc.unary_stream_rpc_method_handler(
                     servicer.Pull,
@@ -256,6 +275,33 @@ class ModelStore:
             '/eldric.v1.ModelStore/Tensors',
             eldric_dot_v1_dot_model__store__pb2.ModelRequest.SerializeToString,
             eldric_dot_v1_dot_model__store__pb2.ModelTensors.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Blocks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/eldric.v1.ModelStore/Blocks',
+            eldric_dot_v1_dot_model__store__pb2.ModelRequest.SerializeToString,
+            eldric_dot_v1_dot_model__store__pb2.ModelBlocks.FromString,
             options,
             channel_credentials,
             insecure,

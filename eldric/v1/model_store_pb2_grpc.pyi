@@ -40,6 +40,10 @@ class ModelStoreStub:
     """The header: sizes, layer count, hidden size and the scalar metadata."""
     Tensors: _grpc.UnaryUnaryMultiCallable[_model_store_pb2.ModelRequest, _model_store_pb2.ModelTensors]
     """Names, types, shapes, offsets and sizes of all tensors."""
+    Blocks: _grpc.UnaryUnaryMultiCallable[_model_store_pb2.ModelRequest, _model_store_pb2.ModelBlocks]
+    """SHA-256 of every block of every file, kept at import: whoever fetches a part of a file compares what it got.
+    FAILED_PRECONDITION: a file's sums are not known yet (it was put into the folder by hand): call Verify first.
+    """
     Pull: _grpc.UnaryStreamMultiCallable[_model_store_pb2.PullRequest, _model_store_pb2.PullChunk]
     """The bytes of chosen layers (with what head and tail need besides), or of the header alone. Chunks come in the
     order of the files and offsets, of at most 1 MiB. INVALID_ARGUMENT: layers outside the model, or an architecture
@@ -57,8 +61,9 @@ class ModelStoreStub:
     map the files on this machine. A stage that maps them over NFS loses them: undeploy first.
     """
     Verify: _grpc.UnaryStreamMultiCallable[_model_store_pb2.ModelRequest, _model_store_pb2.VerifyEvent]
-    """Compares every file's SHA-256 with the one that was kept at import. DATA_LOSS: it differs (the file is named).
-    Of a file that was dropped into the folder by hand, the first call keeps the sum and later ones compare.
+    """Compares every file's SHA-256, and that of each of its blocks, with those that were kept at import. DATA_LOSS: they
+    differ (the file and its damaged blocks are named). Of a file that was dropped into the folder by hand, the first
+    call keeps the sums and later ones compare.
     """
 
 @_typing.type_check_only
@@ -73,6 +78,10 @@ class ModelStoreAsyncStub(ModelStoreStub):
     """The header: sizes, layer count, hidden size and the scalar metadata."""
     Tensors: _aio.UnaryUnaryMultiCallable[_model_store_pb2.ModelRequest, _model_store_pb2.ModelTensors]  # type: ignore[assignment]
     """Names, types, shapes, offsets and sizes of all tensors."""
+    Blocks: _aio.UnaryUnaryMultiCallable[_model_store_pb2.ModelRequest, _model_store_pb2.ModelBlocks]  # type: ignore[assignment]
+    """SHA-256 of every block of every file, kept at import: whoever fetches a part of a file compares what it got.
+    FAILED_PRECONDITION: a file's sums are not known yet (it was put into the folder by hand): call Verify first.
+    """
     Pull: _aio.UnaryStreamMultiCallable[_model_store_pb2.PullRequest, _model_store_pb2.PullChunk]  # type: ignore[assignment]
     """The bytes of chosen layers (with what head and tail need besides), or of the header alone. Chunks come in the
     order of the files and offsets, of at most 1 MiB. INVALID_ARGUMENT: layers outside the model, or an architecture
@@ -90,8 +99,9 @@ class ModelStoreAsyncStub(ModelStoreStub):
     map the files on this machine. A stage that maps them over NFS loses them: undeploy first.
     """
     Verify: _aio.UnaryStreamMultiCallable[_model_store_pb2.ModelRequest, _model_store_pb2.VerifyEvent]  # type: ignore[assignment]
-    """Compares every file's SHA-256 with the one that was kept at import. DATA_LOSS: it differs (the file is named).
-    Of a file that was dropped into the folder by hand, the first call keeps the sum and later ones compare.
+    """Compares every file's SHA-256, and that of each of its blocks, with those that were kept at import. DATA_LOSS: they
+    differ (the file and its damaged blocks are named). Of a file that was dropped into the folder by hand, the first
+    call keeps the sums and later ones compare.
     """
 
 class ModelStoreServicer(metaclass=_abc_1.ABCMeta):
@@ -121,6 +131,16 @@ class ModelStoreServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_model_store_pb2.ModelTensors, _abc.Awaitable[_model_store_pb2.ModelTensors]]:
         """Names, types, shapes, offsets and sizes of all tensors."""
+
+    @_abc_1.abstractmethod
+    def Blocks(
+        self,
+        request: _model_store_pb2.ModelRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_model_store_pb2.ModelBlocks, _abc.Awaitable[_model_store_pb2.ModelBlocks]]:
+        """SHA-256 of every block of every file, kept at import: whoever fetches a part of a file compares what it got.
+        FAILED_PRECONDITION: a file's sums are not known yet (it was put into the folder by hand): call Verify first.
+        """
 
     @_abc_1.abstractmethod
     def Pull(
@@ -162,8 +182,9 @@ class ModelStoreServicer(metaclass=_abc_1.ABCMeta):
         request: _model_store_pb2.ModelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_model_store_pb2.VerifyEvent], _abc.AsyncIterator[_model_store_pb2.VerifyEvent]]:
-        """Compares every file's SHA-256 with the one that was kept at import. DATA_LOSS: it differs (the file is named).
-        Of a file that was dropped into the folder by hand, the first call keeps the sum and later ones compare.
+        """Compares every file's SHA-256, and that of each of its blocks, with those that were kept at import. DATA_LOSS: they
+        differ (the file and its damaged blocks are named). Of a file that was dropped into the folder by hand, the first
+        call keeps the sums and later ones compare.
         """
 
 def add_ModelStoreServicer_to_server(servicer: ModelStoreServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -15,7 +15,7 @@ from eldric.channels import call_errors, channel
 from eldric.engine.gguf import ModelFile
 from eldric.engine.shard import LayerRange, shard_of
 from eldric.engine.spec import spec_of
-from eldric.errors import AlreadyExists, DataLoss, EldricError, InvalidRequest, NotFound, PermissionDenied
+from eldric.errors import AlreadyExists, DataLoss, EldricError, InvalidRequest, NotFound, NotReady, PermissionDenied
 from eldric.v1 import model_store_pb2 as pb
 from eldric.v1.common_pb2 import LayerRange as Layers
 from tests.models import SmallLlama, storyteller, write_small_llama
@@ -157,6 +157,26 @@ async def test_verify_streams_progress_and_names_a_damaged_file(served: Served) 
     damage(served.folder / "tale" / "tale.gguf")
     with pytest.raises(DataLoss, match=r"tale/tale\.gguf has the SHA-256"), call_errors():
         _ = [event async for event in served.calls.Verify(pb.ModelRequest(id="tale"))]
+
+
+async def test_block_sums_are_kept_at_import_and_served(served: Served) -> None:
+    await served.add(storyteller(), "tale")
+    blocks = await served.calls.Blocks(pb.ModelRequest(id="tale"))
+    sha256 = hashlib.sha256(storyteller().read_bytes()).digest()
+    size = storyteller().stat().st_size
+    assert blocks.block_bytes == 16 << 20 > size
+    assert blocks.files == [pb.FileBlocks(size_bytes=size, sha256=sha256, block_sha256=[sha256])]
+    answer = (await served.http.get("/api/v1/models/tale/blocks")).json()
+    assert base64.b64decode(answer["files"][0]["block_sha256"][0]) == sha256
+
+
+async def test_block_sums_of_a_file_dropped_by_hand_are_there_after_its_first_check(served: Served) -> None:
+    (served.folder / "tale.gguf").write_bytes(storyteller().read_bytes())
+    with pytest.raises(NotReady, match="models verify tale"), call_errors():
+        await served.calls.Blocks(pb.ModelRequest(id="tale"))
+    _ = [event async for event in served.calls.Verify(pb.ModelRequest(id="tale"))]
+    (file,) = (await served.calls.Blocks(pb.ModelRequest(id="tale"))).files
+    assert list(file.block_sha256) == [hashlib.sha256(storyteller().read_bytes()).digest()]
 
 
 async def test_errors_keep_their_kind_over_grpc(served: Served, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from eldric.data.checksums import FileSums
 from eldric.data.importer import Importer
 from eldric.data.store import ModelStore
 from eldric.errors import AlreadyExists, DataLoss, InvalidRequest, NotFound, NotReady
@@ -121,6 +122,27 @@ def test_verify_names_every_file_that_differs(store: ModelStore, tmp_path: Path)
     assert str(files[0].path) not in caught.value.message
 
 
+def test_verify_names_the_damaged_blocks_of_a_file(store: ModelStore, tmp_path: Path) -> None:
+    source = write_small_llama(tmp_path / "big.gguf", SmallLlama())
+    with source.open("ab") as file:
+        file.truncate(40 << 20)  # what comes after the last tensor is nobody's, but has sums too
+    (file_of_store,) = Importer(store).run(str(source), "big", "copy", ignore).files
+    assert len(file_of_store.sums.blocks) == 3
+    path = store.folder / file_of_store.path
+    damage(path)
+    with pytest.raises(DataLoss, match=r": damaged is block 2 \(bytes 33554432 to 41943039\)"):
+        store.verify("big", ignore)
+
+
+def test_a_model_of_a_manifest_without_block_sums_is_served_and_verified(store: ModelStore) -> None:
+    import_storyteller(store)
+    whole = json.loads((store.folder / "storyteller" / "manifest.json").read_text())
+    del whole["block_bytes"], whole["files"][0]["blocks"]
+    (store.folder / "storyteller" / "manifest.json").write_text(json.dumps(whole))
+    assert store.get("storyteller").files[0].sums.blocks == ()
+    store.verify("storyteller", ignore)
+
+
 def test_verify_tells_a_file_that_became_shorter_or_is_gone(store: ModelStore) -> None:
     import_storyteller(store)
     path = store.get("storyteller").path(0)
@@ -139,7 +161,8 @@ def test_the_sum_of_a_file_dropped_by_hand_is_kept_by_its_first_check(store: Mod
     shutil.copy(storyteller(), path)
     store.verify("tale", ignore)
     known = hashlib.sha256(path.read_bytes()).hexdigest()
-    assert ModelStore(store.folder).get("tale").files[0].sha256 == known
+    sums = ModelStore(store.folder).get("tale").files[0].sums
+    assert sums == FileSums(known, (known,))  # the file is one block
     times = path.stat()
     damage(path)  # rot: neither size nor time of change tell
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
@@ -252,6 +275,9 @@ def test_a_manifest_of_another_version_is_refused(store: ModelStore) -> None:
         [{"name": "storyteller.gguf", "size_bytes": -1, "sha256": "0" * 64}],
         [{"name": "storyteller.gguf", "size_bytes": True, "sha256": "0" * 64}],
         [{"name": "storyteller.gguf", "size_bytes": 1, "sha256": "short"}],
+        [{"name": "storyteller.gguf", "size_bytes": 1, "sha256": "0" * 64, "blocks": ["0" * 64] * 2}],
+        [{"name": "storyteller.gguf", "size_bytes": 1, "sha256": "0" * 64, "blocks": ["short"]}],
+        [{"name": "storyteller.gguf", "size_bytes": 1, "sha256": "0" * 64, "blocks": {"0": "0"}}],
         [{"name": "storyteller.gguf"}],
         [None],
     ],
