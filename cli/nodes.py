@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -86,9 +86,28 @@ def worker(
     http_port: HttpPort = None,
     grpc_port: GrpcPort = None,
     models: Annotated[
+        Literal["mount", "http", "auto"],
+        typer.Option("--models", help="Read models below the mount, over HTTP, or wherever the very same file is."),
+    ] = "auto",
+    models_dir: Annotated[
         Path | None,
-        option("--models", metavar="FOLDER", help="Where the model store is mounted. Default: the store's own path."),
+        option(
+            "--models-dir", metavar="FOLDER", help="Where the model store is mounted. Default: the store's own path."
+        ),
     ] = None,
+    cache_dir: Annotated[
+        Path | None,
+        option(
+            "--cache-dir",
+            metavar="FOLDER",
+            help="What was fetched over HTTP; workers of one machine may share it.",
+            default="cache in the node's folder",
+        ),
+    ] = None,
+    cache_bytes: Annotated[
+        str,
+        option("--cache-bytes", metavar="SIZE", help="Most of it, such as 200GB.", default="90% of what the disk has"),
+    ] = "",
     memory: Annotated[
         str,
         option("--memory", metavar="SIZE", help="Memory for stages, such as 24GB or 16GiB. Default: the machine's."),
@@ -120,7 +139,10 @@ def worker(
     )
     config = WorkerConfig(
         node=node,
-        models=_absolute(models),
+        models=models,
+        models_dir=_absolute(models_dir),
+        cache_dir=_absolute(cache_dir),
+        cache_bytes=parse_bytes(cache_bytes) if cache_bytes else 0,
         memory_bytes=parse_bytes(memory) if memory else 0,
         threads=threads,
         cpus=parse_cpus(cpus) if cpus else None,

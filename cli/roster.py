@@ -73,7 +73,8 @@ def roster(folder: Path, shape: Shape, *, cores: int = 0, memory_bytes: int = 0)
         NodeEntry("router", "router", ("--http-port", str(shape.router_port))),
     ]
     for index in range(shape.workers):
-        arguments: tuple[str, ...] = (*ports, *models, "--memory", str(memory), "--threads", str(threads))
+        arguments: tuple[str, ...] = (*ports, "--models-dir", models[1])
+        arguments = (*arguments, "--memory", str(memory), "--threads", str(threads))
         if shape.pin:
             own = [(index * threads + offset) % cores for offset in range(threads)]
             arguments = (*arguments, "--cpus", ",".join(map(str, dict.fromkeys(own))))

@@ -31,6 +31,20 @@ class TestRing:
     tables: list[StageTable]
     loaded: list[stage_pb2.Loaded]
 
+    async def connect(self, round: int = 0) -> None:
+        """Connect the stages, or connect them again."""
+        await asyncio.gather(*(self._connect(index, round) for index in range(len(self.tables))))
+
+    async def _connect(self, index: int, round: int) -> None:
+        count = len(self.tables)
+        workers = [f"w{stage}" for stage in range(count)]
+        request = stage_pb2.ConnectRequest(pipeline_id=PIPELINE, index=index, epoch=1, workers=workers, round=round)
+        if count > 1:
+            request.next.CopyFrom(self.loaded[(index + 1) % count].endpoint)
+            request.next_index = (index + 1) % count
+            request.allowed_keys.append(self.loaded[(index - 1) % count].endpoint.public_key)
+        await self.tables[index].connect(request)
+
     async def generate(self, prompt: Sequence[int], count: int, **options: Any) -> list[int]:
         """Token ids, greedily unless `options` (fields of GenerateRequest) say otherwise."""
         events = [event async for event in self.events(prompt, count, **options)]
@@ -77,8 +91,9 @@ async def ring(path: Path, layers: Sequence[int], **options: Any) -> AsyncIterat
     ]
     try:
         loaded = [await table.load(request, lambda _: None) for table, request in zip(tables, requests, strict=True)]
-        await asyncio.gather(*(_connect(tables, loaded, index) for index in range(len(layers))))
-        yield TestRing(tables, loaded)
+        made = TestRing(tables, loaded)
+        await made.connect()
+        yield made
     finally:
         await asyncio.gather(*(table.close() for table in tables))
 
@@ -106,15 +121,5 @@ def source_of(path: Path) -> stage_pb2.ModelSource:
 def table_of(folder: Path, **settings: Any) -> StageTable:
     """The stages of a worker without a node around them. folder: of the models; settings: fields of WorkerConfig."""
     node = NodeConfig("worker", "test", folder, controllers=("127.0.0.1:1",))
-    config = WorkerConfig(node, models=folder, threads=1, **settings)
+    config = WorkerConfig(node, models_dir=folder, threads=1, **settings)
     return StageTable(config, StageLoader(config, WorkerMetrics(CollectorRegistry()), lambda: None))
-
-
-async def _connect(tables: Sequence[StageTable], loaded: Sequence[stage_pb2.Loaded], index: int) -> None:
-    count = len(tables)
-    request = stage_pb2.ConnectRequest(pipeline_id=PIPELINE, index=index, epoch=1)
-    if count > 1:
-        request.next.CopyFrom(loaded[(index + 1) % count].endpoint)
-        request.next_index = (index + 1) % count
-        request.allowed_keys.append(loaded[(index - 1) % count].endpoint.public_key)
-    await tables[index].connect(request)

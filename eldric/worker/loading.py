@@ -86,7 +86,7 @@ class StageLoader:
 
         Raises NotFound, NotReady, InvalidModel, UnsupportedModel, InvalidRequest.
         """
-        model = open_model(request.source, self._config.models)
+        model = open_model(request.source, self._config.models_dir)
         try:
             spec = spec_of(model)
             layers = LayerRange(request.layers.start, request.layers.end)

@@ -42,7 +42,7 @@ def _check_size(path: Path, size_bytes: int, mount: Path | None) -> None:
     try:
         seen = path.stat().st_size
     except (FileNotFoundError, NotADirectoryError) as error:
-        hint = "" if mount else "; mount the model store here and start the worker with --models FOLDER"
+        hint = "" if mount else "; mount the model store here and start the worker with --models-dir FOLDER"
         raise NotFound(f"no file {path} on this worker{hint}") from error
     except OSError as error:
         raise NotReady(f"{path} cannot be read on this worker: {error.strerror}") from error

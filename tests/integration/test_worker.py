@@ -219,7 +219,7 @@ async def worker(tmp_path: Path) -> AsyncIterator[WorkerProcess]:
     authority.issue_identity("worker", "w1").save(folder)
     await node.start()
     command = [sys.executable, "-m", "eldric.cli.main", "worker", "--folder", str(folder), "--http-port", "0"]
-    command += ["--controller", node.grpc_address, "--models", str(storyteller().parent), "--threads", "1"]
+    command += ["--controller", node.grpc_address, "--models-dir", str(storyteller().parent), "--threads", "1"]
     process = await asyncio.create_subprocess_exec(*command, "--quiet", start_new_session=True)
     try:
         async with asyncio.timeout(30):

@@ -24,7 +24,7 @@ def test_the_file_is_found_below_the_mount_or_else_below_the_stores_folder(path:
     mount.mkdir()
     path.rename(mount / path.name)
     open_model(source, mount).close()
-    with pytest.raises(NotFound, match="--models"):
+    with pytest.raises(NotFound, match="--models-dir"):
         open_model(source, None)
 
 
