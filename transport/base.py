@@ -65,6 +65,7 @@ class LinkStats:
     bytes: int  # of payloads
     queue_frames: int  # under way; the peer tells what it took only now and then, so up to a quarter of its queue more
     queue_bytes: int
+    round_trip_s: float = 0.0  # to the peer's machine and back, by the transport's own measure; 0: not known
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +168,11 @@ class Transport(ABC):
     @abstractmethod
     def public_key(self) -> str:
         """Who this transport is to its peers; the private half never leaves it. Empty without encryption."""
+
+    @property
+    def encryption(self) -> str:
+        """What protects frames on their way: "curve", "tls", "host" (they do not leave the machine), or "none"."""
+        return "none"
 
     @abstractmethod
     def listen(self, host: str = "127.0.0.1", port: int = 0) -> str:

@@ -136,6 +136,10 @@ class InprocTransport(Transport):
     def public_key(self) -> str:
         return self._key
 
+    @property
+    def encryption(self) -> str:
+        return "host"
+
     def listen(self, host: str = "127.0.0.1", port: int = 0) -> str:
         self._check_open()
         with self._changed:

@@ -48,6 +48,10 @@ class ZmqTransport(Transport):
     def public_key(self) -> str:
         return "" if self._keys is None else self._keys[0].decode()
 
+    @property
+    def encryption(self) -> str:
+        return "none" if self._keys is None else "curve"
+
     def listen(self, host: str = "127.0.0.1", port: int = 0) -> str:
         self._check_open()
         endpoint = join_address("tcp", resolve_local(host), port)
