@@ -179,6 +179,13 @@ class Scheduler:
         elif sequence.state is not SequenceState.DONE:
             self._end(sequence)
 
+    def cancel_waiting(self) -> list[Sequence]:
+        """End every sequence that has no slot yet. Returns them."""
+        ended = list(self._waiting)
+        for sequence in ended:
+            self.cancel(sequence)
+        return ended
+
     def cancel_all(self) -> list[Sequence]:
         """End every sequence and forget every step in flight: the ring is broken. Returns those that had not ended."""
         ended = [*self._slots.values(), *self._waiting]

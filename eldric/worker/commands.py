@@ -9,11 +9,16 @@ from eldric.worker.generation import Generation
 
 @dataclass(frozen=True, slots=True)
 class Connect:
-    """Send to `next` (None in a pipeline of one stage) and take frames from the holders of `allowed` keys."""
+    """Send to `next` (None in a pipeline of one stage) and take frames from the holders of `allowed` keys.
+
+    `workers`: names of the workers of all stages, for people; may be empty.
+    """
 
     epoch: int
     next: Peer | None
     allowed: frozenset[str]
+    workers: tuple[str, ...] = ()
+    round: int = 0
     done: "Future[None]" = field(default_factory=Future)  # fails with a TransportError
 
 
@@ -35,6 +40,13 @@ class Degrade:
 
 
 @dataclass(frozen=True, slots=True)
+class Shut:
+    """The head: end what waits for a slot, for this reason. What runs goes on."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Follow:
     """Time the steps, or stop timing them."""
 
@@ -48,4 +60,4 @@ class Stop:
     reason: str
 
 
-Command = Connect | Submit | Cancel | Degrade | Follow | Stop
+Command = Connect | Submit | Cancel | Degrade | Follow | Shut | Stop

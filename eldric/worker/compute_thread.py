@@ -14,7 +14,7 @@ from eldric.engine.errors import EngineError
 from eldric.engine.stage import Stage
 from eldric.engine.step import Run
 from eldric.transport.base import Transport
-from eldric.transport.errors import ConnectFailed, PeerLost, TransportError
+from eldric.transport.errors import ConnectFailed, LinkClosed, PeerLost, TransportError
 from eldric.transport.frame import Frame
 from eldric.v1 import frame_pb2, stage_pb2
 from eldric.worker.commands import Command, Connect, Degrade, Stop
@@ -27,9 +27,6 @@ _IDLE_S = 1.0
 
 #: Longest wait for the next stage to listen and let this one in, but for a new command.
 _CONNECT_S = 10.0
-
-#: Most frames that wait for a broken stage to be connected again: far more than a ring has under way.
-_EARLY_FRAMES = 256
 
 #: Decode steps that the median of `step_ms` looks back on.
 _REMEMBERED_STEPS = 64
@@ -60,13 +57,14 @@ class ComputeThread(ABC):
         self.place = place
         self.state: stage_pb2.StageState.ValueType = stage_pb2.LOADED
         self.message = ""
+        self.round = 0
         self.steps = 0
         self._stage = stage
         self._ring = Ring(transport, place.index)
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._step_ns: deque[int] = deque(maxlen=_REMEMBERED_STEPS)
         self._on_change = on_change
-        self._early: deque[Frame] = deque(maxlen=_EARLY_FRAMES)
+        self._workers: tuple[str, ...] = ()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name=f"stage-{place.index}", daemon=True)
 
@@ -119,6 +117,11 @@ class ComputeThread(ABC):
                 self._wait_for_mending()
             else:
                 self._turn()
+        except PeerLost as lost:
+            self._break(self._gone(lost.stage, lost.reason))
+        except LinkClosed as error:
+            closed = self._ring.link_closed
+            self._break(self._gone(*closed) if closed else str(error))
         except TransportError as error:
             self._break(str(error))
         except Exception:
@@ -132,17 +135,15 @@ class ComputeThread(ABC):
     def _wait_for_mending(self) -> None:
         """A stage may lose both its neighbours: the second loss must not break the ring again once it is mended.
 
-        Frames that come are of neighbours that were connected again before this stage, and wait until it is, too.
+        Frames that come now were under way when the ring broke: their sequences have ended. Those of neighbours that
+        are connected again before this stage are of a later round, and wait at the transport's door.
         """
         try:
-            frame = self._ring.receive(_IDLE_S)
+            self._ring.receive(_IDLE_S)
         except PeerLost:
             return
         except TransportError:
             self._take(self._commands.get())
-            return
-        if frame is not None:
-            self._early.append(frame)
 
     def _take_commands(self) -> None:
         while not self._commands.empty():
@@ -163,6 +164,8 @@ class ComputeThread(ABC):
     def _connect(self, command: Connect) -> None:
         if not command.done.set_running_or_notify_cancel():
             return  # whoever asked for it is gone
+        self.round, self._workers = command.round, command.workers
+        self._end_sequences("the pipeline's stages are being connected again")
         try:
             self._reach(command)
         except TransportError as error:
@@ -177,7 +180,7 @@ class ComputeThread(ABC):
         deadline = time.monotonic() + _CONNECT_S
         while True:
             try:
-                return self._ring.connect(command.next, command.allowed, command.epoch)
+                return self._ring.connect(command.next, command.allowed, command.epoch, command.round)
             except ConnectFailed:
                 if time.monotonic() > deadline or not self._commands.empty():
                     raise
@@ -193,7 +196,12 @@ class ComputeThread(ABC):
 
     def _receive(self, timeout_s: float = _IDLE_S) -> Frame | None:
         """The next frame of this pipeline and epoch, or None. Raises PeerLost when a neighbour is gone."""
-        return self._early.popleft() if self._early else self._ring.receive(timeout_s)
+        return self._ring.receive(timeout_s)
+
+    def _gone(self, stage: int, reason: str) -> str:
+        """What happened to another stage, for people."""
+        worker = f" on worker {self._workers[stage]}" if stage < len(self._workers) else ""
+        return f"stage {stage} of {self.place.stage_count}{worker} is gone: {reason}"
 
     def _break(self, message: str) -> None:
         """The ring is broken here."""

@@ -3,9 +3,9 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable
 
-from eldric.errors import InvalidRequest, QueueIsFull
+from eldric.errors import InvalidRequest, QueueIsFull, Unavailable
 from eldric.v1 import stage_pb2
-from eldric.worker.commands import Cancel, Command, Follow, Submit
+from eldric.worker.commands import Cancel, Command, Follow, Shut, Submit
 from eldric.worker.generation import Admitted, Ended, Failed, Generation, Token
 from eldric.worker.head_thread import News
 from eldric.worker.metrics import WorkerMetrics
@@ -28,6 +28,7 @@ class Head:
         self._live: dict[str, Generation] = {}
         self._followers: set[asyncio.Queue[stage_pb2.StepTrace | None]] = set()
         self._closed = False
+        self._shut = ""
         self._post: Callable[[Command], None] = lambda command: None
 
     def attach(self, post: Callable[[Command], None]) -> None:
@@ -35,7 +36,12 @@ class Head:
         self._post = post
 
     def submit(self, generation: Generation) -> None:
-        """Give a generation to the compute thread. Raises QueueIsFull, InvalidRequest for a request id in use."""
+        """Give a generation to the compute thread.
+
+        Raises Unavailable when it is shut, QueueIsFull, InvalidRequest for a request id in use.
+        """
+        if self._shut:
+            raise Unavailable(self._shut)
         if len(self._live) >= self._limit:
             self._metrics.refused.inc()
             raise QueueIsFull(f"pipeline {self.name!r} has {len(self._live)} requests running and waiting, its limit")
@@ -44,6 +50,12 @@ class Head:
         self._live[generation.sequence.id] = generation
         self._metrics.live.set(len(self._live))
         self._post(Submit(generation))
+
+    def shut(self, reason: str) -> None:
+        """Take no new generations and end those that wait, for this reason; empty: take them again. What runs goes on."""
+        if reason and not self._shut:
+            self._post(Shut(reason))
+        self._shut = reason
 
     def cancel(self, request_id: str) -> bool:
         """End a generation. False when there is none of that id."""

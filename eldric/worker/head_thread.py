@@ -7,11 +7,11 @@ from eldric.engine.errors import EngineError
 from eldric.engine.schedule import Close, Finish, Open, Scheduler, Step
 from eldric.engine.stage import Stage
 from eldric.engine.step import StepInput
-from eldric.errors import EldricError, PipelineDegraded
+from eldric.errors import EldricError, PipelineDegraded, Unavailable
 from eldric.transport.base import Transport
 from eldric.transport.frame import Frame, FrameKind, StageTrace
 from eldric.v1 import frame_pb2, stage_pb2
-from eldric.worker.commands import Cancel, Command, Follow, Submit
+from eldric.worker.commands import Cancel, Command, Follow, Shut, Submit
 from eldric.worker.compute_thread import ComputeThread, Place, step_error
 from eldric.worker.generation import Admitted, Ended, Failed, Generation, Happening, Token
 from eldric.worker.tail import Tail
@@ -82,6 +82,9 @@ class HeadThread(ComputeThread):
                     self._finish([(generation, Ended(Finish.CANCELLED, time.perf_counter_ns()))])
             case Follow(enabled):
                 self._ring.tracing = enabled
+            case Shut(reason):
+                waiting = self._scheduler.cancel_waiting()
+                self._finish([(self._generations[each.id], Failed(Unavailable(reason))) for each in waiting])
             case _:
                 super()._take(command)
 

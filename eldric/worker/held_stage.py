@@ -73,7 +73,7 @@ class HeldStage:
         loaded = self.loaded
         if loaded is not None:
             thread = loaded.thread
-            status.message = thread.message
+            status.message, status.round = thread.message, thread.round
             status.memory.CopyFrom(loaded.memory)
             status.endpoint.CopyFrom(loaded.endpoint)
             status.step_ms, status.steps = thread.step_ms, thread.steps

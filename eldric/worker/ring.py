@@ -32,6 +32,11 @@ def clock_id() -> int:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) or 1
 
 
+def frame_epoch(epoch: int, round: int) -> int:
+    """The epoch that frames carry: it grows with the pipeline's epoch and, within it, with each connection."""
+    return epoch << 32 | round
+
+
 class Ring:
     """The transport of one stage, with its link to the next. Used by the stage's compute thread; `wake` by any."""
 
@@ -52,12 +57,18 @@ class Ring:
         """Connections that were refused. May be read from any thread."""
         return self._transport.stats.refused
 
-    def connect(self, peer: Peer | None, allowed: Collection[str], epoch: int) -> None:
+    def connect(self, peer: Peer | None, allowed: Collection[str], epoch: int, round: int) -> None:
         """Let the stage before in, and reach the next one (None: this stage is alone). Raises TransportError."""
         self._transport.allow(allowed)
-        self._transport.set_epoch(epoch)
+        self._transport.set_epoch(frame_epoch(epoch, round))
         if peer is not None:
             self._link = self._transport.connect(peer, _CONNECT_S)
+
+    @property
+    def link_closed(self) -> tuple[int, str] | None:
+        """The next stage and why the link to it is closed; None while it is good."""
+        link = self._link
+        return None if link is None or link.closed is None else (link.peer.stage, link.closed)
 
     def receive(self, timeout_s: float) -> Frame | None:
         """The next frame; None after a wake or the timeout. Raises PeerLost, TransportClosed."""

@@ -37,7 +37,8 @@ class StageService(stage_pb2_grpc.StageServicer):
 
     async def Unload(self, request: stage_pb2.UnloadRequest, context: object) -> stage_pb2.UnloadResponse:
         index = request.index if request.HasField("index") else None
-        return stage_pb2.UnloadResponse(unloaded=await self._stages.unload(request.pipeline_id, index, request.epoch))
+        unloaded = await self._stages.unload(request.pipeline_id, index, request.epoch, request.reason)
+        return stage_pb2.UnloadResponse(unloaded=unloaded)
 
     async def Connect(self, request: stage_pb2.ConnectRequest, context: object) -> stage_pb2.ConnectResponse:
         await self._stages.connect(request)

@@ -159,17 +159,21 @@ class StageTable:
     async def connect(self, request: stage_pb2.ConnectRequest) -> None:
         """Name a stage's neighbours, and wait until the next one is reached.
 
-        Raises NotFound, NotReady while it loads, StaleEpoch, TransportError.
+        Raises NotFound, NotReady while it loads, StaleEpoch for an older epoch or round, TransportError.
         """
         held = self._held(request)
         if held.loaded is None or held.unloading:
             raise NotReady(f"stage {request.index} is {'being unloaded' if held.unloading else 'still loading'}")
+        thread = held.loaded.thread
+        if request.round < thread.round:
+            raise StaleEpoch(f"stage {request.index} was connected in round {thread.round}, not {request.round}")
         if request.HasField("next"):
             peer = Peer(request.next.address, request.next.public_key, request.next_index)
         else:
             peer = None
-        command = Connect(request.epoch, peer, frozenset(request.allowed_keys))
-        held.loaded.thread.post(command)
+        allowed, workers = frozenset(request.allowed_keys), tuple(request.workers)
+        command = Connect(request.epoch, peer, allowed, workers, request.round)
+        thread.post(command)
         await asyncio.wrap_future(command.done)
 
     def _held(self, request: stage_pb2.ConnectRequest) -> HeldStage:
@@ -182,8 +186,11 @@ class StageTable:
         newest = max(stage.key.epoch for stage in stages)
         raise StaleEpoch(f"stage {request.index} is of epoch {newest}, not {request.epoch}")
 
-    async def unload(self, pipeline_id: str, index: int | None = None, epoch: int = 0) -> int:
-        """Unload the pipeline's stages (only `index`, only up to `epoch`, where given). Returns how many."""
+    async def unload(self, pipeline_id: str, index: int | None = None, epoch: int = 0, reason: str = "") -> int:
+        """Unload the pipeline's stages (only `index`, only up to `epoch`, where given). Returns how many.
+
+        reason: what generations that run are told.
+        """
         chosen = [
             stage
             for stage in self
@@ -191,7 +198,7 @@ class StageTable:
             and index in (None, stage.key.stage)
             and (epoch == 0 or stage.key.epoch <= epoch)
         ]
-        await asyncio.gather(*(self._unload(stage, "the pipeline was undeployed") for stage in chosen))
+        await asyncio.gather(*(self._unload(stage, reason or "the pipeline was undeployed") for stage in chosen))
         return len(chosen)
 
     async def _unload(self, held: HeldStage, reason: str) -> None:
@@ -211,14 +218,17 @@ class StageTable:
             log.info("stage unloaded %s", thread.place.key)
 
     async def follow(self, wanted: list[heartbeat_pb2.WantedStage]) -> None:
-        """Do what a heartbeat's answer wants: degrade, and unload what nobody wants any more."""
+        """Do what a heartbeat's answer wants: degrade, shut, and unload what nobody wants any more."""
         by_key = {StageKey(want.pipeline_id, want.index, want.epoch): want for want in wanted}
         unwanted = []
         for held in self:
             want = by_key.get(held.key)
             held.unwanted = 0 if want else held.unwanted + 1
             if want is not None and want.degraded and held.loaded is not None and held.state in _UNBROKEN:
-                held.loaded.thread.post(Degrade("another stage of the pipeline is lost"))
+                held.loaded.thread.post(Degrade(want.reason or "another stage of the pipeline is lost"))
+            if want is not None and held.head is not None:
+                closing = want.reason or "a worker of the pipeline is about to end"
+                held.head.shut(f"{closing}; try again soon" if want.closing else "")
             if held.unwanted >= _UNWANTED_ANSWERS and not held.unloading:
                 unwanted.append(held)
         for held in unwanted:

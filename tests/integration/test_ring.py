@@ -10,9 +10,9 @@ import pytest
 from benchmarks.shapes import SHAPES, write_model
 from eldric.engine.gguf import ModelFile
 from eldric.engine.tokenizer import Tokenizer
-from eldric.errors import InvalidRequest, PipelineDegraded, QueueIsFull
+from eldric.errors import InvalidRequest, PipelineDegraded, QueueIsFull, StaleEpoch, Unavailable
 from eldric.v1 import inference_pb2, sampling_pb2
-from eldric.worker.commands import Stop
+from eldric.worker.commands import Degrade, Stop
 from tests.llama_reference import LlamaReference
 from tests.models import smollm2, storyteller
 from tests.rings import PIPELINE, even, ring
@@ -129,11 +129,66 @@ async def test_a_lost_stage_ends_the_stream_with_an_error_that_says_so() -> None
         [held] = list(pipeline.tables[1])
         assert held.loaded is not None
         held.loaded.thread.post(Stop("the test ends it"))
-        with pytest.raises(PipelineDegraded, match="stage"):
+        with pytest.raises(PipelineDegraded, match="stage 1 of 3 on worker w1 is gone: its connection closed"):
             async for _ in events:
                 pass
-        with pytest.raises(PipelineDegraded):
+        with pytest.raises(PipelineDegraded, match="stage 1 of 3 on worker w1 is gone"):
             await pipeline.generate(prompt_of(3), 3)
+
+
+async def test_what_was_under_way_when_a_ring_broke_is_not_taken_once_it_is_mended() -> None:
+    async with ring(storyteller(), even(storyteller(), 3)) as pipeline:
+        expected = await pipeline.generate(prompt_of(10), 8)
+        head, body, _ = (next(iter(table)) for table in pipeline.tables)
+        assert head.loaded is not None and body.loaded is not None
+        steps = head.loaded.thread.steps
+        body.loaded.thread.post(Degrade("a blip"))
+        stranded = asyncio.ensure_future(pipeline.generate(prompt_of(40), 8))
+        while head.loaded.thread.steps <= steps:  # the head has sent the new sequence's prompt into the gap
+            await asyncio.sleep(0.005)
+        head.loaded.thread.post(Degrade("the ring is broken"))
+        with pytest.raises(PipelineDegraded, match="the ring is broken"):
+            await stranded
+        await pipeline.connect(round=1)
+        assert [held.status().round for table in pipeline.tables for held in table] == [1, 1, 1]
+        assert await pipeline.generate(prompt_of(10), 8) == expected
+        for table in pipeline.tables:
+            await asyncio.wait_for(table.drain(), 5)
+
+
+async def test_stages_of_an_earlier_round_are_refused() -> None:
+    async with ring(storyteller(), even(storyteller(), 2)) as pipeline:
+        await pipeline.connect(round=2)
+        with pytest.raises(StaleEpoch, match="connected in round 2, not 1"):
+            await pipeline.connect(round=1)
+
+
+async def test_connecting_a_ring_again_ends_what_runs_with_a_retryable_error() -> None:
+    async with ring(storyteller(), even(storyteller(), 2)) as pipeline:
+        events = pipeline.events(prompt_of(30), 400)
+        await anext(aiter(events))
+        await pipeline.connect(round=1)
+        with pytest.raises(PipelineDegraded, match="connected again"):
+            async for _ in events:
+                pass
+
+
+async def test_a_head_that_is_shut_ends_what_waits_and_lets_go_on_what_runs() -> None:
+    async with ring(storyteller(), even(storyteller(), 2), slots=1) as pipeline:
+        head = pipeline.tables[0].find_head(PIPELINE)
+        expected = await pipeline.generate(prompt_of(30), 100)
+        running = asyncio.ensure_future(pipeline.generate(prompt_of(30), 100))
+        waiting = asyncio.ensure_future(pipeline.generate(prompt_of(20), 100))
+        while head.live < 2:
+            await asyncio.sleep(0)
+        head.shut("worker w1 is about to end")
+        with pytest.raises(Unavailable, match="worker w1 is about to end"):
+            await waiting
+        with pytest.raises(Unavailable, match="worker w1 is about to end"):
+            await pipeline.generate(prompt_of(3), 3)
+        assert await running == expected
+        head.shut("")
+        assert len(await pipeline.generate(prompt_of(3), 3)) == 3
 
 
 async def test_a_full_queue_is_refused_with_a_time_to_come_back() -> None:

@@ -42,6 +42,7 @@ class FakeTransport:
     def __init__(self) -> None:
         self.inbox: queue.SimpleQueue[Frame | Exception | None] = queue.SimpleQueue()
         self.links: list[FakeLink] = []
+        self.epochs: list[int] = []
         self.stats = TransportStats(refused=2, dropped={"corrupt": 1})
         self.unreachable = False
         self.closed = False
@@ -50,7 +51,7 @@ class FakeTransport:
         pass
 
     def set_epoch(self, epoch: int) -> None:
-        pass
+        self.epochs.append(epoch)
 
     def connect(self, peer: Peer, timeout: float) -> FakeLink:
         if self.unreachable:
@@ -107,16 +108,16 @@ class World:
         )
         self.thread.start()
 
-    def connect(self) -> FakeLink:
+    def connect(self, round: int = 0) -> FakeLink:
         """Connected once this returns."""
-        command = Connect(1, NEXT, frozenset({"before"}))
+        command = Connect(1, NEXT, frozenset({"before"}), ("w0", "w1", "w2"), round)
         self.thread.post(command)
         command.done.result(5)
         assert self.states.get(timeout=5) == stage_pb2.SERVING
         return self.transport.links[-1]
 
     def lose(self, *, inbound: bool) -> None:
-        self.transport.inbox.put(PeerLost(0 if inbound else 2, "it is gone", inbound=inbound))
+        self.transport.inbox.put(PeerLost(0 if inbound else 2, "its process died", inbound=inbound))
 
     def step(self, number: int) -> None:
         rows = np.full((1, HIDDEN), number, np.float32)
@@ -182,7 +183,7 @@ def test_a_lost_neighbour_breaks_the_stage_and_ends_its_sequences(world: World) 
     sent(link)
     world.lose(inbound=True)
     assert world.states.get(timeout=5) == stage_pb2.BROKEN
-    assert "stage 0 is lost" in world.thread.message
+    assert world.thread.message == "stage 0 of 3 on worker w0 is gone: its process died"
     while world.thread.sequences:
         pass
 
@@ -199,16 +200,20 @@ def test_the_loss_of_both_neighbours_does_not_break_a_mended_stage_again(world: 
     assert world.states.empty() and world.thread.state == stage_pb2.SERVING
 
 
-def test_frames_that_come_before_a_broken_stage_is_connected_again_wait_for_it(world: World) -> None:
+def test_frames_that_were_under_way_when_a_stage_broke_are_not_taken_once_it_is_mended(world: World) -> None:
     link = world.connect()
     link.closed = "its peer is gone"
     world.lose(inbound=False)
     assert world.states.get(timeout=5) == stage_pb2.BROKEN
-    for number in (3, 4):
-        world.step(number)
-    link = world.connect()
+    world.control(FrameKind.OPEN, frame_pb2.SequenceOpen(slot=0))
+    world.step(3)
+    while not world.transport.inbox.empty():
+        pass
+    link = world.connect(round=1)
     world.step(5)
-    assert [sent(link)[0].step for _ in range(3)] == [3, 4, 5]
+    assert sent(link)[0].step == 5
+    assert world.thread.sequences == 0
+    assert world.transport.epochs == [1 << 32, 1 << 32 | 1]
 
 
 def test_the_late_end_of_a_link_that_was_replaced_is_nothing(world: World) -> None:

@@ -39,6 +39,7 @@ class FakeThread:
         self.place = place
         self.state: stage_pb2.StageState.ValueType = stage_pb2.LOADED
         self.message, self.step_ms, self.steps, self.sequences, self.refused_links = "", 0.0, 0, 0, 0
+        self.round = 0
         self.dropped_frames: dict[str, int] = {}
         self.posted: list[Any] = []
         self.started = self.discarded = False
@@ -62,6 +63,10 @@ class FakeThread:
 class FakeHead:
     live: int = 0
     closed: bool = False
+    shut_for: str = ""
+
+    def shut(self, reason: str) -> None:
+        self.shut_for = reason
 
     def close(self) -> None:
         self.closed = True
@@ -348,6 +353,34 @@ async def test_a_degraded_pipelines_stages_are_told_once(world: World) -> None:
     world.loader.thread.state = stage_pb2.BROKEN
     await world.table.follow([wanted(degraded=True)])
     assert [type(each) for each in world.loader.thread.posted] == [Connect, Degrade]
+
+
+async def test_what_a_degraded_or_closing_pipeline_is_told_says_why(world: World) -> None:
+    await world.load()
+    await world.table.connect(stage_pb2.ConnectRequest(pipeline_id="p", epoch=1))
+    (head,) = [held.head for held in world.table]
+    want = wanted()
+    want.closing, want.reason = True, "worker w2 is about to end"
+    await world.table.follow([want])
+    assert cast(Any, head).shut_for == "worker w2 is about to end; try again soon"
+    await world.table.follow([wanted()])
+    assert cast(Any, head).shut_for == ""
+    want.closing, want.degraded, want.reason = False, True, "stage 1 of 3 on worker w2 is gone: its process is gone"
+    await world.table.follow([want])
+    assert world.loader.thread.posted[-1] == Degrade(want.reason)
+
+
+async def test_a_stage_takes_no_neighbours_of_an_earlier_round(world: World) -> None:
+    await world.load()
+    world.loader.thread.round = 3
+    with pytest.raises(StaleEpoch, match="connected in round 3, not 2"):
+        await world.table.connect(stage_pb2.ConnectRequest(pipeline_id="p", epoch=1, round=2))
+
+
+async def test_sequences_of_an_unloaded_stage_are_told_the_callers_reason(world: World) -> None:
+    await world.load()
+    await world.table.unload("p", reason="the pipeline was rebalanced")
+    assert world.loader.thread.posted[-1] == Stop("the pipeline was rebalanced")
 
 
 async def test_the_head_is_found_by_name_or_id_once_it_is_loaded(world: World) -> None:
