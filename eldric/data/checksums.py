@@ -14,8 +14,9 @@ from typing import BinaryIO
 #: Called with the number of bytes done since the last call. May raise, which ends the work.
 Progress = Callable[[int], None]
 
-#: Length of a block, the unit of what is fetched and compared. A file's last one may be shorter.
-BLOCK_BYTES = 16 << 20
+#: Length of a block, the unit of what is fetched and compared. A file's last one may be shorter. Small, because a stage
+#: fetches the whole of the blocks at its ranges' edges; the sums of a model of 40 GB take 1.3 MB.
+BLOCK_BYTES = 1 << 20
 
 _PIECE_BYTES = 1 << 20
 #: linux/fs.h: _IOW(0x94, 9, int)

@@ -12,8 +12,8 @@ from eldric.data.checksums import BLOCK_BYTES, FileSums, blocks_of
 NAME = "manifest.json"
 VERSION = 1
 
-#: Enough for the block sums of 2 TB.
-_MAX_BYTES = 1 << 24
+#: Enough for the block sums of 800 GB.
+_MAX_BYTES = 1 << 26
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 

@@ -314,7 +314,7 @@ class ModelBlocks(_message.Message):
     BLOCK_BYTES_FIELD_NUMBER: _builtins.int
     FILES_FIELD_NUMBER: _builtins.int
     block_bytes: _builtins.int
-    """Length of a block, 16 MiB here: block N of a file begins at byte N * block_bytes; its last one may be shorter."""
+    """Length of a block, 1 MiB here: block N of a file begins at byte N * block_bytes; its last one may be shorter."""
     @_builtins.property
     def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___FileBlocks]:
         """In the order of ModelSource.files."""

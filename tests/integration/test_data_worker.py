@@ -162,12 +162,13 @@ async def test_verify_streams_progress_and_names_a_damaged_file(served: Served) 
 async def test_block_sums_are_kept_at_import_and_served(served: Served) -> None:
     await served.add(storyteller(), "tale")
     blocks = await served.calls.Blocks(pb.ModelRequest(id="tale"))
-    sha256 = hashlib.sha256(storyteller().read_bytes()).digest()
-    size = storyteller().stat().st_size
-    assert blocks.block_bytes == 16 << 20 > size
-    assert blocks.files == [pb.FileBlocks(size_bytes=size, sha256=sha256, block_sha256=[sha256])]
+    data = storyteller().read_bytes()
+    sums = [hashlib.sha256(data[begin : begin + (1 << 20)]).digest() for begin in range(0, len(data), 1 << 20)]
+    assert blocks.block_bytes == 1 << 20
+    whole = hashlib.sha256(data).digest()
+    assert blocks.files == [pb.FileBlocks(size_bytes=len(data), sha256=whole, block_sha256=sums)]
     answer = (await served.http.get("/api/v1/models/tale/blocks")).json()
-    assert base64.b64decode(answer["files"][0]["block_sha256"][0]) == sha256
+    assert [base64.b64decode(each) for each in answer["files"][0]["block_sha256"]] == sums
 
 
 async def test_block_sums_of_a_file_dropped_by_hand_are_there_after_its_first_check(served: Served) -> None:
@@ -176,7 +177,8 @@ async def test_block_sums_of_a_file_dropped_by_hand_are_there_after_its_first_ch
         await served.calls.Blocks(pb.ModelRequest(id="tale"))
     _ = [event async for event in served.calls.Verify(pb.ModelRequest(id="tale"))]
     (file,) = (await served.calls.Blocks(pb.ModelRequest(id="tale"))).files
-    assert list(file.block_sha256) == [hashlib.sha256(storyteller().read_bytes()).digest()]
+    assert file.sha256 == hashlib.sha256(storyteller().read_bytes()).digest()
+    assert file.block_sha256[0] == hashlib.sha256(storyteller().read_bytes()[: 1 << 20]).digest()
 
 
 async def test_errors_keep_their_kind_over_grpc(served: Served, tmp_path: Path) -> None:
