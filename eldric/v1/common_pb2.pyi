@@ -80,6 +80,7 @@ class MemoryUse(_message.Message):
     REPACKED_BYTES_FIELD_NUMBER: _builtins.int
     KV_BYTES_FIELD_NUMBER: _builtins.int
     COMPUTE_BYTES_FIELD_NUMBER: _builtins.int
+    LOCKED_BYTES_FIELD_NUMBER: _builtins.int
     mapped_bytes: _builtins.int
     """File pages of the shard, mapped read-only from the model file."""
     repacked_bytes: _builtins.int
@@ -88,6 +89,8 @@ class MemoryUse(_message.Message):
     """Key-value cache."""
     compute_bytes: _builtins.int
     """Buffers for one step."""
+    locked_bytes: _builtins.int
+    """How much of mapped_bytes is locked in memory: it cannot be evicted, so a file server that fails does it no harm."""
     def __init__(
         self,
         *,
@@ -95,10 +98,11 @@ class MemoryUse(_message.Message):
         repacked_bytes: _builtins.int = ...,
         kv_bytes: _builtins.int = ...,
         compute_bytes: _builtins.int = ...,
+        locked_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_bytes", b"compute_bytes", "kv_bytes", b"kv_bytes", "mapped_bytes", b"mapped_bytes", "repacked_bytes", b"repacked_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_bytes", b"compute_bytes", "kv_bytes", b"kv_bytes", "locked_bytes", b"locked_bytes", "mapped_bytes", b"mapped_bytes", "repacked_bytes", b"repacked_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

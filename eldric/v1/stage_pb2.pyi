@@ -121,6 +121,7 @@ class ModelSource(_message.Message):
     HEADER_SHA256_FIELD_NUMBER: _builtins.int
     FOLDER_FIELD_NUMBER: _builtins.int
     PLACES_FIELD_NUMBER: _builtins.int
+    EXPORTS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name in the model store."""
     header_sha256: _builtins.bytes
@@ -135,6 +136,10 @@ class ModelSource(_message.Message):
     def places(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelPlace]:
         """Data workers that hold these very files. The controller fills it in from the nodes that are registered."""
 
+    @_builtins.property
+    def exports(self) -> _containers.RepeatedCompositeFieldContainer[Global___NfsExport]:
+        """Where the store's folder can be mounted from. Empty: nobody exports it, or nobody said so."""
+
     def __init__(
         self,
         *,
@@ -143,14 +148,44 @@ class ModelSource(_message.Message):
         header_sha256: _builtins.bytes = ...,
         folder: _builtins.str = ...,
         places: _abc.Iterable[Global___ModelPlace] | None = ...,
+        exports: _abc.Iterable[Global___NfsExport] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["files", b"files", "folder", b"folder", "header_sha256", b"header_sha256", "model", b"model", "places", b"places"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["exports", b"exports", "files", b"files", "folder", b"folder", "header_sha256", b"header_sha256", "model", b"model", "places", b"places"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ModelSource: _TypeAlias = ModelSource  # noqa: Y015
+
+@_typing.final
+class NfsExport(_message.Message):
+    """A model store's folder, exported read-only over NFS version 4."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HOST_FIELD_NUMBER: _builtins.int
+    PORT_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
+    host: _builtins.str
+    port: _builtins.int
+    """0: NFS's own, 2049."""
+    path: _builtins.str
+    """As a client mounts it, e.g. "/models"."""
+    def __init__(
+        self,
+        *,
+        host: _builtins.str = ...,
+        port: _builtins.int = ...,
+        path: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["host", b"host", "path", b"path", "port", b"port"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NfsExport: _TypeAlias = NfsExport  # noqa: Y015
 
 @_typing.final
 class ModelPlace(_message.Message):
@@ -190,7 +225,7 @@ class ModelFile(_message.Message):
     path: _builtins.str
     size_bytes: _builtins.int
     header_bytes: _builtins.int
-    """Bytes before the first tensor's data: the header and nothing else, or a little more."""
+    """Of the first file the bytes that ModelSource.header_sha256 is over, of others those before their first tensor."""
     sha256: _builtins.bytes
     """SHA-256 of the file. Empty when the store does not know it yet."""
     blocks_sha256: _builtins.bytes
