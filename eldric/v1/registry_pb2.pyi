@@ -165,6 +165,8 @@ class Node(_message.Message):
     REGISTERED_AT_FIELD_NUMBER: _builtins.int
     RESOURCES_FIELD_NUMBER: _builtins.int
     MEMORY_USED_BYTES_FIELD_NUMBER: _builtins.int
+    EDGE_ID_FIELD_NUMBER: _builtins.int
+    JOIN_ADDRESS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """"KIND/NAME", unique in the cluster, the same across restarts."""
     name: _builtins.str
@@ -183,6 +185,12 @@ class Node(_message.Message):
     """Random number of the process: a restarted node has another."""
     memory_used_bytes: _builtins.int
     """Workers only, from the last beat: memory that its stages hold, in bytes."""
+    edge_id: _builtins.str
+    """"edge/NAME" of the edge whose addresses these are, for a node behind NAT. Such a node has a longer lease. Empty:
+    others reach the node itself.
+    """
+    join_address: _builtins.str
+    """Controllers only: "host:port" where a node without a certificate joins."""
     @_builtins.property
     def registered_at(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
@@ -205,10 +213,12 @@ class Node(_message.Message):
         registered_at: _timestamp_pb2.Timestamp | None = ...,
         resources: Global___Resources | None = ...,
         memory_used_bytes: _builtins.int = ...,
+        edge_id: _builtins.str = ...,
+        join_address: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["registered_at", b"registered_at", "resources", b"resources"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["grpc_address", b"grpc_address", "http_url", b"http_url", "id", b"id", "incarnation", b"incarnation", "kind", b"kind", "memory_used_bytes", b"memory_used_bytes", "name", b"name", "pid", b"pid", "protocol", b"protocol", "registered_at", b"registered_at", "resources", b"resources", "state", b"state", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["edge_id", b"edge_id", "grpc_address", b"grpc_address", "http_url", b"http_url", "id", b"id", "incarnation", b"incarnation", "join_address", b"join_address", "kind", b"kind", "memory_used_bytes", b"memory_used_bytes", "name", b"name", "pid", b"pid", "protocol", b"protocol", "registered_at", b"registered_at", "resources", b"resources", "state", b"state", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
