@@ -14,8 +14,8 @@ _NAMESPACES = ("net", "ipc", "pid")
 
 
 def host_id() -> str:
-    """Equal for processes that may reach each other without a network: one boot of one machine, the same namespaces, the
-    same file system of shared memory. 16 hexadecimal digits, which say nothing of the machine itself.
+    """Equal for processes that may reach each other without a network: one boot of one machine, the same namespaces,
+    the same file system of shared memory. 16 hexadecimal digits, which say nothing of the machine itself.
 
     Two that have it in common may still be kept apart, by the permissions of their users for one.
     """

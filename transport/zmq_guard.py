@@ -25,6 +25,7 @@ ZmqKeys = tuple[bytes, bytes]  # public, secret; Z85
 
 WATCHED_EVENTS = (
     zmq.EVENT_ACCEPTED
+    | zmq.EVENT_CONNECTED
     | zmq.EVENT_HANDSHAKE_SUCCEEDED
     | zmq.EVENT_HANDSHAKE_FAILED_AUTH
     | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
@@ -60,7 +61,7 @@ def high_water_mark(queue_frames: int) -> int:
     return 2 * (max(queue_frames, FIRST_WINDOW_FRAMES) + 2)
 
 
-#: Called in the guard's thread with an event and its value (for ACCEPTED and DISCONNECTED: the file descriptor).
+#: Called in the guard's thread with an event and its value (ACCEPTED, CONNECTED, DISCONNECTED: the file descriptor).
 OnEvent = Callable[[zmq.Event, int], None]
 
 

@@ -12,6 +12,7 @@ from google.protobuf.message import DecodeError
 from eldric.transport.base import Link, LinkStats, Peer, TransportOptions
 from eldric.transport.errors import ConnectFailed, LinkClosed, QueueFull
 from eldric.transport.frame import Header, Payload
+from eldric.transport.round_trip import tcp_round_trip_s
 from eldric.transport.window import FIRST_WINDOW_FRAMES, SendWindow
 from eldric.transport.zmq_guard import HANDSHAKE_FAILURES, Guard, ZmqContext, ZmqKeys, high_water_mark, set_options
 from eldric.v1 import frame_pb2
@@ -30,10 +31,14 @@ class Connection:
         self.connected = False
         self.closed: str | None = None
         self.epoch = 0  # of the link
+        self.descriptor = -1  # of its TCP connection
         self._silence_s = silence_s
         self._on_lost = on_lost
 
     def on_event(self, event: zmq.Event, value: int) -> None:
+        if event == zmq.EVENT_CONNECTED:
+            self.descriptor = value
+            return  # the handshake is still to come
         if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             self.connected = True
         elif self.closed is None:
@@ -92,6 +97,7 @@ class ZmqLink(Link):
             bytes=window.sent_bytes,
             queue_frames=window.frames_under_way,
             queue_bytes=window.sent_bytes - window.taken_bytes,
+            round_trip_s=tcp_round_trip_s(self._connection.descriptor) if self._connection.closed is None else 0.0,
         )
 
     def send(self, header: Header, payload: Payload = b"", timeout: float | None = None) -> None:

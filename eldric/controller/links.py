@@ -1,0 +1,92 @@
+"""By which transport each link goes: the best that both its ends offer, the next best where that fails. Pure."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from eldric.errors import NotReady, Unavailable
+
+#: What an operator says who leaves the choice to the cluster.
+AUTO = "auto"
+
+#: Schemes of transports that need both ends on one host. Others reach any worker.
+SAME_HOST = frozenset({"shm"})
+
+
+class End(Protocol):
+    """What the choice needs to know of a worker; a planner's WorkerView has it."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def transports(self) -> tuple[str, ...]:
+        """Best first."""
+
+    @property
+    def host(self) -> str:
+        """Equal for workers on one host; empty: not known."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinkChoice:
+    """The schemes that a link may go by, best first, and why those before the present one failed."""
+
+    schemes: tuple[str, ...]
+    failures: tuple[str, ...] = ()  # of schemes[0], schemes[1] and so on
+
+    @property
+    def scheme(self) -> str:
+        return self.schemes[len(self.failures)]
+
+    @property
+    def is_last(self) -> bool:
+        """Whether there is nothing left to fall back to."""
+        return len(self.failures) + 1 == len(self.schemes)
+
+    @property
+    def fallback(self) -> str:
+        """Why it is not the best scheme, for people; empty when it is."""
+        failed = zip(self.schemes, self.failures, strict=False)
+        return "; ".join(f"{scheme} failed: {reason}" for scheme, reason in failed)
+
+    def failed(self, reason: str) -> "LinkChoice":
+        """The next choice. Raises Unavailable, with the reason of every scheme, when there is none."""
+        if not self.is_last:
+            return replace(self, failures=(*self.failures, reason))
+        if len(self.schemes) == 1:
+            raise Unavailable(reason)
+        raise Unavailable(replace(self, failures=(*self.failures, reason)).fallback)
+
+
+def ring_choices(ends: Sequence[End], wanted: str = "") -> tuple[LinkChoice, ...]:
+    """The first choice of every link: entry i is that from stage i to the next. None for a single stage.
+
+    wanted: the one scheme that every link must take; empty or "auto": the best that a link's ends have in common.
+    Raises NotReady when a link has none.
+    """
+    if len(ends) < 2:
+        return ()
+    return tuple(LinkChoice(alternatives(end, ends[(index + 1) % len(ends)], wanted)) for index, end in enumerate(ends))
+
+
+def alternatives(sender: End, receiver: End, wanted: str = "") -> tuple[str, ...]:
+    """The schemes that a link may go by, best first. Raises NotReady when there is none. See `ring_choices`."""
+    same_host = _same_host(sender, receiver)
+    common = [scheme for scheme in sender.transports if scheme in receiver.transports]
+    usable = [scheme for scheme in common if same_host or scheme not in SAME_HOST]
+    if wanted not in ("", AUTO):
+        if wanted in usable:
+            return (wanted,)
+        if wanted in common:
+            raise NotReady(f"{sender.name} and {receiver.name} are not on one host, which {wanted!r} needs")
+        usable = []
+    if not usable:
+        offers = "; ".join(f"{end.name}: {', '.join(end.transports) or 'none'}" for end in (sender, receiver))
+        what = "" if wanted in ("", AUTO) else f" {wanted!r}"
+        apart = ", and they are not on one host" if set(common) - set(usable) else ""
+        raise NotReady(f"the workers have no tensor transport{what} in common ({offers}{apart})")
+    return tuple(usable)
+
+
+def _same_host(a: End, b: End) -> bool:
+    return a.name == b.name or (bool(a.host) and a.host == b.host)
