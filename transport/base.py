@@ -55,6 +55,7 @@ class TransportOptions:
     silence_s: float = 3.0  # a peer that is not heard of for longer is lost; must exceed the time of one frame's way
     linger_s: float = 1.0  # how long Transport.close waits for peers to take what was sent
     encrypt: bool = True  # False: no encryption, and anybody who reaches the port may send
+    spin_s: float = 0.0002  # recv looks for a frame that long before it sleeps, while frames usually come that soon
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from eldric.transport.errors import ListenFailed, PeerLost
 from eldric.transport.filter import DropReason, FrameFilter, Sender
 from eldric.transport.frame import MAX_HEADER_BYTES, MAX_INDEX, PROTOCOL_VERSION, Frame
 from eldric.transport.losses import Losses
+from eldric.transport.spin import Spinner
 from eldric.transport.window import ReceiveWindow
 from eldric.transport.zmq_guard import (
     HANDSHAKE_FAILURES,
@@ -30,6 +31,8 @@ from eldric.transport.zmq_guard import (
 from eldric.v1 import frame_pb2
 
 logger = logging.getLogger(__name__)
+
+_EVENTS, _POLLIN = int(zmq.EVENTS), int(zmq.POLLIN)  # enumerations are slow
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -68,6 +71,7 @@ class ZmqInbox:
         self._frames = self._bytes = self._refused_keys = self._refused_hellos = 0
         self._woken = False
         self._timeout_ms = -1
+        self._spinner = Spinner(options.spin_s)
         self._router = self._make_router(context, keys)
         self._bell_id = b"\1" + secrets.token_bytes(16)  # no peer can guess it, and so ring in our name
         self._bell = Doorbell(context, zmq.DEALER, "inproc://inbox", self._bell_id)
@@ -177,9 +181,19 @@ class ZmqInbox:
 
     def _first_part(self, deadline: float | None) -> bytes | None:
         """The routing id of the next message; None at the deadline, or when a loss is to be reported first."""
-        timeout_ms = 0
-        if not self._ended and not self._losses:
-            timeout_ms = -1 if deadline is None else max(0, math.ceil((deadline - time.monotonic()) * 1000))
+        if self._ended or self._losses:
+            return self._sleep(0)
+        if self._spinner.wait(self._is_readable, deadline):
+            return self._router.recv()
+        timeout_ms = -1 if deadline is None else max(0, math.ceil((deadline - time.monotonic()) * 1000))
+        first = self._sleep(timeout_ms)
+        self._spinner.slept()
+        return first
+
+    def _is_readable(self) -> int:
+        return int(self._router.get(_EVENTS)) & _POLLIN
+
+    def _sleep(self, timeout_ms: int) -> bytes | None:
         if timeout_ms != self._timeout_ms:
             self._router.rcvtimeo = self._timeout_ms = timeout_ms
         try:
