@@ -64,7 +64,7 @@ def deploy(
     ] = "",
     chunk: Annotated[
         int,
-        option("--chunk", metavar="TOKENS", help="Prompt tokens in one step. Default: 128."),
+        option("--chunk", metavar="TOKENS", help="Prompt tokens in one step. Default: 64."),
     ] = 0,
     lanes: Annotated[
         int,

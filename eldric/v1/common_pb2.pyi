@@ -128,7 +128,7 @@ class StageOptions(_message.Message):
     slots: _builtins.int
     """Sequences that run at once. Default 4."""
     chunk: _builtins.int
-    """Largest number of prompt tokens in one step. Default 128. At most 4096."""
+    """Largest number of prompt tokens in one step. Default 64. At most 4096."""
     lanes: _builtins.int
     """Micro-batches in flight. Default: the number of stages."""
     threads: _builtins.int

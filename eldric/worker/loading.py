@@ -29,7 +29,7 @@ from eldric.worker.source import open_model
 DEFAULT_TRANSPORT = "zmq"
 DEFAULT_CONTEXT = 4096
 DEFAULT_SLOTS = 4
-DEFAULT_CHUNK = 128
+DEFAULT_CHUNK = 64
 MAX_CHUNK = 4096
 
 

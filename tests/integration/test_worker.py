@@ -251,7 +251,7 @@ async def test_stages_over_rest(worker: WorkerProcess) -> None:
 
         (stage,) = (await client.get("/api/v1/pipeline/status")).json()["stages"]
         assert (stage["pipeline_id"], stage["state"], stage["layers"]["end"]) == ("p1", "LOADED", 6)
-        assert stage["options"]["context"] == 256 and stage["options"]["chunk"] == 128
+        assert stage["options"]["context"] == 256 and stage["options"]["chunk"] == 64
         nothing = (await client.get("/api/v1/pipeline/status", params={"pipeline_id": "p2"})).json()
         assert not nothing.get("stages")
 
