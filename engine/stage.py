@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from eldric.engine.errors import InvalidStep
 from eldric.engine.ggml.library import find_library
+from eldric.engine.ggml.mapping import Fetch
 from eldric.engine.ggml.model import GgmlModel, ModelOptions
 from eldric.engine.ggml.weights import WeightsMode
 from eldric.engine.gguf import ModelFile
@@ -44,6 +45,7 @@ class StageConfig:
     weights: WeightsMode = "auto"
     kv_type: KVType = "f16"
     repack_budget_bytes: int | None = None  # most memory for repacked copies of weights; None: no bound
+    lock: bool = False  # keep mapped weights from being evicted, as far as the process may
 
     def __post_init__(self) -> None:
         limits = {"context": _MAX_CONTEXT, "slots": _MAX_ROWS, "chunk": _MAX_ROWS, "lane_slots": _MAX_ROWS}
@@ -60,6 +62,7 @@ class MemoryUse:
     repacked: int  # private copies of weights
     kv: int
     compute: int
+    locked: int = 0  # of the mapped ones: never evicted
 
     @property
     def total(self) -> int:
@@ -101,12 +104,14 @@ class Stage:
         config: StageConfig,
         progress: Callable[[int, int], None] | None = None,
         cancelled: Callable[[], bool] | None = None,
+        fetch: Fetch | None = None,
     ) -> Self:
         """Map the shard's byte ranges, bring them in, and take the memory for everything else.
 
-        progress gets (bytes done, bytes in all) again and again; cancelled is asked as often. The model may be closed
-        afterwards. Raises InvalidLayers, InvalidModel, UnsupportedModel, ModelUnreadable, OutOfMemory, LibraryError or
-        LoadCancelled; everything is given back then.
+        progress gets (bytes done, bytes in all) again and again; cancelled is asked as often. fetch, if given, brings
+        bytes of the files into the page cache before they are mapped. The model may be closed afterwards. Raises
+        InvalidLayers, InvalidModel, UnsupportedModel, ModelUnreadable, OutOfMemory, LibraryError or LoadCancelled;
+        everything is given back then.
         """
         spec = spec_of(model)
         shard = shard_of(model, spec, config.layers)
@@ -122,8 +127,10 @@ class Stage:
             kv_type=TensorType[config.kv_type.upper()],
             pack_budget_bytes=config.repack_budget_bytes,
             exact=config.exact,
+            lock=config.lock,
         )
-        return cls(spec, shard, config, GgmlModel(find_library(), model, spec, shard, options, progress, cancelled))
+        made = GgmlModel(find_library(), model, spec, shard, options, progress, cancelled, fetch)
+        return cls(spec, shard, config, made)
 
     @property
     def memory(self) -> MemoryUse:
@@ -131,7 +138,9 @@ class Stage:
         if self._closed:
             return MemoryUse(0, 0, 0, 0)
         model = self._model
-        return MemoryUse(model.mapped_bytes, model.copied_bytes, model.kv_bytes, model.compute_bytes)
+        return MemoryUse(
+            model.mapped_bytes, model.copied_bytes, model.kv_bytes, model.compute_bytes, model.locked_bytes
+        )
 
     @property
     def compute_ns(self) -> int:

@@ -37,4 +37,5 @@ def memory_use(memory: MemoryUse) -> common_pb2.MemoryUse:
         repacked_bytes=memory.repacked,
         kv_bytes=memory.kv,
         compute_bytes=memory.compute,
+        locked_bytes=memory.locked,
     )

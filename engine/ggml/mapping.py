@@ -1,9 +1,10 @@
 """Read-only mappings of a model's files: only the pages of a shard's byte ranges, brought in before they are needed.
 
 A page that cannot be read kills the process with SIGBUS when it is touched. So pages come in by a system call, where a
-failing disk or mount is an error that can be caught.
+failing disk or mount is an error that can be caught. Locked pages stay in, so that they are never read again.
 """
 
+import ctypes
 import errno
 import mmap
 import os
@@ -19,6 +20,10 @@ from eldric.engine.shard import ByteRange
 
 _POPULATE_READ = 22  # MADV_POPULATE_READ, Linux 5.14: read pages in, and map them
 _PIECE_BYTES = 16 << 20  # so much comes in between two reports of progress
+
+#: Called with (file, offset, length) before these bytes are mapped: brings them into the page cache, in its own way and
+#: with its own deadline. May raise.
+Fetch = Callable[[int, int, int], None]
 
 
 class Mapping:
@@ -61,15 +66,24 @@ class Mapping:
         stop = offset - self.offset + length
         try:
             if sys.platform == "linux":
-                try:
-                    return self._map.madvise(_POPULATE_READ, start, stop - start)
-                except OSError as error:
-                    if error.errno != errno.EINVAL:  # EINVAL: an older kernel
-                        raise
+                failed = _call("madvise", self.address + start, stop - start, _POPULATE_READ)
+                if not failed:
+                    return
+                if failed != errno.EINVAL:  # EINVAL: an older kernel
+                    raise OSError(failed, os.strerror(failed))
             self._read(self.offset + start, stop - start)
         except OSError as error:
             reason = "storage failed, or the file was cut" if error.errno == errno.EFAULT else error.strerror
             raise ModelUnreadable(f"{self.path} at byte {offset}: {reason}") from error
+
+    def lock(self, offset: int, length: int) -> bool:
+        """Keep the pages of file bytes [offset, offset + length), which are in, from being evicted.
+
+        Returns False where the system, or the process's limit, does not allow it.
+        """
+        start = (offset - self.offset) // mmap.PAGESIZE * mmap.PAGESIZE
+        stop = offset - self.offset + length
+        return sys.platform == "linux" and not _call("mlock", self.address + start, stop - start)
 
     def drop(self, offset: int, length: int) -> None:
         """Take the whole pages within file bytes [offset, offset + length) out of the process. They can come again."""
@@ -124,12 +138,25 @@ class Mappings:
         self._all.clear()
 
 
-def read_in(mapping: Mapping, offset: int, length: int, on_piece: Callable[[int], None]) -> None:
+def read_in(
+    mapping: Mapping, offset: int, length: int, on_piece: Callable[[int], None], fetch: Fetch | None = None
+) -> None:
     """Bring a range in piece by piece. on_piece gets each piece's bytes, and may raise to stop."""
     for start in range(offset, offset + length, _PIECE_BYTES):
         piece = min(_PIECE_BYTES, offset + length - start)
+        if fetch is not None:
+            fetch(mapping.file, start, piece)
         mapping.read_in(start, piece)
         on_piece(piece)
+
+
+def _call(name: str, address: int, *values: int) -> int:
+    """A system call on pages; 0 or errno. Other threads run meanwhile: Python's own madvise would hold them up."""
+    done = getattr(_LIBC, name)(ctypes.c_void_p(address), *map(ctypes.c_size_t, values))
+    return ctypes.get_errno() if done else 0
+
+
+_LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
 
 def _by_pages(ranges: Iterable[ByteRange]) -> list[ByteRange]:

@@ -16,6 +16,7 @@ from eldric.engine.ggml.graph import Graph
 from eldric.engine.ggml.graph_cache import GraphCache
 from eldric.engine.ggml.kv import KVCache
 from eldric.engine.ggml.library import Library
+from eldric.engine.ggml.mapping import Fetch
 from eldric.engine.ggml.policy import RowRange, decode_rows, exact_rows
 from eldric.engine.ggml.ports import Ports
 from eldric.engine.ggml.weights import Progress, Weights, WeightsMode
@@ -46,6 +47,7 @@ class ModelOptions:
     kv_type: TensorType
     pack_budget_bytes: int | None
     exact: bool
+    lock: bool
 
 
 class GgmlModel:
@@ -60,6 +62,7 @@ class GgmlModel:
         options: ModelOptions,
         progress: Progress | None,
         cancelled: Callable[[], bool] | None,
+        fetch: Fetch | None = None,
     ) -> None:
         """Loads the weights and takes all memory.
 
@@ -68,7 +71,7 @@ class GgmlModel:
         with ExitStack() as resources:
             self._backend = Backend(library, options.device, options.threads, options.cpus)
             resources.callback(self._backend.close)
-            self._weights = Weights(self._backend, model, shard)
+            self._weights = Weights(self._backend, model, shard, fetch, options.lock)
             resources.callback(self._weights.close)
             matrices = _matrices(spec, shard)
             looked_up = spec.family.tensors["token_embd"].name if shard.is_head else None
@@ -83,6 +86,11 @@ class GgmlModel:
     @property
     def mapped_bytes(self) -> int:
         return self._weights.mapped_bytes
+
+    @property
+    def locked_bytes(self) -> int:
+        """Of the mapped bytes, those that cannot be evicted."""
+        return self._weights.locked_bytes
 
     @property
     def copied_bytes(self) -> int:

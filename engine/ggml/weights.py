@@ -10,7 +10,7 @@ from eldric.engine.errors import LoadCancelled, UnsupportedModel
 from eldric.engine.ggml.arena import Arena
 from eldric.engine.ggml.backend import WEIGHTS, Backend, Buffer
 from eldric.engine.ggml.lookup import TokenTable
-from eldric.engine.ggml.mapping import Mapping, Mappings, read_in
+from eldric.engine.ggml.mapping import Fetch, Mapping, Mappings, read_in
 from eldric.engine.ggml.policy import MAPPED, keeps_mapped, packed_pays, worth_packing
 from eldric.engine.ggml.structs import MAX_DIMS, Tensor
 from eldric.engine.gguf import ModelFile
@@ -46,14 +46,20 @@ class Weight:
 class Weights:
     """The tensors of a shard by name. `load` fills it; nothing changes afterwards."""
 
-    def __init__(self, backend: Backend, model: ModelFile, shard: Shard) -> None:
+    def __init__(
+        self, backend: Backend, model: ModelFile, shard: Shard, fetch: Fetch | None = None, lock: bool = False
+    ) -> None:
+        """fetch: brings bytes of the files into the page cache before they are mapped. lock: keep the pages that are
+        computed with from being evicted, as far as the process may."""
         self._backend, self._api, self._shard = backend, backend.api, shard
+        self._fetch, self._lock = fetch, lock
         self._by_name: dict[str, Weight] = {}
         self.token_table: TokenTable | None = None  # for a device that cannot look rows up in the embedding
         self._buffers: list[Buffer] = []
         self._arenas: list[Arena] = []
         self._mappings = Mappings(model.paths, model.file_sizes, shard.ranges)
         self.mapped_bytes = 0
+        self.locked_bytes = 0
         self.packed_bytes = 0
         self.copied_bytes = 0
 
@@ -199,14 +205,21 @@ class Weights:
 
         for info in infos:
             weight, mapping = self._by_name[info.name], self._mapping(info)
-            read_in(mapping, info.offset, info.nbytes, on_piece)
+            read_in(mapping, info.offset, info.nbytes, on_piece, self._fetch)
             address = self._address(info)
             in_place = bool(weight.plain) and self._api.ggml_get_data(weight.plain) == address
             copies = [weight.packed] if in_place else [weight.packed, weight.plain]
             for tensor in filter(None, copies):
                 self._api.ggml_backend_tensor_set(tensor, address, 0, info.nbytes)
-            if not in_place and (self.token_table is None or info is not self.token_table.info):
+            if in_place or (self.token_table is not None and info is self.token_table.info):
+                self._keep(mapping, info)
+            else:
                 mapping.drop(info.offset, info.nbytes)
+
+    def _keep(self, mapping: Mapping, info: TensorInfo) -> None:
+        if self._lock:
+            self._lock = mapping.lock(info.offset, info.nbytes)
+            self.locked_bytes += info.nbytes if self._lock else 0
 
     def _mapping(self, info: TensorInfo) -> Mapping:
         return self._mappings.of(info.file, info.offset, info.nbytes)
