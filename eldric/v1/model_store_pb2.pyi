@@ -427,13 +427,25 @@ class ImportRequest(_message.Message):
     PATH_FIELD_NUMBER: _builtins.int
     ID_FIELD_NUMBER: _builtins.int
     MODE_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
     path: _builtins.str
-    """Absolute path on the data worker's machine."""
+    """Absolute path on the data worker's machine. Either this or source."""
     id: _builtins.str
     """Name in the store. Empty: from the file's name."""
     mode: _builtins.str
-    """"copy" (default: hard link where the file system allows, else a copy), or "move": the same, then the given files
-    are removed.
+    """"copy": hard link where the file system allows, else a copy. "move": the same, then the given files are removed.
+    "reference": nothing is copied, the files are served from where they lie; when one changes (size, time of change or
+    header), the model is DATA_LOSS until it is removed and imported again. A worker that mounts the store does not see
+    such files unless it sees that path too; over HTTP everybody does. "link": hard link where that is possible, else
+    reference. Default: "copy" of a path, "link" of an Ollama store. Downloads have no mode.
+    """
+    source: _builtins.str
+    """Where else the model comes from:
+      hf://OWNER/REPOSITORY[@REVISION][:QUANTIZATION]   Hugging Face, or what HF_ENDPOINT of the data worker names.
+        QUANTIZATION as in the files' names, "Q4_K_M" say. Default: the only one, or Q4_K_M.
+      hf://OWNER/REPOSITORY[@REVISION]/FILE.gguf        That file, or the split set that it is a part of.
+      ollama://[NAMESPACE/]NAME[:TAG]                   An Ollama store on the data worker's machine. Default: "latest".
+      eldric://HOST:PORT/NAME                           Another data worker of this cluster, by its HTTPS address.
     """
     def __init__(
         self,
@@ -441,14 +453,75 @@ class ImportRequest(_message.Message):
         path: _builtins.str = ...,
         id: _builtins.str = ...,
         mode: _builtins.str = ...,
+        source: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "mode", b"mode", "path", b"path"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "mode", b"mode", "path", b"path", "source", b"source"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ImportRequest: _TypeAlias = ImportRequest  # noqa: Y015
+
+@_typing.final
+class ResolvedSource(_message.Message):
+    """What a source turned out to be."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SOURCE_FIELD_NUMBER: _builtins.int
+    ID_FIELD_NUMBER: _builtins.int
+    QUANTIZATION_FIELD_NUMBER: _builtins.int
+    FILES_FIELD_NUMBER: _builtins.int
+    KEPT_BYTES_FIELD_NUMBER: _builtins.int
+    source: _builtins.str
+    """In full: with the quantization that was chosen."""
+    id: _builtins.str
+    """Name that the model gets in the store."""
+    quantization: _builtins.str
+    kept_bytes: _builtins.int
+    """Bytes that an earlier try had brought already."""
+    @_builtins.property
+    def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___SourceFile]: ...
+    def __init__(
+        self,
+        *,
+        source: _builtins.str = ...,
+        id: _builtins.str = ...,
+        quantization: _builtins.str = ...,
+        files: _abc.Iterable[Global___SourceFile] | None = ...,
+        kept_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["files", b"files", "id", b"id", "kept_bytes", b"kept_bytes", "quantization", b"quantization", "source", b"source"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResolvedSource: _TypeAlias = ResolvedSource  # noqa: Y015
+
+@_typing.final
+class SourceFile(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Its name at the source."""
+    size_bytes: _builtins.int
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        size_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "size_bytes", b"size_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SourceFile: _TypeAlias = SourceFile  # noqa: Y015
 
 @_typing.final
 class ImportEvent(_message.Message):
@@ -458,13 +531,20 @@ class ImportEvent(_message.Message):
     DONE_BYTES_FIELD_NUMBER: _builtins.int
     TOTAL_BYTES_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
+    RESOLVED_FIELD_NUMBER: _builtins.int
     phase: _builtins.str
-    """"waiting" (for other imports), "copying" (and hashing), or "hashing" (a hard link)."""
+    """"waiting" (for other imports), "resolving" (asking the source), "copying" (and hashing), "hashing" (a link),
+    "checking" (what an earlier try had brought), or "downloading".
+    """
     done_bytes: _builtins.int
     total_bytes: _builtins.int
     @_builtins.property
     def model(self) -> Global___ModelInfo:
         """In the last event."""
+
+    @_builtins.property
+    def resolved(self) -> Global___ResolvedSource:
+        """Once, when a source is known in full; of a path never."""
 
     def __init__(
         self,
@@ -473,10 +553,11 @@ class ImportEvent(_message.Message):
         done_bytes: _builtins.int = ...,
         total_bytes: _builtins.int = ...,
         model: Global___ModelInfo | None = ...,
+        resolved: Global___ResolvedSource | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "resolved", b"resolved"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["done_bytes", b"done_bytes", "model", b"model", "phase", b"phase", "total_bytes", b"total_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["done_bytes", b"done_bytes", "model", b"model", "phase", b"phase", "resolved", b"resolved", "total_bytes", b"total_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

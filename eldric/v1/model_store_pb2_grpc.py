@@ -121,11 +121,16 @@ class ModelStoreServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Import(self, request, context):
-        """Takes a model file (or one of a split set, and with it the whole set) from a path on the data worker's machine.
-        Nothing is listed before all of it is there and hashed; cancelling the call, or an error, leaves nothing behind.
-        NOT_FOUND: no such file. ALREADY_EXISTS: the name is taken, or is being imported. INVALID_ARGUMENT: not a GGUF
-        file, or a damaged one. RESOURCE_EXHAUSTED: not enough space for a copy, or too many imports at once.
-        FAILED_PRECONDITION: the store cannot be written.
+        """Takes a model file (or one of a split set, and with it the whole set) from a path on the data worker's machine, or
+        a model from elsewhere. Nothing is listed before all of it is there and hashed; cancelling the call, or an error,
+        leaves nothing of a path behind, and of a download what had come: asked for again, it goes on from there, also
+        after the data worker was killed. Of two calls for the same source and name the second follows the first, and goes
+        on in its place if it is cancelled. Asked for a source that the store has under that name already, it gives that.
+        NOT_FOUND: no such file, repository, quantization or model. ALREADY_EXISTS: the name is taken, or is being imported
+        from elsewhere. INVALID_ARGUMENT: not a GGUF file, a damaged one, or no such source. RESOURCE_EXHAUSTED: not enough
+        space, or too many imports at once. PERMISSION_DENIED: the hub gives it only to those who may have it (HF_TOKEN of
+        the data worker). DATA_LOSS: what came is not what was announced (length, range or SHA-256). UNAVAILABLE: the
+        source does not answer; asking again goes on. FAILED_PRECONDITION: the store cannot be written.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -50,11 +50,16 @@ class ModelStoreStub:
     whose layers are not known here. DATA_LOSS: a file is shorter than it was.
     """
     Import: _grpc.UnaryStreamMultiCallable[_model_store_pb2.ImportRequest, _model_store_pb2.ImportEvent]
-    """Takes a model file (or one of a split set, and with it the whole set) from a path on the data worker's machine.
-    Nothing is listed before all of it is there and hashed; cancelling the call, or an error, leaves nothing behind.
-    NOT_FOUND: no such file. ALREADY_EXISTS: the name is taken, or is being imported. INVALID_ARGUMENT: not a GGUF
-    file, or a damaged one. RESOURCE_EXHAUSTED: not enough space for a copy, or too many imports at once.
-    FAILED_PRECONDITION: the store cannot be written.
+    """Takes a model file (or one of a split set, and with it the whole set) from a path on the data worker's machine, or
+    a model from elsewhere. Nothing is listed before all of it is there and hashed; cancelling the call, or an error,
+    leaves nothing of a path behind, and of a download what had come: asked for again, it goes on from there, also
+    after the data worker was killed. Of two calls for the same source and name the second follows the first, and goes
+    on in its place if it is cancelled. Asked for a source that the store has under that name already, it gives that.
+    NOT_FOUND: no such file, repository, quantization or model. ALREADY_EXISTS: the name is taken, or is being imported
+    from elsewhere. INVALID_ARGUMENT: not a GGUF file, a damaged one, or no such source. RESOURCE_EXHAUSTED: not enough
+    space, or too many imports at once. PERMISSION_DENIED: the hub gives it only to those who may have it (HF_TOKEN of
+    the data worker). DATA_LOSS: what came is not what was announced (length, range or SHA-256). UNAVAILABLE: the
+    source does not answer; asking again goes on. FAILED_PRECONDITION: the store cannot be written.
     """
     Remove: _grpc.UnaryUnaryMultiCallable[_model_store_pb2.RemoveModelRequest, _model_store_pb2.RemoveModelResponse]
     """Removes a model and the store's own files of it. Transfers in progress go on to their end, and so do stages that
@@ -88,11 +93,16 @@ class ModelStoreAsyncStub(ModelStoreStub):
     whose layers are not known here. DATA_LOSS: a file is shorter than it was.
     """
     Import: _aio.UnaryStreamMultiCallable[_model_store_pb2.ImportRequest, _model_store_pb2.ImportEvent]  # type: ignore[assignment]
-    """Takes a model file (or one of a split set, and with it the whole set) from a path on the data worker's machine.
-    Nothing is listed before all of it is there and hashed; cancelling the call, or an error, leaves nothing behind.
-    NOT_FOUND: no such file. ALREADY_EXISTS: the name is taken, or is being imported. INVALID_ARGUMENT: not a GGUF
-    file, or a damaged one. RESOURCE_EXHAUSTED: not enough space for a copy, or too many imports at once.
-    FAILED_PRECONDITION: the store cannot be written.
+    """Takes a model file (or one of a split set, and with it the whole set) from a path on the data worker's machine, or
+    a model from elsewhere. Nothing is listed before all of it is there and hashed; cancelling the call, or an error,
+    leaves nothing of a path behind, and of a download what had come: asked for again, it goes on from there, also
+    after the data worker was killed. Of two calls for the same source and name the second follows the first, and goes
+    on in its place if it is cancelled. Asked for a source that the store has under that name already, it gives that.
+    NOT_FOUND: no such file, repository, quantization or model. ALREADY_EXISTS: the name is taken, or is being imported
+    from elsewhere. INVALID_ARGUMENT: not a GGUF file, a damaged one, or no such source. RESOURCE_EXHAUSTED: not enough
+    space, or too many imports at once. PERMISSION_DENIED: the hub gives it only to those who may have it (HF_TOKEN of
+    the data worker). DATA_LOSS: what came is not what was announced (length, range or SHA-256). UNAVAILABLE: the
+    source does not answer; asking again goes on. FAILED_PRECONDITION: the store cannot be written.
     """
     Remove: _aio.UnaryUnaryMultiCallable[_model_store_pb2.RemoveModelRequest, _model_store_pb2.RemoveModelResponse]  # type: ignore[assignment]
     """Removes a model and the store's own files of it. Transfers in progress go on to their end, and so do stages that
@@ -159,11 +169,16 @@ class ModelStoreServicer(metaclass=_abc_1.ABCMeta):
         request: _model_store_pb2.ImportRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_model_store_pb2.ImportEvent], _abc.AsyncIterator[_model_store_pb2.ImportEvent]]:
-        """Takes a model file (or one of a split set, and with it the whole set) from a path on the data worker's machine.
-        Nothing is listed before all of it is there and hashed; cancelling the call, or an error, leaves nothing behind.
-        NOT_FOUND: no such file. ALREADY_EXISTS: the name is taken, or is being imported. INVALID_ARGUMENT: not a GGUF
-        file, or a damaged one. RESOURCE_EXHAUSTED: not enough space for a copy, or too many imports at once.
-        FAILED_PRECONDITION: the store cannot be written.
+        """Takes a model file (or one of a split set, and with it the whole set) from a path on the data worker's machine, or
+        a model from elsewhere. Nothing is listed before all of it is there and hashed; cancelling the call, or an error,
+        leaves nothing of a path behind, and of a download what had come: asked for again, it goes on from there, also
+        after the data worker was killed. Of two calls for the same source and name the second follows the first, and goes
+        on in its place if it is cancelled. Asked for a source that the store has under that name already, it gives that.
+        NOT_FOUND: no such file, repository, quantization or model. ALREADY_EXISTS: the name is taken, or is being imported
+        from elsewhere. INVALID_ARGUMENT: not a GGUF file, a damaged one, or no such source. RESOURCE_EXHAUSTED: not enough
+        space, or too many imports at once. PERMISSION_DENIED: the hub gives it only to those who may have it (HF_TOKEN of
+        the data worker). DATA_LOSS: what came is not what was announced (length, range or SHA-256). UNAVAILABLE: the
+        source does not answer; asking again goes on. FAILED_PRECONDITION: the store cannot be written.
         """
 
     @_abc_1.abstractmethod
