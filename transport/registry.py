@@ -15,6 +15,7 @@ GROUP = "eldric.transports"
 #: Best first. A scheme that is not named here comes after "zmq" and before "relay".
 PREFERENCE = ("shm", "ucx", "zmq", "", "relay")
 SAME_HOST = frozenset({"shm"})  # needs both ends on one machine
+UNENCRYPTED = frozenset({"ucx"})  # has no encryption of its own: for networks that the operator trusts
 SAME_PROCESS = frozenset({"inproc"})  # needs both ends in one process; never offered to others
 
 

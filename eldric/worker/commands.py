@@ -3,7 +3,7 @@
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from eldric.transport.base import Peer
+from eldric.transport.base import Peer, Transport
 from eldric.worker.generation import Generation
 
 
@@ -11,7 +11,8 @@ from eldric.worker.generation import Generation
 class Connect:
     """Send to `next` (None in a pipeline of one stage) and take frames from the holders of `allowed` keys.
 
-    `workers`: names of the workers of all stages, for people; may be empty.
+    `workers`: names of the workers of all stages, for people; may be empty. `fallback`: why the link to the next stage
+    is not of a better transport. `try_s`: how long to try to reach it; 0: as long as this stage would by itself.
     """
 
     epoch: int
@@ -19,7 +20,18 @@ class Connect:
     allowed: frozenset[str]
     workers: tuple[str, ...] = ()
     round: int = 0
+    fallback: str = ""
+    try_s: float = 0.0
     done: "Future[None]" = field(default_factory=Future)  # fails with a TransportError
+
+
+@dataclass(frozen=True, slots=True)
+class Rewire:
+    """Receive and send with these transports from now on; close those that are of no use any more."""
+
+    receiver: Transport
+    sender: Transport
+    done: "Future[None]" = field(default_factory=Future)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,4 +72,4 @@ class Stop:
     reason: str
 
 
-Command = Connect | Submit | Cancel | Degrade | Follow | Shut | Stop
+Command = Connect | Rewire | Submit | Cancel | Degrade | Follow | Shut | Stop

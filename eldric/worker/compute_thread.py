@@ -17,7 +17,7 @@ from eldric.transport.base import Transport
 from eldric.transport.errors import ConnectFailed, LinkClosed, PeerLost, TransportError
 from eldric.transport.frame import Frame
 from eldric.v1 import frame_pb2, stage_pb2
-from eldric.worker.commands import Command, Connect, Degrade, Stop
+from eldric.worker.commands import Command, Connect, Degrade, Rewire, Stop
 from eldric.worker.ring import Ring
 
 log = logging.getLogger(__name__)
@@ -27,6 +27,9 @@ _IDLE_S = 1.0
 
 #: Longest wait for the next stage to listen and let this one in, but for a new command.
 _CONNECT_S = 10.0
+
+#: The same, at a time: how soon a command is seen meanwhile.
+_TRY_S = 1.0
 
 #: Decode steps that the median of `step_ms` looks back on.
 _REMEMBERED_STEPS = 64
@@ -95,6 +98,11 @@ class ComputeThread(ABC):
     def refused_links(self) -> int:
         return self._ring.refused
 
+    @property
+    def link(self) -> stage_pb2.LinkStatus | None:
+        """The link to the next stage; None before there is one."""
+        return self._ring.link_status
+
     def _run(self) -> None:
         try:
             while not self._stopping:
@@ -153,6 +161,8 @@ class ComputeThread(ABC):
         match command:
             case Connect():
                 self._connect(command)
+            case Rewire():
+                self._rewire(command)
             case Degrade():
                 self._break(command.message)
             case Stop(reason):
@@ -168,22 +178,31 @@ class ComputeThread(ABC):
         self._end_sequences("the pipeline's stages are being connected again")
         try:
             self._reach(command)
-        except TransportError as error:
-            command.done.set_exception(error)
-            self._break(f"cannot reach the next stage: {error}")
+        except Exception as error:  # a third party's transport may fail in any way
+            failure = error if isinstance(error, TransportError) else ConnectFailed(f"{type(error).__name__}: {error}")
+            self._break(f"cannot reach the next stage: {failure}")
+            command.done.set_exception(failure)
         else:
             self._change(stage_pb2.SERVING)
             command.done.set_result(None)
 
     def _reach(self, command: Connect) -> None:
         """Try again and again, as the next stage may not listen or not allow this one yet; a command ends it."""
-        deadline = time.monotonic() + _CONNECT_S
+        deadline = time.monotonic() + (command.try_s or _CONNECT_S)
+        self._ring.fallback = command.fallback
+        try_s = min(command.try_s or _TRY_S, _TRY_S)
         while True:
             try:
-                return self._ring.connect(command.next, command.allowed, command.epoch, command.round)
+                return self._ring.connect(command.next, command.allowed, command.epoch, command.round, try_s)
             except ConnectFailed:
                 if time.monotonic() > deadline or not self._commands.empty():
                     raise
+
+    def _rewire(self, command: Rewire) -> None:
+        is_awaited = command.done.set_running_or_notify_cancel()
+        self._ring.rewire(command.receiver, command.sender)
+        if is_awaited:
+            command.done.set_result(None)
 
     @property
     @abstractmethod

@@ -25,6 +25,7 @@ class WorkerConfig:
     queue: int = 128  # generations that may wait for a slot, for each head
     silence_s: float = 3.0  # a neighbour that is silent for longer is lost
     allow_insecure_tensors: bool = False  # whether a deployment may ask for tensor channels without encryption
+    trust_fabric: bool = False  # whether transports that have no encryption, such as ucx, may be used at all
 
     @property
     def cache_folder(self) -> Path:

@@ -29,6 +29,7 @@ class HeldStage:
     unwanted: int = 0
     unloading: bool = False  # a load that is under way sees it and gives everything back
     gone: asyncio.Event = field(default_factory=asyncio.Event)
+    rewiring: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property
     def head(self) -> Head | None:
@@ -75,7 +76,11 @@ class HeldStage:
             thread = loaded.thread
             status.message, status.round = thread.message, thread.round
             status.memory.CopyFrom(loaded.memory)
-            status.endpoint.CopyFrom(loaded.endpoint)
+            status.endpoint.CopyFrom(loaded.wiring.endpoint)
+            status.sender_scheme = loaded.wiring.sender.scheme
+            status.sender_key = loaded.wiring.sender.public_key
+            if (link := thread.link) is not None:
+                status.link.CopyFrom(link)
             status.step_ms, status.steps = thread.step_ms, thread.steps
             status.dropped_frames.update(thread.dropped_frames)
             status.refused_links = thread.refused_links

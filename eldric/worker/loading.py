@@ -13,8 +13,6 @@ from eldric.engine.shard import LayerRange, MemoryEstimate, memory_estimate, mod
 from eldric.engine.spec import ModelSpec, spec_of
 from eldric.engine.stage import KVType, Stage, StageConfig
 from eldric.errors import InvalidRequest
-from eldric.transport.base import Transport, TransportOptions
-from eldric.transport.registry import create
 from eldric.v1 import common_pb2, stage_pb2
 from eldric.worker.body_thread import BodyThread
 from eldric.worker.compute_thread import Place
@@ -25,8 +23,8 @@ from eldric.worker.head_thread import HeadThread
 from eldric.worker.metrics import WorkerMetrics
 from eldric.worker.resources import compute_threads, memory_budget
 from eldric.worker.source import open_model
+from eldric.worker.wiring import Rewired, Wirer, Wiring
 
-DEFAULT_TRANSPORT = "zmq"
 DEFAULT_CONTEXT = 4096
 DEFAULT_SLOTS = 4
 DEFAULT_CHUNK = 64
@@ -64,8 +62,9 @@ class LoadedStage:
 
     thread: HeadThread | BodyThread
     head: Head | None
-    endpoint: common_pb2.TensorEndpoint
+    wiring: Wiring
     memory: common_pb2.MemoryUse
+    transport_problem: str = ""  # why the wiring is not of the transport that was asked for
 
     def discard(self) -> None:
         """Give back a stage whose thread never started."""
@@ -78,6 +77,7 @@ class StageLoader:
     def __init__(self, config: WorkerConfig, metrics: WorkerMetrics, on_change: Callable[[], None]) -> None:
         """`on_change` is called in the control loop when a stage's state changed."""
         self._config = config
+        self._wirer = Wirer(config)
         self._metrics = metrics
         self._on_change = on_change
 
@@ -144,7 +144,8 @@ class StageLoader:
         try:
             if cancelled():
                 raise LoadCancelled("the load was cancelled")
-            return self._assemble(plan, stage)
+            rewired = await asyncio.to_thread(self._wirer.first, plan.request)
+            return self._assemble(plan, stage, rewired)
         except BaseException:
             stage.close()
             raise
@@ -170,11 +171,13 @@ class StageLoader:
         limit = plan.request.memory_limit_bytes or memory_budget(self._config)
         return max(0, limit - plan.estimate.kv - plan.estimate.compute)
 
-    def _assemble(self, plan: LoadPlan, stage: Stage) -> LoadedStage:
-        request, options = plan.request, plan.options
-        transport = self._transport(request)
+    async def open_links(self, loaded: LoadedStage, request: stage_pb2.LoadRequest, receive: str, send: str) -> Rewired:
+        """Make transports of these schemes for a stage, where it has none. The caller hands them to its thread."""
+        return await asyncio.to_thread(self._wirer.other, loaded.wiring, request, receive, send)
+
+    def _assemble(self, plan: LoadPlan, stage: Stage, rewired: Rewired) -> LoadedStage:
+        request, options, transport = plan.request, plan.options, rewired.wiring.receiver
         try:
-            address = transport.listen(self._config.node.host)
             place = Place(request.pipeline_id, request.epoch, request.index, request.stage_count)
             loop = asyncio.get_running_loop()
 
@@ -194,12 +197,7 @@ class StageLoader:
         except BaseException:
             transport.close()
             raise
-        endpoint = common_pb2.TensorEndpoint(scheme=transport.scheme, address=address, public_key=transport.public_key)
-        return LoadedStage(thread, head, endpoint, memory_use(stage.memory))
-
-    def _transport(self, request: stage_pb2.LoadRequest) -> Transport:
-        options = TransportOptions(silence_s=self._config.silence_s, encrypt=not request.insecure_tensors)
-        return create(request.transport or DEFAULT_TRANSPORT, request.pipeline_id, request.index, options)
+        return LoadedStage(thread, head, rewired.wiring, memory_use(stage.memory), rewired.receive_problem)
 
     def _schedule_config(self, options: common_pb2.StageOptions, stage: Stage) -> ScheduleConfig:
         return ScheduleConfig(

@@ -70,6 +70,43 @@ class WorkerMetrics:
         )
 
 
+class LinkFamilies:
+    """The metrics of links, each labelled with its sending stage and its transport."""
+
+    def __init__(self) -> None:
+        labels = ["pipeline", "stage", "transport", "encryption"]
+        self._round_trip = GaugeMetricFamily(
+            "eldric_link_round_trip_seconds", "Way to the next stage's machine and back", labels=labels
+        )
+        self._frames = CounterMetricFamily("eldric_link_frames", "Frames sent to the next stage", labels=labels)
+        self._bytes = CounterMetricFamily("eldric_link_bytes", "Bytes of their payloads", labels=labels)
+        self._queue_frames = GaugeMetricFamily(
+            "eldric_link_queue_frames", "Frames sent and not yet taken by the next stage", labels=labels
+        )
+        self._queue_bytes = GaugeMetricFamily("eldric_link_queue_bytes", "Bytes of their payloads", labels=labels)
+        self._fallback = GaugeMetricFamily(
+            "eldric_link_fallback", "1 where a better transport failed, else 0", labels=labels
+        )
+
+    @property
+    def families(self) -> tuple[Metric, ...]:
+        counters = self._round_trip, self._frames, self._bytes
+        return (*counters, self._queue_frames, self._queue_bytes, self._fallback)
+
+    def add(self, status: stage_pb2.StageStatus) -> None:
+        if not status.HasField("link"):
+            return
+        link = status.link
+        at = [status.name, str(status.index), link.transport, link.encryption]
+        if link.round_trip_ms:  # else it is not known
+            self._round_trip.add_metric(at, link.round_trip_ms / 1000)
+        self._frames.add_metric(at, link.frames)
+        self._bytes.add_metric(at, link.bytes)
+        self._queue_frames.add_metric(at, link.queue_frames)
+        self._queue_bytes.add_metric(at, link.queue_bytes)
+        self._fallback.add_metric(at, bool(link.fallback))
+
+
 class HasStatus(Protocol):
     def statuses(self) -> list[stage_pb2.StageStatus]: ...
 
@@ -89,6 +126,7 @@ class StageCollector(Collector):
         memory = GaugeMetricFamily("eldric_stage_memory_bytes", "Memory held", labels=[*labels, "kind"])
         dropped = CounterMetricFamily("eldric_dropped_frames", "Frames dropped", labels=[*labels, "reason"])
         refused = CounterMetricFamily("eldric_refused_links", "Connections refused at the tensor port", labels=labels)
+        links = LinkFamilies()
         for status in self._source.statuses():
             at = [status.name, str(status.index)]
             step.add_metric(at, status.step_ms / 1000)
@@ -98,7 +136,8 @@ class StageCollector(Collector):
             for reason, count in status.dropped_frames.items():
                 dropped.add_metric([*at, reason], count)
             refused.add_metric(at, status.refused_links)
+            links.add(status)
             if status.index == 0:
                 slots.add_metric([status.name], status.slots_used)
                 queued.add_metric([status.name], status.queued)
-        yield from (step, steps, slots, queued, memory, dropped, refused)
+        yield from (step, steps, slots, queued, memory, dropped, refused, *links.families)

@@ -5,7 +5,8 @@ from pathlib import Path
 import psutil
 
 from eldric.engine.ggml.library import find_library
-from eldric.transport.registry import offers
+from eldric.transport.host import host_id
+from eldric.transport.registry import UNENCRYPTED, offers
 from eldric.v1 import registry_pb2
 from eldric.worker.config import WorkerConfig
 
@@ -52,5 +53,6 @@ def resources(config: WorkerConfig) -> registry_pb2.Resources:
         ],
         engine=f"ggml {library.version}",
         cpu_variant=library.cpu_variant,
-        transports=offers(),
+        transports=[scheme for scheme in offers() if config.trust_fabric or scheme not in UNENCRYPTED],
+        host=host_id(),
     )

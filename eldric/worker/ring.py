@@ -3,7 +3,7 @@
 import hashlib
 import time
 import uuid
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from eldric.engine.schedule import Step
@@ -11,13 +11,13 @@ from eldric.engine.step import Hidden
 from eldric.transport.base import Link, Peer, Transport
 from eldric.transport.errors import LinkClosed, PeerLost
 from eldric.transport.frame import Frame, FrameDtype, FrameKind, Header, Payload, Run, StageTrace
-from eldric.v1 import frame_pb2
+from eldric.v1 import frame_pb2, stage_pb2
 
 #: Longest wait for room at the next stage: a peer that is alive but takes nothing for so long is as good as lost.
 _SEND_S = 30.0
 
-#: Longest wait for the next stage to listen and let this one in, at a time.
-_CONNECT_S = 1.0
+#: How often a stage that sends by another transport than it receives by looks whether the next stage is lost.
+_LOOK_S = 0.02
 
 #: (received_ns, began_ns, computed_ns) of a step in this stage.
 Times = tuple[int, int, int]
@@ -38,31 +38,70 @@ def frame_epoch(epoch: int, round: int) -> int:
 
 
 class Ring:
-    """The transport of one stage, with its link to the next. Used by the stage's compute thread; `wake` by any."""
+    """What a stage receives and sends with, and its link to the next. Used by the stage's compute thread.
+
+    `wake` and the read-only attributes may be used by any thread.
+    """
 
     def __init__(self, transport: Transport, stage: int) -> None:
-        self._transport = transport
+        self._receiver = self._sender = transport
+        self._recv: Callable[[float], Frame | None] = transport.recv
+        self._look_at = 0.0  # when to look at the sender next, where it is another transport
         self._stage = stage
         self._clock = clock_id()
         self._link: Link | None = None
+        self.fallback = ""  # why the link is not of a better transport
         self.tracing = False  # the head: whether steps are timed
 
     @property
     def dropped(self) -> dict[str, int]:
         """Frames that were not let in, by reason. May be read from any thread."""
-        return dict(self._transport.stats.dropped)
+        return dict(self._receiver.stats.dropped)
 
     @property
     def refused(self) -> int:
         """Connections that were refused. May be read from any thread."""
-        return self._transport.stats.refused
+        return self._receiver.stats.refused
 
-    def connect(self, peer: Peer | None, allowed: Collection[str], epoch: int, round: int) -> None:
+    def connect(self, peer: Peer | None, allowed: Collection[str], epoch: int, round: int, timeout_s: float) -> None:
         """Let the stage before in, and reach the next one (None: this stage is alone). Raises TransportError."""
-        self._transport.allow(allowed)
-        self._transport.set_epoch(frame_epoch(epoch, round))
+        self._receiver.allow(allowed)
+        self._receiver.set_epoch(frame_epoch(epoch, round))
+        if self._sender is not self._receiver:
+            self._sender.allow(())
+            self._sender.set_epoch(frame_epoch(epoch, round))
         if peer is not None:
-            self._link = self._transport.connect(peer, _CONNECT_S)
+            self._link = self._sender.connect(peer, timeout_s)
+
+    def rewire(self, receiver: Transport, sender: Transport) -> None:
+        """Receive and send with these from now on; what is of no use any more is closed."""
+        before = {self._receiver, self._sender}
+        if sender is not self._sender:
+            self._link, self.fallback = None, ""
+        self._receiver, self._sender = receiver, sender
+        self._recv = receiver.recv if sender is receiver else self._receive_and_look
+        for transport in before - {receiver, sender}:
+            transport.close()
+
+    @property
+    def link_status(self) -> stage_pb2.LinkStatus | None:
+        """The link to the next stage; None before there is one. May be read from any thread."""
+        link, sender = self._link, self._sender
+        if link is None:
+            return None
+        stats = link.stats
+        return stage_pb2.LinkStatus(
+            to_stage=link.peer.stage,
+            transport=sender.scheme,
+            encryption=sender.encryption,
+            round_trip_ms=stats.round_trip_s * 1000,
+            frames=stats.frames,
+            bytes=stats.bytes,
+            queue_frames=stats.queue_frames,
+            queue_bytes=stats.queue_bytes,
+            fallback=self.fallback,
+            closed=link.closed or "",
+        )
 
     @property
     def link_closed(self) -> tuple[int, str] | None:
@@ -73,14 +112,14 @@ class Ring:
     def receive(self, timeout_s: float) -> Frame | None:
         """The next frame; None after a wake or the timeout. Raises PeerLost, TransportClosed."""
         try:
-            return self._transport.recv(timeout_s)
+            return self._recv(timeout_s)
         except PeerLost as lost:
             if lost.inbound or self._link is None or self._link.closed is not None:
                 raise
             return None  # the end of a link that was replaced since
 
     def wake(self) -> None:
-        self._transport.wake()
+        self._receiver.wake()
 
     def send_step(self, step: Step, hidden: Hidden, times: Times) -> None:
         """The head sends a step on its way. hidden: [rows, hidden_size]. Raises TransportError."""
@@ -121,7 +160,16 @@ class Ring:
         return (StageTrace(self._stage, self._clock, *times, time.perf_counter_ns()),)
 
     def close(self) -> None:
-        self._transport.close()
+        for transport in {self._receiver, self._sender}:
+            transport.close()
+
+    def _receive_and_look(self, timeout_s: float) -> Frame | None:
+        """As Transport.recv, and raises the end of the link to the next stage, which only its own transport knows."""
+        now = time.monotonic()
+        if now >= self._look_at:
+            self._look_at = now + _LOOK_S
+            self._sender.recv(0)
+        return self._receiver.recv(min(timeout_s, _LOOK_S))
 
     def _send(self, header: Header, payload: Payload) -> None:
         if self._link is None:

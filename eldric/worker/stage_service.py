@@ -7,6 +7,7 @@ from typing import Any
 import grpc
 
 from eldric.errors import NotFound
+from eldric.transport.errors import TransportError
 from eldric.v1 import stage_pb2, stage_pb2_grpc
 from eldric.worker.stages import StageTable
 
@@ -41,8 +42,14 @@ class StageService(stage_pb2_grpc.StageServicer):
         return stage_pb2.UnloadResponse(unloaded=unloaded)
 
     async def Connect(self, request: stage_pb2.ConnectRequest, context: object) -> stage_pb2.ConnectResponse:
-        await self._stages.connect(request)
+        try:
+            await self._stages.connect(request)
+        except TransportError as error:
+            return stage_pb2.ConnectResponse(problem=str(error))
         return stage_pb2.ConnectResponse()
+
+    async def OpenLinks(self, request: stage_pb2.OpenLinksRequest, context: object) -> stage_pb2.OpenLinksResponse:
+        return await self._stages.open_links(request)
 
     async def Status(self, request: stage_pb2.StageStatusRequest, context: object) -> stage_pb2.StageStatusResponse:
         statuses = [held.status() for held in self._stages]

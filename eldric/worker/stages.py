@@ -16,7 +16,7 @@ from eldric.errors import (
 )
 from eldric.transport.base import Peer
 from eldric.v1 import heartbeat_pb2, stage_pb2
-from eldric.worker.commands import Connect, Degrade, Stop
+from eldric.worker.commands import Connect, Degrade, Rewire, Stop
 from eldric.worker.config import WorkerConfig
 from eldric.worker.head import Head
 from eldric.worker.held_stage import HeldStage, StageKey
@@ -102,7 +102,9 @@ class StageTable:
         held.loaded = loaded
         loaded.thread.start()
         log.info("stage loaded %s bytes=%d", loaded.thread.place.key, held.memory_bytes)
-        return stage_pb2.Loaded(endpoint=loaded.endpoint, memory=loaded.memory)
+        return stage_pb2.Loaded(
+            endpoint=loaded.wiring.endpoint, memory=loaded.memory, transport_problem=loaded.transport_problem
+        )
 
     async def _bring(self, held: HeldStage, progress: Progress) -> LoadedStage:
         """Runs to its end: whoever does not want it any more sets `unloading`."""
@@ -156,15 +158,41 @@ class StageTable:
         self._stages.pop(held.key, None)
         held.gone.set()
 
+    async def open_links(self, request: stage_pb2.OpenLinksRequest) -> stage_pb2.OpenLinksResponse:
+        """Let a stage receive and send by transports of these schemes. Raises NotFound, NotReady, StaleEpoch."""
+        held = self._held(request)
+        async with held.rewiring:
+            loaded = self._ready(held)
+            rewired = await self._loader.open_links(loaded, held.request, request.receive, request.send)
+            made = rewired.wiring
+            if held.unloading:
+                for transport in set(made.transports) - set(loaded.wiring.transports):
+                    transport.close()
+            command = Rewire(made.receiver, made.sender)
+            self._ready(held).thread.post(command)
+            loaded.wiring = made
+            await asyncio.wrap_future(command.done)
+        return stage_pb2.OpenLinksResponse(
+            endpoint=made.endpoint,
+            sender_key=made.sender.public_key,
+            receive_problem=rewired.receive_problem,
+            send_problem=rewired.send_problem,
+        )
+
+    def _ready(self, held: HeldStage) -> LoadedStage:
+        """Raises NotReady for a stage that is loading or being unloaded."""
+        if held.loaded is None or held.unloading:
+            state = "being unloaded" if held.unloading else "still loading"
+            raise NotReady(f"stage {held.key.stage} is {state}")
+        return held.loaded
+
     async def connect(self, request: stage_pb2.ConnectRequest) -> None:
         """Name a stage's neighbours, and wait until the next one is reached.
 
         Raises NotFound, NotReady while it loads, StaleEpoch for an older epoch or round, TransportError.
         """
         held = self._held(request)
-        if held.loaded is None or held.unloading:
-            raise NotReady(f"stage {request.index} is {'being unloaded' if held.unloading else 'still loading'}")
-        thread = held.loaded.thread
+        thread = self._ready(held).thread
         if request.round < thread.round:
             raise StaleEpoch(f"stage {request.index} was connected in round {thread.round}, not {request.round}")
         if request.HasField("next"):
@@ -172,11 +200,13 @@ class StageTable:
         else:
             peer = None
         allowed, workers = frozenset(request.allowed_keys), tuple(request.workers)
-        command = Connect(request.epoch, peer, allowed, workers, request.round)
+        command = Connect(
+            request.epoch, peer, allowed, workers, request.round, request.fallback[:1024], request.try_ms / 1000
+        )
         thread.post(command)
         await asyncio.wrap_future(command.done)
 
-    def _held(self, request: stage_pb2.ConnectRequest) -> HeldStage:
+    def _held(self, request: stage_pb2.ConnectRequest | stage_pb2.OpenLinksRequest) -> HeldStage:
         stages = [stage for stage in self if stage.key[:2] == (request.pipeline_id, request.index)]
         if not stages:
             raise NotFound(f"this worker holds no stage {request.index} of pipeline {request.pipeline_id}")

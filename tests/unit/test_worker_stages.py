@@ -20,12 +20,14 @@ from eldric.errors import (
     StaleEpoch,
     Unavailable,
 )
+from eldric.transport.inproc import InprocTransport
 from eldric.v1 import common_pb2, heartbeat_pb2, stage_pb2
 from eldric.worker.commands import Connect, Degrade, Stop
 from eldric.worker.compute_thread import Place
 from eldric.worker.config import WorkerConfig
 from eldric.worker.stages import _UNWANTED_ANSWERS as UNWANTED_ANSWERS
 from eldric.worker.stages import StageTable
+from eldric.worker.wiring import Wiring
 
 pytestmark = pytest.mark.timeout(10)
 
@@ -39,7 +41,7 @@ class FakeThread:
         self.place = place
         self.state: stage_pb2.StageState.ValueType = stage_pb2.LOADED
         self.message, self.step_ms, self.steps, self.sequences, self.refused_links = "", 0.0, 0, 0, 0
-        self.round = 0
+        self.round, self.link = 0, None
         self.dropped_frames: dict[str, int] = {}
         self.posted: list[Any] = []
         self.started = self.discarded = False
@@ -86,8 +88,9 @@ class FakePlan:
 class FakeLoaded:
     thread: FakeThread
     head: FakeHead | None
-    endpoint: common_pb2.TensorEndpoint
+    wiring: Wiring
     memory: common_pb2.MemoryUse
+    transport_problem: str = ""
 
     def discard(self) -> None:
         self.thread.discarded = True
@@ -120,7 +123,9 @@ class FakeLoader:
             raise LoadCancelled("it was cancelled")
         place = Place("p", 1, 0, 1)
         memory = common_pb2.MemoryUse(mapped_bytes=60, kv_bytes=20)
-        self.made.append(FakeLoaded(FakeThread(place), FakeHead(), common_pb2.TensorEndpoint(), memory))
+        transport = InprocTransport("p", 0)
+        wiring = Wiring(transport, transport, common_pb2.TensorEndpoint())
+        self.made.append(FakeLoaded(FakeThread(place), FakeHead(), wiring, memory))
         await self.before_it_is_known()
         return self.made[-1]
 
