@@ -535,3 +535,94 @@ class LinkGrant(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LinkGrant: _TypeAlias = LinkGrant  # noqa: Y015
+
+@_typing.final
+class LinkOpen(_message.Message):
+    """Opens a link by transports that have a connection of their own beside the frames (shm, ucx). On it, each message is
+    preceded by its length, 4 bytes, little-endian: LinkOpen, then LinkAccept from the receiver, LinkProof, LinkGrant from the
+    receiver. After that both ends send a zero byte now and then, which says that they live.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HELLO_FIELD_NUMBER: _builtins.int
+    PUBLIC_KEY_FIELD_NUMBER: _builtins.int
+    NONCE_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    public_key: _builtins.bytes
+    """The sender's Ed25519 key. Empty: it has none."""
+    nonce: _builtins.bytes
+    """32 random bytes."""
+    address: _builtins.bytes
+    """Where the sender is to be reached by other means, such as a UCX worker address. Empty: not needed."""
+    @_builtins.property
+    def hello(self) -> Global___LinkHello: ...
+    def __init__(
+        self,
+        *,
+        hello: Global___LinkHello | None = ...,
+        public_key: _builtins.bytes = ...,
+        nonce: _builtins.bytes = ...,
+        address: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["hello", b"hello"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "hello", b"hello", "nonce", b"nonce", "public_key", b"public_key"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LinkOpen: _TypeAlias = LinkOpen  # noqa: Y015
+
+@_typing.final
+class LinkAccept(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PUBLIC_KEY_FIELD_NUMBER: _builtins.int
+    NONCE_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    PROOF_FIELD_NUMBER: _builtins.int
+    public_key: _builtins.bytes
+    """The receiver's Ed25519 key. Empty: it has none."""
+    nonce: _builtins.bytes
+    """32 random bytes."""
+    address: _builtins.bytes
+    """Where the receiver is to be reached by other means. Empty: not needed."""
+    proof: _builtins.bytes
+    """The receiver's signature of "eldric link receiver", the LinkOpen and this message without the proof, each of the two
+    preceded by its length, 4 bytes, little-endian.
+    """
+    def __init__(
+        self,
+        *,
+        public_key: _builtins.bytes = ...,
+        nonce: _builtins.bytes = ...,
+        address: _builtins.bytes = ...,
+        proof: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "nonce", b"nonce", "proof", b"proof", "public_key", b"public_key"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LinkAccept: _TypeAlias = LinkAccept  # noqa: Y015
+
+@_typing.final
+class LinkProof(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROOF_FIELD_NUMBER: _builtins.int
+    proof: _builtins.bytes
+    """The sender's signature of "eldric link sender" and the same as above."""
+    def __init__(
+        self,
+        *,
+        proof: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["proof", b"proof"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LinkProof: _TypeAlias = LinkProof  # noqa: Y015
