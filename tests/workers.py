@@ -46,6 +46,8 @@ class FakeWorker(stage_pb2_grpc.StageServicer):
         self.gates: dict[str, Gate] = {}
         self.failures: dict[str, EldricError] = {}
         self.degraded = asyncio.Event()
+        self.closing = False
+        self.reasons: list[str] = []  # that it was told, with whatever it was told
         self.unwanted: dict[Key, int] = {}
         self.memory_bytes = memory_bytes
         config = NodeConfig("worker", name, folder, http_port=0, grpc_port=0, controllers=(controller,), drain_s=1.0)
@@ -105,7 +107,7 @@ class FakeWorker(stage_pb2_grpc.StageServicer):
         status = self.stages.get((request.pipeline_id, request.epoch, request.index))
         if status is None:
             raise NotFound(f"{self.name} holds no stage {request.index}")
-        status.state, status.message = stage_pb2.SERVING, ""
+        status.state, status.message, status.round = stage_pb2.SERVING, "", request.round
         self.member.beat_now()
         return stage_pb2.ConnectResponse()
 
@@ -152,6 +154,8 @@ class FakeWorker(stage_pb2_grpc.StageServicer):
             self.degraded.set()
         else:
             self.degraded.clear()
+        self.closing = any(want.closing for want in answer.wanted)
+        self.reasons += [want.reason for want in answer.wanted if want.reason]
         self.unwanted = {key: self.unwanted.get(key, 0) + 1 for key in self.stages if key not in wanted}
         for key, answers in self.unwanted.items():
             if answers >= UNWANTED_ANSWERS:

@@ -1,4 +1,5 @@
-"""Does what the pure parts ask for in the background: probes suspects, unloads strays, mends rings, lets time pass."""
+"""Does what the pure parts ask for in the background: probes suspects, unloads strays, mends rings, loads again what is
+gone, lets time pass."""
 
 import asyncio
 import logging
@@ -6,7 +7,8 @@ from collections.abc import Coroutine
 from typing import Any
 
 from eldric.controller.cluster import Chore, Cluster, Forget
-from eldric.controller.deployments import Mend, Orphan
+from eldric.controller.deployer import Deployer
+from eldric.controller.deployments import Mend, Orphan, Reload
 from eldric.controller.metrics import ControllerMetrics
 from eldric.controller.pipelines import Phase
 from eldric.controller.registry import Probe
@@ -24,11 +26,18 @@ class Caretaker:
     """Starts each chore in a task of its own. A chore that fails is asked for again by whoever wanted it."""
 
     def __init__(
-        self, cluster: Cluster, workers: Workers, rings: RingMaker, metrics: ControllerMetrics, tick_s: float
+        self,
+        cluster: Cluster,
+        workers: Workers,
+        rings: RingMaker,
+        deployer: Deployer,
+        metrics: ControllerMetrics,
+        tick_s: float,
     ) -> None:
         self._cluster = cluster
         self._workers = workers
         self._rings = rings
+        self._deployer = deployer
         self._metrics = metrics
         self._tick_s = tick_s
         self._tasks: set[asyncio.Task[None]] = set()
@@ -53,6 +62,8 @@ class Caretaker:
                 self._spawn(self._unload(chore))
             case Mend():
                 self._spawn(self._mend(chore))
+            case Reload():
+                self._spawn(self._reload(chore.pipeline_id))
             case Forget():
                 self._spawn(self._forget(chore.address))
 
@@ -113,3 +124,10 @@ class Caretaker:
         await self._rings.mend(deployment.record)
         for stage in deployment.record.stages:
             self._cluster.look_again(stage.node_id)
+
+    async def _reload(self, pipeline_id: str) -> None:
+        problem = "it was interrupted"
+        try:
+            problem = await self._deployer.reload(pipeline_id)
+        finally:
+            self._cluster.reloaded(pipeline_id, problem)

@@ -20,6 +20,7 @@ from eldric.controller.deployments import (
     Orphan,
     PipelineChanged,
     PipelineRemoved,
+    Reload,
     WantedChanged,
 )
 from eldric.controller.nodes import NodeInfo, NodeState, StageReport
@@ -38,7 +39,7 @@ class Forget:
 
 
 #: What the pure parts ask for and the network does.
-Chore = Probe | Orphan | Mend | Forget
+Chore = Probe | Orphan | Mend | Reload | Forget
 
 
 class Cluster:
@@ -115,6 +116,10 @@ class Cluster:
 
     def note(self, pipeline_id: str, message: str, progress: float) -> None:
         self._carry_out(self.deployments.note(pipeline_id, message, progress))
+
+    def reloaded(self, pipeline_id: str, problem: str = "") -> None:
+        """A reload is over; see Deployments.reloaded."""
+        self._carry_out(self.deployments.reloaded(pipeline_id, problem))
 
     def stage_seen(self, node_id: str, report: StageReport) -> None:
         """A worker said this of a stage in answer to a call. Of a pipeline that is gone by now it counts no more."""
@@ -211,7 +216,7 @@ class Cluster:
                 case WantedChanged():
                     for wake in self._beats.get(change.node_id, ()):
                         wake.set()
-                case Orphan() | Mend():
+                case Orphan() | Mend() | Reload():
                     self._perform(change)
 
     def _publish_pipeline(self, pipeline_id: str) -> None:

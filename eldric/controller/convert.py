@@ -109,6 +109,7 @@ def stage_report(status: stage_pb2.StageStatus) -> StageReport:
         slots_used=status.slots_used,
         queued=status.queued,
         endpoint=_endpoint(status.endpoint),
+        round=status.round,
     )
 
 
@@ -123,7 +124,12 @@ def endpoint_message(endpoint: Endpoint) -> common_pb2.TensorEndpoint:
 def wanted_message(wanted: Wanted) -> heartbeat_pb2.WantedStage:
     key = wanted.key
     return heartbeat_pb2.WantedStage(
-        pipeline_id=key.pipeline_id, index=key.index, epoch=key.epoch, degraded=wanted.degraded
+        pipeline_id=key.pipeline_id,
+        index=key.index,
+        epoch=key.epoch,
+        degraded=wanted.degraded,
+        closing=wanted.closing,
+        reason=wanted.reason,
     )
 
 

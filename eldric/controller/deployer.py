@@ -1,10 +1,11 @@
-"""Deploys, undeploys and rebalances pipelines: decides by the planner, keeps by the store, acts by the ring maker.
+"""Deploys, undeploys, moves and reloads pipelines: decides by the planner, keeps by the store, acts by the ring maker.
 
 Every step is kept before it is taken, so that a controller that is killed between two of them finds out what to do:
 
     deploy      keep "deploying" -> load, connect -> keep "running"
     undeploy    keep "undeploying" -> unload -> forget
     rebalance   keep the next stages -> load, connect -> keep them as the stages, one epoch on -> unload the old ones
+    reload      unload what is left -> as a rebalance to the same layers on the same workers
 
 At the next start, what is not running is forgotten and next stages are dropped; workers unload what is not wanted.
 """
@@ -91,6 +92,29 @@ class Deployer:
                 return await self._rebalance.run(record, operation)
 
         return self._start(record.id, move)
+
+    async def reload(self, pipeline_id: str) -> str:
+        """Load the stages of a pipeline again on the same workers. Returns what went wrong.
+
+        Empty when it is done, and when it could not begin, as other work on the pipeline is going on.
+        """
+        deployment = self._cluster.deployments.get(pipeline_id)
+        if deployment is None or pipeline_id in self._operations or deployment.record.phase is not Phase.RUNNING:
+            return ""
+        record = deployment.record
+
+        async def load(operation: Operation) -> pipeline_pb2.PipelineInfo:
+            with self._timed("reload"):
+                return await self._rebalance.reload(record, operation)
+
+        try:
+            async with contextlib.aclosing(self._start(pipeline_id, load).follow()) as events:
+                async for _ in events:
+                    pass
+        except EldricError as error:
+            log.warning("event=reload_failed pipeline=%s error=%r", record.name, error.message)
+            return error.message
+        return ""
 
     async def undeploy(self, name: str) -> None:
         """End a pipeline, a deploy of it included. Goes on when the caller leaves. Raises NotFound."""

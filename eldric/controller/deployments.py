@@ -8,15 +8,20 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 
-from eldric.controller.nodes import StageKey, StageState
+from eldric.controller.nodes import NodeState, StageKey, StageState
 from eldric.controller.pipelines import Condition, Phase, PipelineRecord, StageRecord, Verdict, is_present, judge
 from eldric.controller.registry import Node
+from eldric.controller.reloads import Reloads
 from eldric.errors import AlreadyExists, NotFound
 
 #: Beats between two attempts to unload a stage that nobody wants.
 ORPHAN_BEATS = 5
 #: Longest wait between two attempts to connect a broken ring again, in seconds.
 MAX_MEND_S = 30.0
+
+
+#: Conditions of a stage without which its pipeline cannot generate.
+_BAD = (Condition.MISSING, Condition.ABSENT, Condition.BROKEN)
 
 
 class PipelineState(Enum):
@@ -60,15 +65,24 @@ class Mend:
     pipeline_id: str
 
 
-Change = PipelineChanged | PipelineRemoved | WantedChanged | Orphan | Mend
+@dataclass(frozen=True, slots=True)
+class Reload:
+    """Stages are gone and all their workers are there: load the pipeline again, and say with `reloaded` how it went."""
+
+    pipeline_id: str
+
+
+Change = PipelineChanged | PipelineRemoved | WantedChanged | Orphan | Mend | Reload
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """A stage that should exist; `degraded`: its pipeline cannot generate."""
+    """A stage that should exist; `degraded`: its pipeline cannot generate; `closing`: it takes nothing new. And why."""
 
     key: StageKey
     degraded: bool
+    closing: bool = False
+    reason: str = ""
 
 
 @dataclass(slots=True)
@@ -76,13 +90,16 @@ class Deployment:
     """One pipeline: what is kept of it, and how it is now."""
 
     record: PipelineRecord
+    reloads: Reloads
     state: PipelineState = PipelineState.DEPLOYING
     message: str = ""
     progress: float = 0.0
     verdicts: tuple[Verdict, ...] = ()
     absent: dict[int, int] = field(default_factory=dict)  # beats in a row without the stage of that index
     settle_by: float | None = None  # until then stages may be unheard of: the controller has just started
+    cause: str = ""  # why it is degraded or closing
     degraded: bool = False  # as the workers were told
+    closing: bool = False  # so too
     mend_at: float | None = None
     mend_delay_s: float = 0.0
     mending_until: float | None = None
@@ -122,7 +139,7 @@ class Deployments:
     def add(self, record: PipelineRecord, *, settle_by: float | None = None) -> list[Change]:
         """A new pipeline, or one that was kept over a restart (`settle_by`). Raises AlreadyExists."""
         self.check_free(record.name)
-        deployment = self._all[record.id] = Deployment(record, settle_by=settle_by)
+        deployment = self._all[record.id] = Deployment(record, Reloads(self._interval_s), settle_by=settle_by)
         self._index()
         return [PipelineChanged(record.id), *self._evaluate(deployment), *_workers(record)]
 
@@ -135,6 +152,7 @@ class Deployments:
             deployment.progress = 1.0
         if record.epoch != before.epoch or record.phase is not before.phase:
             deployment.absent, deployment.mend_at, deployment.mending_until = {}, None, None
+            deployment.reloads.succeeded()
         changes = [PipelineChanged(record.id), *self._evaluate(deployment), *_workers(before), *_workers(record)]
         return list(dict.fromkeys(changes))
 
@@ -178,13 +196,21 @@ class Deployments:
             if deployment.settle_by is not None and now >= deployment.settle_by:
                 deployment.settle_by = None
                 changes += self._evaluate(deployment)
-            changes += self._mend(deployment, now)
+            changes += [*self._mend(deployment, now), *self._reload(deployment, now)]
         return changes
+
+    def reloaded(self, pipeline_id: str, problem: str = "") -> list[Change]:
+        """What was asked for by Reload is over: it is done, it failed, or it could not begin (no problem)."""
+        deployment = self._all.get(pipeline_id)
+        if deployment is None or not deployment.reloads.running:
+            return []
+        deployment.reloads.ended(problem)
+        return self._evaluate(deployment)
 
     def wanted(self, node_id: str) -> list[Wanted]:
         """The stages that a worker should hold."""
         return [
-            Wanted(key, deployment.degraded and key.epoch == deployment.record.epoch)  # not those that replace it
+            _wanted(deployment, key)
             for deployment in self._by_node.get(node_id, ())
             for key, stage in deployment.record.wanted
             if stage.node_id == node_id
@@ -199,7 +225,8 @@ class Deployments:
                 if stage.node_id != node.id or stage.incarnation != node.info.incarnation:
                     continue
                 known.add(key)
-                if record.id != without:
+                is_gone = deployment.reloads.running and key == record.key(stage) and key not in node.stages
+                if record.id != without and not is_gone:
                     total += _held_bytes(node, key, stage)
         return total + sum(report.memory.total for key, report in node.stages.items() if key not in known)
 
@@ -212,17 +239,21 @@ class Deployments:
 
     def _evaluate(self, deployment: Deployment) -> list[Change]:
         """Look at every stage and settle the pipeline's state."""
-        record, before = deployment.record, (deployment.state, deployment.message, deployment.degraded)
+        record, before = deployment.record, (deployment.state, deployment.message)
+        told = deployment.degraded, deployment.closing
         deployment.verdicts = tuple(self._judge(deployment, stage) for stage in record.stages)
         if record.phase is Phase.RUNNING:
             self._settle(deployment)
         else:
             deployment.state = PipelineState[record.phase.name]
-        deployment.degraded = deployment.state is PipelineState.DEGRADED and deployment.mending_until is None
+        conditions = {verdict.condition for verdict in deployment.verdicts}
+        is_being_repaired = deployment.mending_until is not None or deployment.reloads.running
+        deployment.degraded = not conditions.isdisjoint(_BAD) and not is_being_repaired
+        deployment.closing = Condition.CLOSING in conditions
         changes: list[Change] = []
-        if (deployment.state, deployment.message) != before[:2]:
+        if (deployment.state, deployment.message) != before:
             changes.append(PipelineChanged(record.id))
-        if deployment.degraded != before[2]:
+        if (deployment.degraded, deployment.closing) != told:
             changes += _workers(record)
         return changes
 
@@ -236,23 +267,29 @@ class Deployments:
 
     def _settle(self, deployment: Deployment) -> None:
         verdicts = deployment.verdicts
-        bad = [each for each in verdicts if each.condition in (Condition.MISSING, Condition.BROKEN)]
+        bad = [each for each in verdicts if each.condition in _BAD]
         waiting = [each for each in verdicts if each.condition is Condition.WAITING]
-        missing = [each for each in bad if each.condition is Condition.MISSING]
-        if bad:
+        closing = [each.reason for each in verdicts if each.condition is Condition.CLOSING]
+        deployment.cause = _cause(deployment.cause, bad) or "; ".join(closing)
+        if deployment.reloads.running:
+            deployment.state = PipelineState.DEPLOYING  # its message is what the reload notes
+        elif bad and not (deployment.settle_by is not None and self._will_reload(deployment)):
             deployment.state = PipelineState.DEGRADED
-            deployment.message = _cause(deployment.message, [each.reason for each in missing], bad)
-        elif waiting:
+            deployment.message = "; ".join(filter(None, (deployment.cause, deployment.reloads.story)))
+        elif bad or waiting:
             deployment.state = PipelineState.DEPLOYING
-            reasons = dict.fromkeys(each.reason for each in waiting)
+            reasons = dict.fromkeys(each.reason for each in (*bad, *waiting))
             deployment.message = f"the controller restarted: {', '.join(reasons)}"
-            deployment.progress = 1 - len(waiting) / len(verdicts)
+            deployment.progress = 1 - len([*bad, *waiting]) / len(verdicts)
+        elif closing:
+            deployment.state, deployment.message = PipelineState.DEGRADED, deployment.cause
         else:
             if deployment.state is not PipelineState.READY:
                 deployment.message, deployment.progress = "", 1.0
             deployment.state, deployment.settle_by = PipelineState.READY, None
             deployment.mend_at = deployment.mending_until = None
             deployment.mend_delay_s = 0.0
+            deployment.reloads.succeeded()
 
     def _mend(self, deployment: Deployment, now: float) -> list[Change]:
         """Connect a ring again whose stages are all there, first after a beat interval, then ever more rarely."""
@@ -273,6 +310,26 @@ class Deployments:
         deployment.mend_at, deployment.mending_until = None, now + 2 * self._interval_s
         return [*self._evaluate(deployment), Mend(deployment.record.id)]
 
+    def _reload(self, deployment: Deployment, now: float) -> list[Change]:
+        """Load a pipeline again whose stages are gone, once all its workers are there and do nothing else for it."""
+        record = deployment.record
+        if record.phase is not Phase.RUNNING or record.next_stages or not self._will_reload(deployment):
+            return []
+        nodes = [self._node(stage.node_id) for stage in record.stages]
+        present = [node for node in nodes if node is not None and node.state is NodeState.UP]
+        if len(present) < len(nodes):
+            return []
+        if not deployment.reloads.take(now, tuple(node.info.incarnation for node in present)):
+            return []
+        deployment.message, deployment.progress = f"loading again: {deployment.cause}", 0.0
+        return [*self._evaluate(deployment), PipelineChanged(record.id), Reload(record.id)]
+
+    def _will_reload(self, deployment: Deployment) -> bool:
+        """Whether stages are missing whose workers are there, or still expected."""
+        verdicts = zip(deployment.record.stages, deployment.verdicts, strict=True)
+        missing = [stage for stage, verdict in verdicts if verdict.condition in (Condition.MISSING, Condition.ABSENT)]
+        return bool(missing) and all(self._node(stage.node_id) is not None for stage in missing)
+
     def _find_orphans(self, node: Node) -> list[Change]:
         pipelines = self._by_node.get(node.id, ())
         known = {key for each in pipelines for key, stage in each.record.known if stage.node_id == node.id}
@@ -286,10 +343,20 @@ class Deployments:
         ]
 
 
-def _cause(before: str, missing: list[str], bad: list[Verdict]) -> str:
+def _wanted(deployment: Deployment, key: StageKey) -> Wanted:
+    if key.epoch != deployment.record.epoch or not (deployment.degraded or deployment.closing):
+        return Wanted(key, degraded=False)  # the stages that replace the others are not concerned
+    return Wanted(key, deployment.degraded, deployment.closing, deployment.cause)
+
+
+def _cause(before: str, bad: list[Verdict]) -> str:
     """Why a pipeline is degraded: what is missing, or the stage that broke first: the others break for want of it."""
-    if missing:
-        return "; ".join(dict.fromkeys(missing))
+    if not bad:
+        return ""
+    for condition in (Condition.MISSING, Condition.ABSENT):
+        missing = [each.reason for each in bad if each.condition is condition]
+        if missing:
+            return "; ".join(missing)
     reasons = [each.reason for each in bad]
     return before if before in reasons else reasons[0]
 

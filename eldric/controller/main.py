@@ -57,7 +57,8 @@ class Controller:
         self._config = config
         self._store = store
         self._deployer = Deployer(self.cluster, store, planning, rings, metrics)
-        self._caretaker = Caretaker(self.cluster, workers, rings, metrics, config.beat_interval_ms / 1000 / _TICKS)
+        tick_s = config.beat_interval_ms / 1000 / _TICKS
+        self._caretaker = Caretaker(self.cluster, workers, rings, self._deployer, metrics, tick_s)
         self._serve(authority, metrics, FreshReports(self.cluster, workers))
         self.node.health(self._look)
         self.node.on_start(self._start)

@@ -106,3 +106,4 @@ class StageReport:
     slots_used: int = 0
     queued: int = 0
     endpoint: Endpoint | None = None
+    round: int = 0  # of its last Connect

@@ -82,8 +82,10 @@ class Condition(Enum):
 
     SERVING = "serving"
     WAITING = "waiting"  # not heard of yet since the controller started
+    CLOSING = "closing"  # it serves, and its worker is about to end
     BROKEN = "broken"  # it is there, and a neighbour was lost to it
-    MISSING = "missing"
+    ABSENT = "absent"  # its worker is there, without it
+    MISSING = "missing"  # the process that held it is gone
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,22 +98,31 @@ class Verdict:
 
 def judge(record: PipelineRecord, stage: StageRecord, node: Node | None, absent: int, *, settled: bool) -> Verdict:
     """How a stage is. `absent`: beats in a row that did not name it; `settled`: every worker had time to report."""
+    waiting = Verdict(Condition.WAITING, f"waiting for {stage.worker}")
     if node is None:
-        if not settled:
-            return Verdict(Condition.WAITING, f"waiting for {stage.worker}")
-        return Verdict(Condition.MISSING, f"{stage.worker} left the cluster")
+        return _missing(record, stage, "its worker left the cluster") if settled else waiting
     if node.info.incarnation != stage.incarnation:
-        return Verdict(Condition.MISSING, f"{stage.worker} restarted and lost its stage")
+        return _missing(record, stage, "its worker restarted")
     if node.state is NodeState.LOST:
-        return Verdict(Condition.MISSING, f"{stage.worker} is lost: {node.reason}")
+        return _missing(record, stage, node.reason)
     report = node.stages.get(record.key(stage))
+    if report is not None and report.state is StageState.BROKEN:
+        return Verdict(Condition.BROKEN, f"{_named(record, stage)} is broken: {report.message or 'it says not why'}")
+    if absent >= ABSENT_BEATS:
+        return Verdict(Condition.ABSENT, f"{_named(record, stage)} is gone: its worker holds it no longer")
+    if node.state is NodeState.DRAINING:
+        return Verdict(Condition.CLOSING, f"{_named(record, stage)} is closing: its worker is about to end")
     if report is not None and report.state is StageState.SERVING:
         return Verdict(Condition.SERVING)
-    if report is not None and report.state is StageState.BROKEN:
-        return Verdict(Condition.BROKEN, f"stage {stage.index} on {stage.worker}: {report.message or 'broken'}")
-    if absent >= ABSENT_BEATS:
-        return Verdict(Condition.MISSING, f"{stage.worker} holds its stage no longer")
-    return Verdict(Condition.SERVING) if settled else Verdict(Condition.WAITING, f"waiting for {stage.worker}")
+    return Verdict(Condition.SERVING) if settled else waiting
+
+
+def _missing(record: PipelineRecord, stage: StageRecord, why: str) -> Verdict:
+    return Verdict(Condition.MISSING, f"{_named(record, stage)} is gone: {why}")
+
+
+def _named(record: PipelineRecord, stage: StageRecord) -> str:
+    return f"stage {stage.index} of {len(record.stages)} on worker {stage.worker}"
 
 
 def is_present(report: StageReport | None) -> bool:

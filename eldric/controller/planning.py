@@ -2,7 +2,7 @@
 
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from eldric import PROTOCOL
 from eldric.controller import convert
@@ -61,14 +61,12 @@ class Planning:
 
     def stages(self, made: Plan) -> tuple[StageRecord, ...]:
         """The stages of a plan, each on the process that its worker is now."""
-        records = []
-        for stage in made.stages:
-            node = self._cluster.registry.get(f"worker/{stage.worker}")
-            records.append(
+        return tuple(
+            self.renewed(
                 StageRecord(
                     index=stage.index,
                     worker=stage.worker,
-                    incarnation=node.info.incarnation if node is not None else 0,
+                    incarnation=0,
                     start=stage.start,
                     end=stage.end,
                     weights_bytes=stage.weights_bytes,
@@ -77,7 +75,13 @@ class Planning:
                     limit_bytes=stage.limit_bytes,
                 )
             )
-        return tuple(records)
+            for stage in made.stages
+        )
+
+    def renewed(self, stage: StageRecord) -> StageRecord:
+        """The stage on the process that its worker is now."""
+        node = self._cluster.registry.get(stage.node_id)
+        return replace(stage, incarnation=node.info.incarnation if node is not None else 0)
 
     def record(self, pipeline_id: str, prepared: Prepared, made: Plan) -> PipelineRecord:
         return PipelineRecord(

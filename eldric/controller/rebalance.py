@@ -1,4 +1,4 @@
-"""Moves a pipeline to the plan that is best now: loads beside, switches, unloads."""
+"""Moves a pipeline to the plan that is best now: loads beside, switches, unloads. Or loads again what was lost."""
 
 import logging
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from eldric.controller.deployments import PipelineState
 from eldric.controller.operation import Operation
 from eldric.controller.pipelines import PipelineRecord, StageRecord
 from eldric.controller.planner import Plan
-from eldric.controller.planning import Planning, Prepared
+from eldric.controller.planning import Planning
 from eldric.controller.progress import Progress
 from eldric.controller.ring import RingMaker
 from eldric.controller.state import Store
@@ -18,6 +18,10 @@ from eldric.errors import NotEnoughMemory, NotReady
 from eldric.v1 import pipeline_pb2
 
 log = logging.getLogger(__name__)
+
+#: What sequences are told that run when their stages are unloaded.
+MOVED = "the pipeline was rebalanced and its old stages are gone: send the request again"
+RELOADED = "the pipeline is being loaded again: send the request again soon"
 
 NOTHING_TO_CHANGE = "nothing to change: the stages are where they would be planned now"
 
@@ -38,7 +42,8 @@ class Rebalance:
             raise NotReady(f"{record.model!r} in the store is another file than was deployed: undeploy, deploy again")
         made = self._planning.plan(prepared, without=record.id)
         operation.emit(pipeline_pb2.DeployEvent(plan=convert.plan_message(made, record.model)))
-        works = self._cluster.deployments.find(record.id).state is PipelineState.READY
+        now = self._cluster.deployments.find(record.id)
+        works = now.state is PipelineState.READY or (now.closing and not now.degraded)
         if works and made.layout == _layout(record.stages):
             info = self._info(record)
             info.message = NOTHING_TO_CHANGE
@@ -46,26 +51,37 @@ class Rebalance:
         if works:
             self._check_beside(made, record.name)
         else:
-            await self._rings.unmake(record.id, record.stages, record.epoch)  # nothing runs there: make room
-        return await self._move(record, prepared, made, operation)
-
-    async def _move(
-        self, record: PipelineRecord, prepared: Prepared, made: Plan, operation: Operation
-    ) -> pipeline_pb2.PipelineInfo:
-        stages = self._planning.stages(made)
-        moving = replace(record, next_stages=stages)
+            await self._rings.unmake(record.id, record.stages, record.epoch, MOVED)  # nothing runs there: make room
         moved = replace(
             record,
             epoch=record.epoch + 1,
-            stages=stages,
+            stages=self._planning.stages(made),
             options=convert.options_message(made.options),
             source=prepared.source,
             transport=made.transport,
         )
-        self._cluster.update(moving, "rebalancing")
+        return await self._move(record, moved, operation, "rebalancing")
+
+    async def reload(self, record: PipelineRecord, operation: Operation) -> pipeline_pb2.PipelineInfo:
+        """Load the same layers on what the same workers are now, one epoch on. Raises what loading raises."""
+        stages = tuple(self._planning.renewed(stage) for stage in record.stages)
+        moved = replace(record, epoch=record.epoch + 1, stages=stages)
+        await self._rings.unmake(record.id, moved.stages, reason=RELOADED)  # whatever an attempt before left there, too
+        return await self._move(record, moved, operation, "loading again")
+
+    async def _move(
+        self, record: PipelineRecord, moved: PipelineRecord, operation: Operation, doing: str
+    ) -> pipeline_pb2.PipelineInfo:
+        stages = moved.stages
+        moving = replace(record, next_stages=stages)
+        self._cluster.update(moving, doing)
         try:
             await self._store.save(moving)
-            progress = Progress(stages, operation.emit_stage, lambda line, share: self._note(record, line, share))
+            progress = Progress(
+                stages,
+                operation.emit_stage,
+                lambda line, share: self._cluster.note(record.id, f"{doing}: {line}", share),
+            )
             await self._rings.make(moved, stages, moved.epoch, progress)
             await self._store.save(moved)
         except BaseException:
@@ -73,12 +89,9 @@ class Rebalance:
             await self._store.save(record)
             raise
         self._cluster.update(moved)
-        log.info("event=rebalanced pipeline=%s epoch=%d", record.name, moved.epoch)
-        await self._rings.unmake(record.id, record.stages, record.epoch)
+        log.info("event=moved pipeline=%s epoch=%d after=%r", record.name, moved.epoch, doing)
+        await self._rings.unmake(record.id, record.stages, record.epoch, MOVED)
         return self._info(moved)
-
-    def _note(self, record: PipelineRecord, line: str, share: float) -> None:
-        self._cluster.note(record.id, f"rebalancing: {line}", share)
 
     def _check_beside(self, made: Plan, name: str) -> None:
         """Raises NotEnoughMemory when the new stages have no room beside the old ones."""

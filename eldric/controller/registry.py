@@ -166,7 +166,7 @@ class Registry:
             return self._recover(node)
         node.unanswered += 1
         if alive is False:
-            return self._lose(node, "its process is gone", now)
+            return self._lose(node, "its process has ended", now)
         if node.link:
             return []  # silent, but its link holds: the lease decides
         if node.unanswered >= UNANSWERED_PROBES:

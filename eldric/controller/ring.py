@@ -44,39 +44,51 @@ class RingMaker:
             progress.report(stage, "connected")
 
     async def connect(
-        self, pipeline_id: str, stages: Sequence[StageRecord], epoch: int, endpoints: Sequence[Endpoint]
+        self,
+        pipeline_id: str,
+        stages: Sequence[StageRecord],
+        epoch: int,
+        endpoints: Sequence[Endpoint],
+        round: int = 0,
     ) -> None:
-        """Tell every stage its neighbours and wait until all serve. `endpoints`: of the stages, in order."""
+        """Tell every stage its neighbours and wait until all serve.
+
+        `endpoints`: of the stages, in order. `round`: how often they were connected before.
+        """
+        workers = [stage.worker for stage in stages]
 
         async def connect(stage: StageRecord) -> None:
             request = connect_request(pipeline_id, epoch, stage.index, endpoints)
+            request.workers.extend(workers)
+            request.round = round
             await self._workers.connect(self._node(stage), request)
             await self._serving(stage, StageKey(pipeline_id, epoch, stage.index))
 
         await self._on_each(stages, connect)
 
     async def mend(self, record: PipelineRecord) -> None:
-        """Connect a ring again whose stages are all there. Raises NotReady when one is not."""
-        endpoints = []
+        """Connect a ring again whose stages are all there, in a new round. Raises NotReady when one is not."""
+        endpoints, rounds = [], []
         for stage in record.stages:
             report = self._node(stage).stages.get(record.key(stage))
             if report is None or report.endpoint is None:
                 raise NotReady(f"stage {stage.index} on {stage.worker} is not there")
             endpoints.append(report.endpoint)
-        await self.connect(record.id, record.stages, record.epoch, endpoints)
+            rounds.append(report.round)
+        await self.connect(record.id, record.stages, record.epoch, endpoints, max(rounds) + 1)
 
-    async def unmake(self, pipeline_id: str, stages: Sequence[StageRecord], epoch: int = 0) -> None:
+    async def unmake(self, pipeline_id: str, stages: Sequence[StageRecord], epoch: int = 0, reason: str = "") -> None:
         """Unload a pipeline's stages, the head first, so that it ends its sequences in good order. Never raises.
 
         Workers that are lost hold nothing any more; one that cannot be reached unloads by itself once its answers no
-        longer name the stage. `epoch`: only stages of at most this epoch; 0: all.
+        longer name the stage. `epoch`: only stages of at most this epoch; 0: all. `reason`: what sequences are told.
         """
         nodes: dict[str, StageRecord] = {}
         for stage in stages:
             nodes.setdefault(stage.node_id, stage)
         head, *others = nodes.values()
-        await self._unload(pipeline_id, head, epoch)
-        await asyncio.gather(*(self._unload(pipeline_id, stage, epoch) for stage in others))
+        await self._unload(pipeline_id, head, epoch, reason)
+        await asyncio.gather(*(self._unload(pipeline_id, stage, epoch, reason) for stage in others))
 
     async def _load(
         self, record: PipelineRecord, stage: StageRecord, key: StageKey, count: int, progress: Progress
@@ -113,9 +125,9 @@ class RingMaker:
         except TimeoutError:
             raise DeadlineExceeded(f"it does not serve within {SERVING_S:g} s") from None
 
-    async def _unload(self, pipeline_id: str, stage: StageRecord, epoch: int) -> None:
+    async def _unload(self, pipeline_id: str, stage: StageRecord, epoch: int, reason: str) -> None:
         async def unload(stage: StageRecord) -> None:
-            await self._workers.unload(self._node(stage), pipeline_id, epoch)
+            await self._workers.unload(self._node(stage), pipeline_id, epoch, reason=reason)
 
         try:
             await self._on_each([stage], unload)

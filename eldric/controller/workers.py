@@ -55,10 +55,15 @@ class Workers:
             answer = await self._stub(node).Status(request, timeout=timeout_s or self._config.call_s)
             return list(answer.stages)
 
-    async def unload(self, node: Node, pipeline_id: str, epoch: int = 0, index: int | None = None) -> None:
-        """Unloads a pipeline's stages: up to an epoch (0: any), only one index where it is given."""
+    async def unload(
+        self, node: Node, pipeline_id: str, epoch: int = 0, index: int | None = None, reason: str = ""
+    ) -> None:
+        """Unloads a pipeline's stages: up to an epoch (0: any), only one index where it is given.
+
+        reason: what the sequences that run are told.
+        """
         with call_errors(node.id):
-            request = stage_pb2.UnloadRequest(pipeline_id=pipeline_id, epoch=epoch, index=index)
+            request = stage_pb2.UnloadRequest(pipeline_id=pipeline_id, epoch=epoch, index=index, reason=reason)
             await self._stub(node).Unload(request, timeout=self._config.call_s)
 
     async def probe(self, node: Node) -> bool | None:

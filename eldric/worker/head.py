@@ -52,7 +52,7 @@ class Head:
         self._post(Submit(generation))
 
     def shut(self, reason: str) -> None:
-        """Take no new generations and end those that wait, for this reason; empty: take them again. What runs goes on."""
+        """Take no new generations and end those that wait, for this reason; empty: open again. What runs goes on."""
         if reason and not self._shut:
             self._post(Shut(reason))
         self._shut = reason

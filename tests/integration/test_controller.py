@@ -205,14 +205,35 @@ async def test_a_stage_that_vanishes_or_breaks_degrades_the_pipeline_until_it_is
     world.workers["b"].change(stage_pb2.BROKEN, "lost its neighbour")
     await world.workers["a"].degraded.wait()  # long before the next beat's answer would come
     info = await world.calls.wait_for(DEGRADED)
-    assert info.message == "stage 1 on b: lost its neighbour"
+    assert info.message == "stage 1 of 3 on worker b is broken: lost its neighbour"
     # All stages are there: the ring is connected again.
     info = await world.calls.wait_for(READY)
     assert info.message == "" and not world.workers["a"].degraded.is_set()
-    assert len(connects(world.workers["b"])) == 2
+    again = connects(world.workers["b"])
+    assert [request.round for request in again] == [0, 1] and list(again[1].workers) == ["a", "b", "c"]
+    gate = world.workers["a"].gates["Load"] = Gate()
     world.workers["c"].forget()
+    await gate.arrived.wait()
+    assert "stage 2 of 3 on worker c is gone: its worker holds it no longer" in world.workers["a"].reasons
+    gate.open.set()
+    info = await world.calls.wait_for(READY)
+    assert info.epoch == 2
+
+
+async def test_a_worker_that_drains_keeps_its_pipeline_from_taking_anything_new(world: World) -> None:
+    await world.calls.deploy(stages=3)
+    worker = world.workers["b"]
+    worker.node.draining = True
+    worker.member.beat_now()
     info = await world.calls.wait_for(DEGRADED)
-    assert info.message == "c holds its stage no longer"
+    assert info.message == "stage 1 of 3 on worker b is closing: its worker is about to end"
+    await until(lambda: info.message in world.workers["a"].reasons)
+    assert world.workers["a"].closing and not world.workers["a"].degraded.is_set()
+    info = (await world.calls.rebalance())[-1].ready
+    assert (info.state, [stage.worker for stage in info.stages]) == (READY, ["a", "a", "c"])
+    assert [request.reason for request in unloads(world.workers["b"])] == [
+        "the pipeline was rebalanced and its old stages are gone: send the request again"
+    ]
 
 
 async def test_stages_that_nobody_wants_are_unloaded(world: World) -> None:
@@ -304,7 +325,9 @@ async def test_a_rebalance_that_fails_leaves_the_pipeline_as_it_was(world: World
 async def test_a_degraded_pipeline_is_rebalanced_onto_the_workers_that_are_left(world: World) -> None:
     await world.calls.deploy(stages=3)
     await world.workers["b"].node.stop()
-    assert (await world.calls.wait_for(DEGRADED)).message == "b left the cluster"
+    assert (
+        await world.calls.wait_for(DEGRADED)
+    ).message == "stage 1 of 3 on worker b is gone: its worker left the cluster"
     info = (await world.calls.rebalance())[-1].ready
     assert (info.state, info.epoch, [stage.worker for stage in info.stages]) == (READY, 2, ["a", "a", "c"])
     assert [stage for stage in world.stages() if stage[0] != "b"] == [("a", 2, 0), ("a", 2, 1), ("c", 2, 2)]
@@ -410,6 +433,10 @@ async def test_a_controller_that_is_asked_to_end_undoes_what_is_half_done(tmp_pa
             await deploying
         assert [epoch for _, epoch, _ in world.stages()] == [1]
         assert {status.name for worker in world.workers.values() for status in worker.stages.values()} == {"kept"}
+
+
+def unloads(worker: FakeWorker) -> list[stage_pb2.UnloadRequest]:
+    return [request for request in worker.called("Unload") if isinstance(request, stage_pb2.UnloadRequest)]
 
 
 def connects(worker: FakeWorker) -> list[stage_pb2.ConnectRequest]:

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from eldric.errors import NotFound, Unavailable
+from eldric.errors import NotEnoughMemory, NotFound, NotReady, Unavailable
 from eldric.v1 import pipeline_pb2, registry_pb2, stage_pb2
 from tests.controllers import ControllerProcess, World, controller_elsewhere, controller_here
 from tests.workers import Gate, issue, until
 
-READY, DEGRADED = pipeline_pb2.READY, pipeline_pb2.DEGRADED
+READY, DEGRADED, DEPLOYING = pipeline_pb2.READY, pipeline_pb2.DEGRADED, pipeline_pb2.DEPLOYING
 
 #: A dead process is noticed after some 50 ms; the lease of these tests is 1.5 s. The bound allows for slow machines.
 NOTICED_S = 1.0
@@ -69,7 +69,7 @@ async def test_a_killed_worker_is_lost_at_once_and_the_head_is_told(world: World
         told_s = time.monotonic() - began
     watching.cancel()
     info = await world.calls.status()
-    assert (info.state, info.message) == (DEGRADED, "victim is lost: its process is gone")
+    assert (info.state, info.message) == (DEGRADED, "stage 2 of 3 on worker victim is gone: its process has ended")
     assert noticed_s < NOTICED_S and told_s < NOTICED_S, f"noticed after {noticed_s:.3f} s, told after {told_s:.3f} s"
 
 
@@ -78,7 +78,7 @@ async def test_a_frozen_worker_is_lost_with_its_lease_and_welcome_back(world: Wo
         await world.calls.deploy(stages=3)
         process.send_signal(signal.SIGSTOP)
         info = await world.calls.wait_for(DEGRADED)
-        assert info.message.startswith("victim is lost: no beat for")
+        assert info.message.startswith("stage 2 of 3 on worker victim is gone: no beat for")
         process.send_signal(signal.SIGCONT)
         info = await world.calls.wait_for(READY)
         assert (info.epoch, info.message) == (1, "")
@@ -96,13 +96,72 @@ async def test_a_worker_that_dies_while_others_load_fails_the_deploy_with_its_na
     assert world.stages() == []
 
 
-async def test_a_worker_that_restarts_under_its_name_has_lost_its_stages(world: World) -> None:
+async def test_what_a_restarted_worker_held_is_loaded_again_by_itself(world: World) -> None:
     async with victim(world):
         await world.calls.deploy(stages=3)
+    await world.calls.wait_for(DEGRADED)
+    gate = world.workers["a"].gates["Load"] = Gate()
     async with victim(world):
-        info = await world.calls.wait_for(DEGRADED)
-        assert info.message == "victim restarted and lost its stage"
-        assert (await world.calls.rebalance())[-1].ready.state == READY
+        await gate.arrived.wait()
+        info = await world.calls.wait_for(DEPLOYING)
+        assert info.message.startswith("loading again") and info.progress < 1
+        with pytest.raises(NotReady, match="is being worked on"):
+            await world.calls.rebalance()
+        gate.open.set()
+        info = await world.calls.wait_for(READY)
+        assert (info.epoch, info.message, [stage.worker for stage in info.stages]) == (2, "", ["a", "b", "victim"])
+        await until(lambda: world.stages() == [("a", 2, 0), ("b", 2, 1)])
+        assert not any(worker.degraded.is_set() for worker in world.workers.values())
+
+
+async def test_a_load_again_that_fails_is_tried_again_and_says_why(world: World) -> None:
+    async with victim(world):
+        await world.calls.deploy(stages=3)
+    world.workers["b"].failures["Load"] = NotEnoughMemory("7 bytes are missing")
+    async with victim(world):
+        async with asyncio.timeout(10):
+            while "failed 2 times" not in (info := await world.calls.status()).message:
+                await asyncio.sleep(0.01)
+        assert info.message == (
+            "stage 2 of 3 on worker victim is gone: its worker restarted; "
+            "loading it again failed 2 times: stage 1 on b: 7 bytes are missing"
+        )
+        await until(lambda: not world.stages() or len(world.workers["b"].called("Load")) > 3)
+        del world.workers["b"].failures["Load"]
+        assert (await world.calls.wait_for(READY)).epoch == 2
+
+
+async def test_an_undeploy_ends_a_load_again(world: World) -> None:
+    async with victim(world):
+        await world.calls.deploy(stages=3)
+    gate = world.workers["a"].gates["Load"] = Gate()
+    async with victim(world):
+        await gate.arrived.wait()
+        await world.calls.undeploy()
+        assert world.stages() == []
+        with pytest.raises(NotFound):
+            await world.calls.status()
+
+
+async def test_pipelines_of_a_cluster_that_restarted_as_a_whole_are_loaded_again(
+    elsewhere: tuple[World, ControllerProcess],
+) -> None:
+    world, process = elsewhere
+    await world.calls.deploy(stages=3)
+    await asyncio.gather(*(worker.node.stop() for worker in world.workers.values()))
+    await process.kill()
+    await process.start()
+    assert (await world.calls.status()).state == DEPLOYING
+    watching = world.calls.pipeline.Watch(pipeline_pb2.WatchPipelinesRequest())
+    await world.add_workers("a", "b", "c")
+    states = []
+    async for event in watching:
+        states.append(event.pipeline.state)
+        if event.pipeline.state == READY:
+            break
+    watching.cancel()
+    assert DEGRADED not in states
+    assert event.pipeline.epoch == 2 and world.stages() == [("a", 2, 0), ("b", 2, 1), ("c", 2, 2)]
 
 
 async def test_a_restarted_controller_finds_its_pipelines_running(elsewhere: tuple[World, ControllerProcess]) -> None:
@@ -200,6 +259,6 @@ async def test_a_restarted_controller_degrades_a_pipeline_whose_worker_does_not_
     stopping = asyncio.create_task(world.workers["c"].node.stop())
     await process.start()
     info = await world.calls.wait_for(DEGRADED)
-    assert info.message == "c left the cluster"
+    assert info.message == "stage 2 of 3 on worker c is gone: its worker left the cluster"
     await asyncio.wait_for(world.workers["a"].degraded.wait(), 5)
     await stopping

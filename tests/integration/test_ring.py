@@ -143,12 +143,13 @@ async def test_what_was_under_way_when_a_ring_broke_is_not_taken_once_it_is_mend
         assert head.loaded is not None and body.loaded is not None
         steps = head.loaded.thread.steps
         body.loaded.thread.post(Degrade("a blip"))
-        stranded = asyncio.ensure_future(pipeline.generate(prompt_of(40), 8))
-        while head.loaded.thread.steps <= steps:  # the head has sent the new sequence's prompt into the gap
+        stranded = [asyncio.ensure_future(pipeline.generate(prompt_of(40), 8)) for _ in range(2)]
+        while head.loaded.thread.steps < steps + 2:  # the head has sent both prompts into the gap
             await asyncio.sleep(0.005)
         head.loaded.thread.post(Degrade("the ring is broken"))
-        with pytest.raises(PipelineDegraded, match="the ring is broken"):
-            await stranded
+        for each in stranded:
+            with pytest.raises(PipelineDegraded, match="the ring is broken"):
+                await each
         await pipeline.connect(round=1)
         assert [held.status().round for table in pipeline.tables for held in table] == [1, 1, 1]
         assert await pipeline.generate(prompt_of(10), 8) == expected

@@ -14,6 +14,7 @@ from eldric.controller.deployments import (
     PipelineChanged,
     PipelineRemoved,
     PipelineState,
+    Reload,
     Wanted,
     WantedChanged,
 )
@@ -70,6 +71,14 @@ class World:
         self.registry.probed(node.id, node.info.incarnation, False, 0.0)
         return self.deployments.node_changed(node.id)
 
+    def drain(self, worker: str, *states: StageState, first: int = 0) -> list[Change]:
+        """The worker says that it is about to end."""
+        node = self.node(worker)
+        self.sequence += 1
+        reports = [StageReport(StageKey("id-m", 1, index), state) for index, state in enumerate(states, start=first)]
+        self.registry.beat(node.id, node.info.incarnation, self.sequence, 0.0, draining=True, stages=reports)
+        return self.deployments.node_changed(node.id)
+
     def node(self, worker: str) -> Node:
         found = self.registry.get(f"worker/{worker}")
         assert found is not None
@@ -86,6 +95,11 @@ class World:
         return self.deployments.wanted(f"worker/{worker}")
 
 
+def reloads(world: World, *times: float) -> list[float]:
+    """The times at which a reload of pipeline m is asked for."""
+    return [now for now in times if Reload("id-m") in world.deployments.tick(now)]
+
+
 def test_a_pipeline_is_ready_once_all_its_stages_serve() -> None:
     world = World("a", "b")
     running = world.run("a", "b")
@@ -98,7 +112,10 @@ def test_a_lost_worker_degrades_its_pipeline_and_every_worker_is_told_at_once() 
     running = world.run("a", "b")
     changes = world.lose("b")
     assert changes == [PipelineChanged("id-m"), WantedChanged("worker/a"), WantedChanged("worker/b")]
-    assert (running.state, running.message) == (PipelineState.DEGRADED, "b is lost: its process is gone")
+    assert (running.state, running.message) == (
+        PipelineState.DEGRADED,
+        "stage 1 of 2 on worker b is gone: its process has ended",
+    )
     assert world.wanted("a")[0].degraded
     assert world.lose("c") == []
 
@@ -117,7 +134,10 @@ def test_another_process_under_the_workers_name_does_not() -> None:
     running = world.run("a", "b")
     world.join("b", incarnation=8)
     world.beat("b")
-    assert (running.state, running.message) == (PipelineState.DEGRADED, "b restarted and lost its stage")
+    assert (running.state, running.message) == (
+        PipelineState.DEGRADED,
+        "stage 1 of 2 on worker b is gone: its worker restarted",
+    )
 
 
 def test_a_worker_that_leaves_degrades_its_pipeline() -> None:
@@ -125,7 +145,7 @@ def test_a_worker_that_leaves_degrades_its_pipeline() -> None:
     running = world.run("a", "b")
     world.registry.deregister("worker/b")
     world.deployments.node_changed("worker/b")
-    assert running.message == "b left the cluster"
+    assert running.message == "stage 1 of 2 on worker b is gone: its worker left the cluster"
 
 
 def test_a_stage_that_two_beats_in_a_row_do_not_name_is_missing() -> None:
@@ -134,16 +154,19 @@ def test_a_stage_that_two_beats_in_a_row_do_not_name_is_missing() -> None:
     assert world.beat("b") == []  # this beat may be older than the stage
     assert running.state is PipelineState.READY
     world.beat("b")
-    assert (running.state, running.message) == (PipelineState.DEGRADED, "b holds its stage no longer")
+    assert (running.state, running.message) == (
+        PipelineState.DEGRADED,
+        "stage 1 of 2 on worker b is gone: its worker holds it no longer",
+    )
 
 
 def test_a_missing_worker_is_named_before_the_neighbours_that_broke_for_want_of_it() -> None:
     world = World("a", "b")
     running = world.run("a", "b")
     world.beat("a", BROKEN, message="lost peer b")
-    assert running.message == "stage 0 on a: lost peer b"
+    assert running.message == "stage 0 of 2 on worker a is broken: lost peer b"
     world.lose("b")
-    assert running.message == "b is lost: its process is gone"
+    assert running.message == "stage 1 of 2 on worker b is gone: its process has ended"
 
 
 def test_the_stage_that_broke_first_is_named_not_those_that_broke_for_want_of_it() -> None:
@@ -151,9 +174,9 @@ def test_the_stage_that_broke_first_is_named_not_those_that_broke_for_want_of_it
     running = world.run("a", "b")
     world.beat("b", BROKEN, message="out of memory", first=1)
     world.beat("a", BROKEN, message="another stage is lost")
-    assert running.message == "stage 1 on b: out of memory"
+    assert running.message == "stage 1 of 2 on worker b is broken: out of memory"
     world.beat("b", SERVING, first=1)
-    assert running.message == "stage 0 on a: another stage is lost"
+    assert running.message == "stage 0 of 2 on worker a is broken: another stage is lost"
 
 
 def test_a_broken_ring_whose_stages_are_all_there_is_connected_again_ever_more_rarely() -> None:
@@ -206,14 +229,90 @@ def test_a_restarted_controller_gives_up_waiting_for_a_worker() -> None:
     assert world.deployments.tick(4.9) == []
     assert PipelineChanged("id-m") in world.deployments.tick(5.0)
     kept = world.deployments.find("m")
-    assert (kept.state, kept.message) == (PipelineState.DEGRADED, "b left the cluster")
+    assert (kept.state, kept.message) == (
+        PipelineState.DEGRADED,
+        "stage 1 of 2 on worker b is gone: its worker left the cluster",
+    )
 
 
 def test_a_restarted_controller_sees_at_once_that_a_worker_restarted_too() -> None:
     world = World()
     world.deployments.add(record("a", "b"), settle_by=5.0)
     world.join("b", incarnation=9)
-    assert world.deployments.find("m").message == "b restarted and lost its stage"
+    kept = world.deployments.find("m")
+    assert kept.state is PipelineState.DEPLOYING
+    gone = "stage 1 of 2 on worker b is gone: its worker restarted"
+    assert kept.message == f"the controller restarted: {gone}, waiting for a"
+    assert not reloads(world, 4.9)
+    world.join("a", incarnation=9)
+    assert reloads(world, 4.9) == [4.9]  # nothing to wait for: all workers are there
+
+
+def test_what_a_restarted_worker_held_is_loaded_again_once_all_workers_are_up() -> None:
+    world = World("a", "b")
+    running = world.run("a", "b")
+    world.lose("b")
+    assert not reloads(world, *range(60))
+    world.join("b", incarnation=8)
+    assert running.state is PipelineState.DEGRADED
+    assert reloads(world, 60.0, 61.0, 62.0) == [60.0]
+    gone = "stage 1 of 2 on worker b is gone: its worker restarted"
+    assert (running.state, running.message, running.progress) == (PipelineState.DEPLOYING, f"loading again: {gone}", 0)
+    assert not world.wanted("a")[0].degraded
+    moved = replace(record("a", "b", epoch=2), stages=(stage(0, "a"), stage(1, "b", 8)))
+    world.beat("a", SERVING, epoch=2)
+    world.beat("b", SERVING, epoch=2, first=1)
+    world.deployments.update(moved)
+    assert world.deployments.reloaded("id-m") == []
+    assert (running.state, running.message) == (PipelineState.READY, "")
+
+
+def test_a_load_again_that_fails_is_tried_ever_more_rarely_and_not_for_ever() -> None:
+    world = World("a", "b")
+    running = world.run("a", "b")
+    world.join("b", incarnation=8)
+    tried = []
+    for second in range(400):
+        if reloads(world, float(second)):
+            tried.append(second)
+            world.deployments.reloaded("id-m", f"no file, try {len(tried)}")
+            assert running.state is PipelineState.DEGRADED
+    assert [after - before for before, after in pairwise(tried)] == [2, 3, 5, 9, 17, 31, 31]
+    gone = "stage 1 of 2 on worker b is gone: its worker restarted"
+    story = "loading it again failed 8 times, the last attempt: rebalance it, or restart a worker: no file, try 8"
+    assert running.message == f"{gone}; {story}"
+    assert world.wanted("a")[0].reason == gone
+    world.join("b", incarnation=9)
+    assert reloads(world, 400.0) == [400.0]
+
+
+def test_nothing_is_loaded_again_beside_a_rebalance_or_on_a_worker_that_drains() -> None:
+    world = World("a", "b")
+    world.run("a", "b")
+    world.join("b", incarnation=8)
+    world.deployments.update(replace(record("a", "b"), next_stages=(stage(0, "a"), stage(1, "b", 8))))
+    assert not reloads(world, 1.0, 2.0)
+    world.deployments.update(record("a", "b"))
+    world.drain("a", SERVING)
+    assert not reloads(world, 3.0, 4.0)
+    world.beat("a", SERVING)
+    assert reloads(world, 5.0) == [5.0]
+    world.deployments.reloaded("id-m")  # other work had begun: that is no failure
+    assert world.deployments.find("m").message == "stage 1 of 2 on worker b is gone: its worker restarted"
+    assert reloads(world, 5.5) == [5.5]
+
+
+def test_a_pipeline_with_a_worker_that_drains_takes_nothing_new_and_goes_on() -> None:
+    world = World("a", "b")
+    running = world.run("a", "b")
+    changes = world.drain("b", SERVING, first=1)
+    closing = "stage 1 of 2 on worker b is closing: its worker is about to end"
+    assert changes == [PipelineChanged("id-m"), WantedChanged("worker/a"), WantedChanged("worker/b")]
+    assert (running.state, running.message) == (PipelineState.DEGRADED, closing)
+    assert world.wanted("a") == [Wanted(StageKey("id-m", 1, 0), degraded=False, closing=True, reason=closing)]
+    assert not [each for second in range(60) for each in world.deployments.tick(float(second))]
+    world.lose("b")
+    assert (world.wanted("a")[0].degraded, world.wanted("a")[0].closing) == (True, False)
 
 
 def test_a_stage_that_nobody_wants_is_an_orphan_now_and_every_fifth_beat() -> None:

@@ -60,7 +60,7 @@ def test_a_closed_link_makes_a_node_suspect_at_once_and_a_refused_probe_lost() -
     assert registry.link_closed(A, link) == [NodeChanged(A), Probe(A, 7, "a:9890")]
     assert node(registry).state is NodeState.SUSPECT
     assert registry.probed(A, 7, False, 0.1) == [NodeChanged(A)]
-    assert (node(registry).state, node(registry).reason) == (NodeState.LOST, "its process is gone")
+    assert (node(registry).state, node(registry).reason) == (NodeState.LOST, "its process has ended")
 
 
 def test_a_closed_link_of_a_healthy_process_is_forgiven_until_its_lease_ends() -> None:
