@@ -1,16 +1,19 @@
 """Random-weight model files of real shapes: speed depends on shape and types, not on what a model learnt.
 
     python -m benchmarks.shapes 1.1b q4_k_m model.gguf
+    python -m benchmarks.shapes 70b q4_k_m model.gguf --sparse
 
 Weights are drawn with mean 0 and variance 1 / (row length), norms are 1, so activations and logits stay of
 order 1. Blocks of quantized types are random bits with fixed scales (layouts: ggml-common.h), which costs no
 quantizing: 1.1B in seconds. Types follow llama.cpp: `q4_k_m` has Q6_K in half of ffn_down and attn_v,
-and every quantized file but q8_0 a Q6_K output matrix. The vocabulary is a made-up SentencePiece one that
-llama.cpp and Eldric both load.
+and every quantized file but q8_0 a Q6_K output matrix. The vocabulary is a made-up one, of SentencePiece or of
+Llama 3's byte-level kind, that llama.cpp and Eldric both load. A sparse file has zeros for weights, in a hole that
+takes no disk: 40 GB in seconds.
 """
 
 import argparse
 import itertools
+import os
 import string
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,6 +42,7 @@ class Shape:
     rope_base: float = 10000.0
     rope_linear_factor: float | None = None
     freq_factors: bool = False  # Llama 3.1's tensor of frequency factors
+    byte_level: bool = False  # a vocabulary of Llama 3's kind in place of a SentencePiece one
 
     @property
     def head_dim(self) -> int:
@@ -46,6 +50,18 @@ class Shape:
 
 
 SHAPES = {
+    "70b": Shape(
+        layers=80,
+        hidden=8192,
+        heads=64,
+        kv_heads=8,
+        ffn=28672,
+        vocab=128_256,
+        context=131_072,
+        rope_base=500_000.0,
+        freq_factors=True,
+        byte_level=True,
+    ),
     "1.1b": Shape(layers=22, hidden=2048, heads=32, kv_heads=4, ffn=5632, vocab=32000),
     "tiny": Shape(layers=4, hidden=256, heads=8, kv_heads=2, ffn=512, vocab=512, context=2048),
 }
@@ -86,25 +102,39 @@ class _Tensor:
     fill: float | None = None  # a constant, for vectors
 
 
-def write_model(path: Path | str, shape: Shape, quant: str, seed: int = 0, name: str | None = None) -> Path:
-    """Write a model file of `shape` with random weights of a mixture in QUANTS; same seed, same bytes."""
+def write_model(
+    path: Path | str, shape: Shape, quant: str, seed: int = 0, name: str | None = None, *, sparse: bool = False
+) -> Path:
+    """Write a model file of `shape` with random weights of a mixture in QUANTS; same seed, same bytes.
+
+    sparse: weights and norms are all 0, and a hole in the file.
+    """
     path, mixture = Path(path), QUANTS[quant]
     writer = gguf.GGUFWriter(path, "llama")
     _add_metadata(writer, shape, mixture, name or f"random-{quant}")
-    _add_vocabulary(writer, shape.vocab)
+    (_add_byte_level_vocabulary if shape.byte_level else _add_vocabulary)(writer, shape.vocab)
     tensors = _tensors(shape, mixture)
     for tensor in tensors:
-        rows, width = (1, *tensor.shape)[-2:]
-        nbytes = rows * _row_bytes(tensor.kind, width)
-        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), nbytes, tensor.kind)
+        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), _nbytes(tensor), tensor.kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
+    if sparse:
+        writer.close()
+        _append_hole(path, tensors)
+        return path
     rng = np.random.Generator(np.random.SFC64(seed))
     for tensor in tensors:
         writer.write_tensor_data(_data(tensor, rng))
     writer.close()
     return path
+
+
+def _append_hole(path: Path, tensors: list[_Tensor]) -> None:
+    """Make a file that ends with its tensor infos as long as its tensors say, each of them padded."""
+    align = gguf.GGUF_DEFAULT_ALIGNMENT
+    start = -(-path.stat().st_size // align) * align
+    os.truncate(path, start + sum(-(-_nbytes(tensor) // align) * align for tensor in tensors))
 
 
 def _add_metadata(writer: gguf.GGUFWriter, shape: Shape, mixture: Quant, name: str) -> None:
@@ -153,6 +183,36 @@ def _add_vocabulary(writer: gguf.GGUFWriter, size: int) -> None:
     writer.add_add_space_prefix(True)
 
 
+def _add_byte_level_vocabulary(writer: gguf.GGUFWriter, size: int) -> None:
+    """The 256 bytes, words of up to four letters, and at the end the control tokens, as in Llama 3's files.
+
+    Every way to split a word into two tokens is a merge, up to Llama 3's 280147.
+    """
+    control = ["<|begin_of_text|>", "<|end_of_text|>", *(f"<|reserved_special_token_{n}|>" for n in range(254))]
+    words = itertools.chain.from_iterable(
+        map("".join, itertools.product(string.ascii_lowercase, repeat=length)) for length in (2, 3, 4)
+    )
+    normal = [*_byte_characters(), *itertools.islice(words, size - len(control) - 256)]
+    if len(control) + len(normal) != size:
+        raise ValueError(f"a byte-level vocabulary has 512 to {len(control) + 256 + 26**2 + 26**3 + 26**4} tokens")
+    known = set(normal)
+    splits = ((word[:at], word[at:]) for word in normal[256:] for at in range(1, len(word)))
+    merges = (f"{left} {right}" for left, right in splits if left in known and right in known)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("llama-bpe")
+    writer.add_token_list(normal + control)
+    writer.add_token_types([int(gguf.TokenType.NORMAL)] * len(normal) + [int(gguf.TokenType.CONTROL)] * len(control))
+    writer.add_token_merges(list(itertools.islice(merges, 280_147)))
+    writer.add_bos_token_id(len(normal))
+    writer.add_eos_token_id(len(normal) + 1)
+
+
+def _byte_characters() -> list[str]:
+    """GPT-2's spelling of bytes: printable Latin-1 stands for itself, the other bytes follow from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    return [chr(code) for code in [*printable, *range(256, 512 - len(printable))]]
+
+
 def _tensors(shape: Shape, mixture: Quant) -> list[_Tensor]:
     hidden, kv = shape.hidden, shape.kv_heads * shape.head_dim
     tensors = [_Tensor("token_embd.weight", mixture.matrices, (shape.vocab, hidden))]
@@ -184,6 +244,11 @@ def _more_bits(layer: int, layers: int) -> bool:
     """The layers to which Q4_K_M gives Q6_K: the first and last eighth, and every third between."""
     eighth = layers // 8
     return layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2
+
+
+def _nbytes(tensor: _Tensor) -> int:
+    rows, width = (1, *tensor.shape)[-2:]
+    return rows * _row_bytes(tensor.kind, width)
 
 
 def _row_bytes(kind: Kind, width: int) -> int:
@@ -295,8 +360,9 @@ def main() -> None:
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("quant", choices=QUANTS)
     parser.add_argument("path", type=Path)
+    parser.add_argument("--sparse", action="store_true", help="zeros for weights, without taking disk for them")
     arguments = parser.parse_args()
-    path = write_model(arguments.path, SHAPES[arguments.shape], arguments.quant)
+    path = write_model(arguments.path, SHAPES[arguments.shape], arguments.quant, sparse=arguments.sparse)
     print(f"{path}: {path.stat().st_size / 1e6:.0f} MB")
 
 
