@@ -16,9 +16,10 @@ from eldric.transport.addresses import join_address, resolve_local, split_addres
 from eldric.transport.base import Link, Peer, Transport, TransportOptions, TransportStats
 from eldric.transport.errors import InvalidAddress, PeerLost, TransportClosed
 from eldric.transport.frame import PROTOCOL_VERSION, Frame
+from eldric.transport.windowed_link import SLICE_S
 from eldric.transport.zmq_guard import Guard, ZmqContext
 from eldric.transport.zmq_inbox import ZmqInbox
-from eldric.transport.zmq_link import SLICE_S, Connection, ZmqLink, connect
+from eldric.transport.zmq_link import Connection, ZmqLink, connect
 from eldric.v1 import frame_pb2
 
 logger = logging.getLogger(__name__)

@@ -7,19 +7,16 @@ from collections.abc import Callable
 from contextlib import suppress
 
 import zmq
-from google.protobuf.message import DecodeError
 
-from eldric.transport.base import Link, LinkStats, Peer, TransportOptions
-from eldric.transport.errors import ConnectFailed, LinkClosed, QueueFull
-from eldric.transport.frame import Header, Payload
+from eldric.transport.base import Peer, TransportOptions
+from eldric.transport.errors import ConnectFailed
 from eldric.transport.round_trip import tcp_round_trip_s
-from eldric.transport.window import FIRST_WINDOW_FRAMES, SendWindow
+from eldric.transport.windowed_link import Encode, WindowedLink
 from eldric.transport.zmq_guard import HANDSHAKE_FAILURES, Guard, ZmqContext, ZmqKeys, high_water_mark, set_options
 from eldric.v1 import frame_pb2
 
 MAX_GRANT_BYTES = 4096
 _FIRST_PART = int(zmq.NOBLOCK | zmq.SNDMORE)  # put together once: each `|` of flags takes half a microsecond
-SLICE_S = 0.02  # a sender that waits for room looks this often whether its peer was lost
 RETRY_S = 0.05  # between two tries to connect
 
 
@@ -61,7 +58,7 @@ class Connection:
 OnLost = Callable[[Connection, str], None]
 
 
-class ZmqLink(Link):
+class ZmqLink(WindowedLink):
     """A connected link. `encode` is Transport.encode of the transport that it belongs to."""
 
     def __init__(
@@ -70,12 +67,10 @@ class ZmqLink(Link):
         socket: zmq.Socket[bytes],
         connection: Connection,
         hello: frame_pb2.LinkHello,
-        encode: Callable[[Header, int, memoryview], bytes],
+        encode: Encode,
     ) -> None:
-        super().__init__(peer)
-        self._socket, self._connection, self._hello, self._encode = socket, connection, hello, encode
-        self._window = SendWindow()
-        self._look_at = FIRST_WINDOW_FRAMES // 4  # look for grants when that many frames were sent
+        super().__init__(peer, encode)
+        self._socket, self._connection, self._hello = socket, connection, hello
 
     @property
     def epoch(self) -> int:
@@ -90,25 +85,8 @@ class ZmqLink(Link):
         return self._connection.closed
 
     @property
-    def stats(self) -> LinkStats:
-        window = self._window
-        return LinkStats(
-            frames=window.sent_frames,
-            bytes=window.sent_bytes,
-            queue_frames=window.frames_under_way,
-            queue_bytes=window.sent_bytes - window.taken_bytes,
-            round_trip_s=tcp_round_trip_s(self._connection.descriptor) if self._connection.closed is None else 0.0,
-        )
-
-    def send(self, header: Header, payload: Payload = b"", timeout: float | None = None) -> None:
-        view = memoryview(payload)  # type: ignore[arg-type]  # arrays are buffers, which 3.11's types do not say
-        window = self._window
-        data = self._encode(header, window.sent_frames + 1, view)
-        if window.sent_frames >= self._look_at or not window.open:
-            self._read_grants()
-        if self._connection.closed is None and window.open and self._try_send(data, view):
-            return
-        self._send_slowly(data, view, timeout)
+    def round_trip_s(self) -> float:
+        return tcp_round_trip_s(self._connection.descriptor) if self._connection.closed is None else 0.0
 
     def start_closing(self) -> None:
         """Send nothing more, and ask the peer to say when it has taken everything."""
@@ -146,39 +124,19 @@ class ZmqLink(Link):
         self._window.sent(view.nbytes)
         return True
 
-    def _send_slowly(self, data: bytes, view: memoryview, timeout: float | None) -> None:
-        deadline = math.inf if timeout is None else time.monotonic() + timeout
-        while True:
-            if self._connection.closed is not None:
-                raise LinkClosed(f"the link to stage {self.peer.stage} is closed: {self._connection.closed}")
-            if self._window.open and self._try_send(data, view):
-                return
-            wait_s = min(SLICE_S, deadline - time.monotonic())
-            if wait_s <= 0:
-                raise QueueFull(f"stage {self.peer.stage} took no frame in {timeout} s: {self.stats}")
-            events = zmq.POLLIN | zmq.POLLOUT if self._window.open else zmq.POLLIN
-            self._socket.poll(math.ceil(wait_s * 1000), events)
-            self._read_grants()
+    def _wait_for_room(self, wait_s: float) -> None:
+        events = zmq.POLLIN | zmq.POLLOUT if self._window.open else zmq.POLLIN
+        self._socket.poll(math.ceil(wait_s * 1000), events)
 
-    def _read_grants(self) -> None:
-        """Take what the receiver said since the last look."""
+    def _take_grants(self) -> None:
         if self._socket.closed:
             return
-        try:
+        with suppress(zmq.Again):
             while True:
-                parts = self._socket.recv_multipart(zmq.NOBLOCK)
-                self._window_from(parts[0])
-        except zmq.Again:
-            self._look_at = self._window.sent_frames + max(1, self._window.window_frames // 4)
+                self._granted(self._socket.recv_multipart(zmq.NOBLOCK)[0])
 
-    def _window_from(self, data: bytes) -> None:
-        try:
-            grant = frame_pb2.LinkGrant.FromString(data)
-        except DecodeError:
-            return
-        if grant.refused:
-            self._connection.closed = f"it refused the link: {grant.refused[:1024]}"
-        self._window.granted(grant)
+    def _refused(self, reason: str) -> None:
+        self._connection.closed = reason
 
 
 def connect(
