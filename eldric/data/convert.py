@@ -1,8 +1,10 @@
 """A store's models as messages of the contract."""
 
+import hashlib
+
 from eldric.data.checksums import BLOCK_BYTES
 from eldric.data.header import ModelHeader
-from eldric.data.model import StoredModel
+from eldric.data.model import StoredFile, StoredModel
 from eldric.errors import NotReady
 from eldric.v1 import model_store_pb2 as pb
 from eldric.v1 import stage_pb2
@@ -79,10 +81,30 @@ def model_tensors(model: StoredModel) -> pb.ModelTensors:
 def _source(model: StoredModel, header: ModelHeader) -> stage_pb2.ModelSource:
     return stage_pb2.ModelSource(
         model=model.id,
-        files=[stage_pb2.ModelFile(path=file.path.as_posix(), size_bytes=file.size_bytes) for file in model.files],
+        files=[_source_file(file, size) for file, size in zip(model.files, _header_sizes(header), strict=True)],
         header_sha256=bytes.fromhex(header.sha256),
         folder=str(model.folder),
     )
+
+
+def _source_file(file: StoredFile, header_bytes: int) -> stage_pb2.ModelFile:
+    blocks = bytes.fromhex("".join(file.sums.blocks))
+    return stage_pb2.ModelFile(
+        path=file.path.as_posix(),
+        size_bytes=file.size_bytes,
+        header_bytes=header_bytes,
+        sha256=bytes.fromhex(file.sha256),
+        blocks_sha256=hashlib.sha256(blocks).digest() if blocks else b"",
+    )
+
+
+def _header_sizes(header: ModelHeader) -> list[int]:
+    """Of the first file what its header's sum is over, of the others the bytes before their first tensor."""
+    model = header.model
+    sizes = list(model.file_sizes)
+    for tensor in model.tensors.values():
+        sizes[tensor.file] = min(sizes[tensor.file], tensor.offset)
+    return [model.header_bytes, *sizes[1:]]
 
 
 def _costs(header: ModelHeader) -> pb.ModelCosts | None:

@@ -3,13 +3,14 @@
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 from eldric.engine.errors import LoadCancelled
 from eldric.engine.ggml.weights import WeightsMode
 from eldric.engine.gguf import ModelFile
 from eldric.engine.schedule import ScheduleConfig, Scheduler
-from eldric.engine.shard import LayerRange, MemoryEstimate, memory_estimate, model_costs
+from eldric.engine.shard import LayerRange, MemoryEstimate, memory_estimate, model_costs, shard_of
 from eldric.engine.spec import ModelSpec, spec_of
 from eldric.engine.stage import KVType, Stage, StageConfig
 from eldric.errors import InvalidRequest
@@ -21,8 +22,9 @@ from eldric.worker.convert import memory_use
 from eldric.worker.head import Head
 from eldric.worker.head_thread import HeadThread
 from eldric.worker.metrics import WorkerMetrics
+from eldric.worker.models import Models, OpenModel
+from eldric.worker.range_cache.fetcher import RangeFetcher
 from eldric.worker.resources import compute_threads, memory_budget
-from eldric.worker.source import open_model
 from eldric.worker.wiring import Rewired, Wirer, Wiring
 
 DEFAULT_CONTEXT = 4096
@@ -42,7 +44,7 @@ class LoadPlan:
     """A stage that can be loaded: the file is open and checked, nothing is mapped yet."""
 
     request: stage_pb2.LoadRequest
-    model: ModelFile
+    opened: OpenModel
     spec: ModelSpec
     layers: LayerRange
     options: common_pb2.StageOptions  # settings in force
@@ -52,8 +54,13 @@ class LoadPlan:
     def needed_bytes(self) -> int:
         return self.estimate.total
 
+    @property
+    def model(self) -> ModelFile:
+        return self.opened.file
+
     def close(self) -> None:
         self.model.close()
+        self.opened.release()
 
 
 @dataclass(slots=True)
@@ -64,29 +71,40 @@ class LoadedStage:
     head: Head | None
     wiring: Wiring
     memory: common_pb2.MemoryUse
+    release: Callable[[], None]  # gives the model's file back, once the thread has ended
     transport_problem: str = ""  # why the wiring is not of the transport that was asked for
 
     def discard(self) -> None:
         """Give back a stage whose thread never started."""
         self.thread.discard()
+        self.release()
 
 
 class StageLoader:
     """Makes stages for one worker."""
 
-    def __init__(self, config: WorkerConfig, metrics: WorkerMetrics, on_change: Callable[[], None]) -> None:
-        """`on_change` is called in the control loop when a stage's state changed."""
+    def __init__(
+        self,
+        config: WorkerConfig,
+        metrics: WorkerMetrics,
+        on_change: Callable[[], None],
+        fetcher: RangeFetcher | None = None,
+    ) -> None:
+        """`on_change` is called in the control loop when a stage's state changed. Without a fetcher, models are read
+        from the mount alone."""
         self._config = config
+        self._models = Models(config, fetcher)
         self._wirer = Wirer(config)
         self._metrics = metrics
         self._on_change = on_change
 
-    def prepare(self, request: stage_pb2.LoadRequest) -> LoadPlan:
+    def prepare(self, request: stage_pb2.LoadRequest, cancelled: Callable[[], bool] = lambda: False) -> LoadPlan:
         """Open the file and count what the stage needs. Reads the header only; may block.
 
-        Raises NotFound, NotReady, InvalidModel, UnsupportedModel, InvalidRequest.
+        Raises NotFound, NotReady, InvalidModel, UnsupportedModel, InvalidRequest, and what Models.open raises besides.
         """
-        model = open_model(request.source, self._config.models_dir)
+        opened = self._models.open(request.source, cancelled)
+        model = opened.file
         try:
             spec = spec_of(model)
             layers = LayerRange(request.layers.start, request.layers.end)
@@ -102,8 +120,9 @@ class StageLoader:
             )
         except BaseException:
             model.close()
+            opened.release()
             raise
-        return LoadPlan(request, model, spec, layers, options, estimate)
+        return LoadPlan(request, opened, spec, layers, options, estimate)
 
     def _settle(self, request: stage_pb2.LoadRequest, spec: ModelSpec) -> common_pb2.StageOptions:
         """The request's options with this worker's defaults filled in. Raises InvalidRequest."""
@@ -130,17 +149,20 @@ class StageLoader:
         progress: Callable[[stage_pb2.LoadProgress], None],
         cancelled: Callable[[], bool],
     ) -> LoadedStage:
-        """Map the weights and open the endpoint. Whatever happens, the plan is closed and nothing is left half made."""
+        """Fetch what is missing, map the weights and open the endpoint. Closes the plan, but for the file of a stage
+        that was loaded; when it fails, nothing is left half made."""
         loop = asyncio.get_running_loop()
 
-        def advance(done: int, total: int) -> None:
-            event = stage_pb2.LoadProgress(phase="mapping", done_bytes=done, total_bytes=total)
+        def tell(phase: str, done: int, total: int) -> None:
+            event = stage_pb2.LoadProgress(phase=phase, done_bytes=done, total_bytes=total)
             loop.call_soon_threadsafe(progress, event)
 
         try:
-            stage = await asyncio.to_thread(Stage.load, plan.model, self._stage_config(plan), advance, cancelled)
-        finally:
+            stage = await asyncio.to_thread(self._bring_in, plan, tell, cancelled)
+        except BaseException:
             plan.close()
+            raise
+        plan.model.close()
         try:
             if cancelled():
                 raise LoadCancelled("the load was cancelled")
@@ -148,7 +170,13 @@ class StageLoader:
             return self._assemble(plan, stage, rewired)
         except BaseException:
             stage.close()
+            plan.opened.release()
             raise
+
+    def _bring_in(self, plan: LoadPlan, tell: Callable[[str, int, int], None], cancelled: Callable[[], bool]) -> Stage:
+        ranges = shard_of(plan.model, plan.spec, plan.layers).ranges
+        plan.opened.fetch(ranges, partial(tell, "fetching"), cancelled)
+        return Stage.load(plan.model, self._stage_config(plan), partial(tell, "mapping"), cancelled)
 
     def _stage_config(self, plan: LoadPlan) -> StageConfig:
         options = plan.options
@@ -197,7 +225,8 @@ class StageLoader:
         except BaseException:
             transport.close()
             raise
-        return LoadedStage(thread, head, rewired.wiring, memory_use(stage.memory), rewired.receive_problem)
+        release = plan.opened.release
+        return LoadedStage(thread, head, rewired.wiring, memory_use(stage.memory), release, rewired.receive_problem)
 
     def _schedule_config(self, options: common_pb2.StageOptions, stage: Stage) -> ScheduleConfig:
         return ScheduleConfig(

@@ -16,6 +16,9 @@ from eldric.worker.config import WorkerConfig
 from eldric.worker.inference_service import InferenceService
 from eldric.worker.loading import StageLoader
 from eldric.worker.metrics import StageCollector, WorkerMetrics
+from eldric.worker.range_cache.cache import RangeCache
+from eldric.worker.range_cache.fetcher import RangeFetcher
+from eldric.worker.range_cache.metrics import FetchMetrics
 from eldric.worker.resources import resources
 from eldric.worker.stage_service import StageService
 from eldric.worker.stages import StageTable
@@ -30,7 +33,10 @@ class Worker:
 
     def __init__(self, config: WorkerConfig) -> None:
         self.node = Node(config.node, Identity.load(config.node.folder))
-        loader = StageLoader(config, WorkerMetrics(self.node.metrics), self._changed)
+        cache = RangeCache(config.cache_folder, config.cache_bytes)
+        fetched = FetchMetrics(self.node.metrics, cache.nbytes)
+        fetcher = RangeFetcher(cache, lambda: self.node.identity, fetched)
+        loader = StageLoader(config, WorkerMetrics(self.node.metrics), self._changed, fetcher)
         self.stages = StageTable(config, loader)
         self.node.metrics.register(StageCollector(self))
         self._resources = resources(config)

@@ -109,7 +109,7 @@ class StageTable:
     async def _bring(self, held: HeldStage, progress: Progress) -> LoadedStage:
         """Runs to its end: whoever does not want it any more sets `unloading`."""
         request = held.request
-        plan = await asyncio.to_thread(self._loader.prepare, request)
+        plan = await asyncio.to_thread(self._loader.prepare, request, lambda: held.unloading)
         free = memory_budget(self._config) - self.memory_used_bytes
         if plan.needed_bytes > free:
             plan.close()
@@ -156,6 +156,8 @@ class StageTable:
 
     def _forget(self, held: HeldStage) -> None:
         self._stages.pop(held.key, None)
+        if held.loaded is not None:
+            held.loaded.release()
         held.gone.set()
 
     async def open_links(self, request: stage_pb2.OpenLinksRequest) -> stage_pb2.OpenLinksResponse:

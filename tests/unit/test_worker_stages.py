@@ -91,9 +91,13 @@ class FakeLoaded:
     wiring: Wiring
     memory: common_pb2.MemoryUse
     transport_problem: str = ""
+    released: bool = False
 
     def discard(self) -> None:
         self.thread.discarded = True
+
+    def release(self) -> None:
+        self.released = True
 
 
 class FakeLoader:
@@ -108,7 +112,7 @@ class FakeLoader:
         self.plans: list[FakePlan] = []
         self.made: list[FakeLoaded] = []
 
-    def prepare(self, request: stage_pb2.LoadRequest) -> FakePlan:
+    def prepare(self, request: stage_pb2.LoadRequest, cancelled: Callable[[], bool]) -> FakePlan:
         if self.error is not None:
             raise self.error
         self.plans.append(FakePlan(self.needed_bytes))

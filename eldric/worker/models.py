@@ -1,0 +1,78 @@
+"""Opens the models that stages are loaded from: below the worker's mount, or over HTTP through its cache."""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from eldric.engine.gguf import ModelFile
+from eldric.engine.shard import ByteRange
+from eldric.errors import EldricError, InvalidRequest, NotFound, NotReady
+from eldric.v1 import stage_pb2
+from eldric.worker.config import WorkerConfig
+from eldric.worker.range_cache.entry import CachedModel
+from eldric.worker.range_cache.fetch import Cancelled, Progress
+from eldric.worker.range_cache.fetcher import RangeFetcher
+from eldric.worker.source import open_model
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class OpenModel:
+    """A model whose headers can be read. `fetch` makes ranges of it readable as well.
+
+    release: gives the file back, so that a cache may drop it; for after the stage that maps it is gone.
+    """
+
+    file: ModelFile
+    fetch: Callable[[Sequence[ByteRange], Progress, Cancelled], None]
+    release: Callable[[], None]
+
+
+class Models:
+    """The worker's way to model files."""
+
+    def __init__(self, config: WorkerConfig, fetcher: RangeFetcher | None = None) -> None:
+        """Without a fetcher only what the mount has can be opened."""
+        self._config, self._fetcher = config, fetcher
+
+    def open(self, source: stage_pb2.ModelSource, cancelled: Cancelled) -> OpenModel:
+        """Find the file that was planned. Blocks: for a thread of its own.
+
+        Raises NotFound, NotReady, InvalidModel, InvalidRequest, and over HTTP what RangeFetcher.open raises.
+        """
+        if self._config.models == "http":
+            return self._over_http(source, cancelled)
+        try:
+            return OpenModel(open_model(source, self._config.models_dir), _nothing_to_fetch, lambda: None)
+        except (NotFound, NotReady, InvalidRequest) as error:
+            if self._config.models == "mount" or self._fetcher is None or not source.places:
+                raise
+            log.info("event=not_mounted model=%s reason=%r", source.model, error.message)
+            return self._tell_both(source, cancelled, error)
+
+    def _tell_both(self, source: stage_pb2.ModelSource, cancelled: Cancelled, mount: EldricError) -> OpenModel:
+        try:
+            return self._over_http(source, cancelled)
+        except EldricError as error:
+            raise type(error)(f"{error.message}; and not mounted: {mount.message}") from error
+
+    def _over_http(self, source: stage_pb2.ModelSource, cancelled: Cancelled) -> OpenModel:
+        fetcher = self._fetcher
+        if fetcher is None:
+            raise InvalidRequest("this worker cannot fetch models over HTTP")
+        file, entry = fetcher.open(source, cancelled)
+        return OpenModel(file, _fetch(fetcher, entry, source), entry.close)
+
+
+def _fetch(
+    fetcher: RangeFetcher, entry: CachedModel, source: stage_pb2.ModelSource
+) -> Callable[[Sequence[ByteRange], Progress, Cancelled], None]:
+    def fetch(ranges: Sequence[ByteRange], progress: Progress, cancelled: Cancelled) -> None:
+        fetcher.fetch(entry, source, ranges, progress, cancelled)
+
+    return fetch
+
+
+def _nothing_to_fetch(ranges: Sequence[ByteRange], progress: Progress, cancelled: Cancelled) -> None:
+    """The mount has all of it."""

@@ -1,0 +1,1 @@
+"""What a worker without a mount has of models: byte ranges that were fetched from data workers, in sparse files."""

@@ -1,0 +1,180 @@
+"""Fetches what stages need of models: first the headers, by which a model can be opened, then a shard's ranges."""
+
+import contextlib
+import hashlib
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from eldric.engine.errors import LoadCancelled
+from eldric.engine.gguf import ModelFile
+from eldric.engine.shard import ByteRange
+from eldric.errors import DataLoss, EldricError, NotReady
+from eldric.security import Identity
+from eldric.v1 import model_store_pb2, stage_pb2
+from eldric.worker.range_cache.cache import RangeCache
+from eldric.worker.range_cache.connection import Connection
+from eldric.worker.range_cache.entry import CachedModel
+from eldric.worker.range_cache.extents import Extent, Extents
+from eldric.worker.range_cache.fetch import Cancelled, Fetch, Progress
+from eldric.worker.range_cache.metrics import FetchMetrics
+from eldric.worker.range_cache.places import Place, all_given_up
+from eldric.worker.range_cache.spans import Check, plan_pieces
+
+log = logging.getLogger(__name__)
+
+#: Largest header of a file, in bytes: the largest vocabularies take some 20 MB.
+MAX_HEADER_BYTES = 256 << 20
+#: Sums are kept for blocks of at least so many bytes.
+_LEAST_BLOCK_BYTES = 4096
+#: Rounds of asking the data workers for block sums, and the pause between two, in seconds.
+_SUM_ROUNDS, _SUM_PAUSE_S = 4, 0.5
+#: Another process that fetches into the same entry and brings nothing for so long is not waited for.
+_STUCK_S = 15.0
+_POLL_S = 0.05
+
+Wanted = Mapping[int, Sequence[Extent]]
+
+
+class RangeFetcher:
+    """Of one worker. Thread-safe; its methods block and are for threads of their own."""
+
+    def __init__(self, cache: RangeCache, identity: Callable[[], Identity], metrics: FetchMetrics) -> None:
+        self._cache, self._identity, self._metrics = cache, identity, metrics
+
+    def open(self, source: stage_pb2.ModelSource, cancelled: Cancelled) -> tuple[ModelFile, CachedModel]:
+        """Open a model of which only the headers need to be there; the caller closes both.
+
+        Raises NotReady, Unavailable, DataLoss, NotEnoughSpace, LoadCancelled, InvalidModel, InvalidRequest.
+        """
+        for file in source.files:
+            if not 0 < file.header_bytes <= min(file.size_bytes, MAX_HEADER_BYTES):
+                raise NotReady(f"the model store does not say how long the header of {file.path} is: update it")
+        entry = self._cache.open(source)
+        try:
+            wanted = {number: [Extent(0, file.header_bytes)] for number, file in enumerate(source.files)}
+            header = Check(wanted[0][0], source.header_sha256, "the header")
+            self._bring(entry, source, wanted, {0: [header]}, lambda done, total: None, cancelled)
+            model = ModelFile.open(entry.paths[0])
+            if bytes.fromhex(model.header_sha256()) != source.header_sha256:
+                model.close()
+                entry.forget(0, Extent(0, source.files[0].header_bytes))
+                raise NotReady(f"the cached header of {source.model!r} differs from the model store's: deploy again")
+            return model, entry
+        except BaseException:
+            entry.close()
+            raise
+
+    def fetch(
+        self,
+        entry: CachedModel,
+        source: stage_pb2.ModelSource,
+        ranges: Sequence[ByteRange],
+        progress: Progress,
+        cancelled: Cancelled,
+    ) -> None:
+        """Bring ranges in; what is there already is not fetched. progress gets (bytes done, bytes to fetch).
+
+        Raises LoadCancelled, Unavailable, NotReady, DataLoss, NotEnoughSpace.
+        """
+        wanted: dict[int, list[Extent]] = defaultdict(list)
+        for part in ranges:
+            wanted[part.file].append(Extent(part.offset, part.offset + part.length))
+        self._bring(entry, source, wanted, None, progress, cancelled)
+
+    def _bring(
+        self,
+        entry: CachedModel,
+        source: stage_pb2.ModelSource,
+        wanted: Wanted,
+        checks: Mapping[int, Sequence[Check]] | None,
+        progress: Progress,
+        cancelled: Cancelled,
+    ) -> None:
+        """checks: None: the sums of the blocks, which a data worker is asked for when something is missing."""
+        if not _missing_bytes(wanted, entry.have()):
+            return
+        with self._alone(entry, wanted, progress, cancelled):
+            have = entry.have()
+            if not (missing_bytes := _missing_bytes(wanted, have)):
+                return
+            if not source.places:
+                raise all_given_up(source.model, [])
+            self._cache.reserve(entry, missing_bytes)
+            known = self._block_checks(source, cancelled) if checks is None else checks
+            pieces = plan_pieces(wanted, have, known)
+            began = time.monotonic()
+            Fetch(entry, source, self._metrics).run(pieces, self._identity().client_context(), progress, cancelled)
+            log.info(
+                "event=fetched model=%s bytes=%d seconds=%.2f",
+                *(source.model, sum(len(piece.extent) for piece in pieces), time.monotonic() - began),
+            )
+
+    @contextlib.contextmanager
+    def _alone(self, entry: CachedModel, wanted: Wanted, progress: Progress, cancelled: Cancelled) -> Iterator[None]:
+        """Fetch into an entry one at a time, also among processes: who comes second finds the bytes there.
+
+        Nobody depends on it: a holder that stands still is not waited for, and fetching twice does no harm.
+        """
+        left, changed_at, lock = -1, time.monotonic(), entry.try_fetch_lock()
+        while lock is None:
+            if cancelled():
+                raise LoadCancelled("loading was cancelled while another load fetched the same model")
+            missing_bytes = _missing_bytes(wanted, entry.have())
+            if missing_bytes != left:
+                left, changed_at = missing_bytes, time.monotonic()
+                progress(0, missing_bytes)
+            if time.monotonic() - changed_at > _STUCK_S:
+                log.warning("event=fetch_lock_stuck folder=%s", entry.folder)
+                break
+            time.sleep(_POLL_S)
+            lock = entry.try_fetch_lock()
+        try:
+            yield
+        finally:
+            if lock is not None:
+                lock.close()
+
+    def _block_checks(self, source: stage_pb2.ModelSource, cancelled: Cancelled) -> dict[int, list[Check]]:
+        """The sums of all blocks; none where the store has none. Raises as `fetch` does."""
+        if not all(file.blocks_sha256 for file in source.files):
+            log.warning("event=no_block_sums model=%s: it is fetched without comparing its blocks", source.model)
+            return {}
+        tls = self._identity().client_context()
+        places = [Place(place.node_id) for place in source.places]
+        for number in range(_SUM_ROUNDS):
+            for place, address in zip(places, source.places, strict=True):
+                if cancelled():
+                    raise LoadCancelled("loading was cancelled before it fetched anything")
+                try:
+                    with contextlib.closing(Connection(address, tls)) as connection:
+                        return _checks(source, connection.blocks(source.model))
+                except EldricError as error:
+                    place.problem = error
+                    log.info("event=no_sums source=%s round=%d error=%r", place.node_id, number, error.message)
+            time.sleep(_SUM_PAUSE_S * (number + 1))
+        raise all_given_up(source.model, places)
+
+
+def _checks(source: stage_pb2.ModelSource, blocks: model_store_pb2.ModelBlocks) -> dict[int, list[Check]]:
+    """The sums as checks. Raises DataLoss when they are not those that the plan was made with."""
+    size = blocks.block_bytes
+    if size < _LEAST_BLOCK_BYTES or len(blocks.files) != len(source.files):
+        raise DataLoss(f"it has sums of {len(blocks.files)} files and blocks of {size} bytes")
+    checks: dict[int, list[Check]] = {}
+    for number, (file, sums) in enumerate(zip(source.files, blocks.files, strict=True)):
+        if hashlib.sha256(b"".join(sums.block_sha256)).digest() != file.blocks_sha256:
+            raise DataLoss(f"its block sums of {file.path} are not those of the model that was planned")
+        starts = range(0, file.size_bytes, size)
+        if len(starts) != len(sums.block_sha256):
+            raise DataLoss(f"it has {len(sums.block_sha256)} block sums of {file.path}, not {len(starts)}")
+        checks[number] = [
+            Check(Extent(start, min(start + size, file.size_bytes)), digest, f"block {index}")
+            for index, (start, digest) in enumerate(zip(starts, sums.block_sha256, strict=True))
+        ]
+    return checks
+
+
+def _missing_bytes(wanted: Wanted, have: Sequence[Extents]) -> int:
+    return sum(len(gap) for file, extents in wanted.items() for extent in extents for gap in have[file].missing(extent))
