@@ -7,7 +7,7 @@ from pathlib import Path
 from eldric import PROTOCOL, __version__
 from eldric.cli.findings import Finding, ok, problem, warning
 from eldric.cli.output import human_bytes
-from eldric.client import NodeInfo, PipelineInfo, Plan, Worker
+from eldric.client import NodeInfo, PipelineInfo, Plan, StageInfo, Worker
 
 #: Certificates live for 30 days and are renewed at two thirds: one that has less time left was not renewed.
 _RENEWAL_IS_LATE = datetime.timedelta(days=8)
@@ -95,12 +95,26 @@ def check_pipelines(pipelines: Sequence[PipelineInfo]) -> Iterator[Finding]:
         if info.state == "degraded":
             advice = f"`eldric-cli rebalance {info.name}` moves it to the workers that are left"
             yield problem("pipelines", f"{info.name} is degraded: {info.message or 'a stage is lost'}", advice)
-        plain = [stage.worker for stage in info.stages if stage.transport and not stage.encrypted]
+        plain = [stage.worker for stage in info.stages if _sends_plainly(stage)]
         if plain and len(info.stages) > 1:
             text = f"{info.name} sends its hidden states unencrypted ({', '.join(plain)})"
-            yield warning("pipelines", text, "deploy it without --insecure-tensors unless the network is your own")
+            advice = "deploy it with --transport zmq and without --insecure-tensors unless the network is your own"
+            yield warning("pipelines", text, advice)
+        yield from _check_links(info)
     if pipelines and all(info.state != "degraded" for info in pipelines):
         yield ok("pipelines", ", ".join(f"{info.name} {info.state}" for info in pipelines))
+
+
+def _sends_plainly(stage: StageInfo) -> bool:
+    return stage.link.encryption == "none" if stage.link else bool(stage.transport) and not stage.encrypted
+
+
+def _check_links(info: PipelineInfo) -> Iterator[Finding]:
+    for stage in info.stages:
+        if stage.link is not None and stage.link.fallback:
+            link = f"the link from stage {stage.index} to {stage.link.to_stage} of {info.name} goes by"
+            advice = "see to that and deploy it again, or live with it"
+            yield warning("links", f"{link} {stage.link.transport}: {stage.link.fallback}", advice)
 
 
 def check_plans(plans: Mapping[str, Plan | str]) -> Iterator[Finding]:

@@ -28,6 +28,9 @@ _STATE_STYLES = {
 }
 
 
+#: What protects a link's frames, where its own word says too little.
+_ENCRYPTIONS = {"host": "one host"}
+
 #: The order in which nodes are listed.
 _KINDS = ("controller", "data", "router", "edge", "worker")
 
@@ -57,6 +60,8 @@ def pipelines_view(pipelines: Sequence[PipelineInfo]) -> RenderableType:
             parts.append(Text(f"  {info.message}", "yellow"))
         if info.stages:
             parts.append(_stages(info.stages))
+        if any(stage.link for stage in info.stages):
+            parts += [Text(), _links(info.stages)]
     return Group(*parts[1:])
 
 
@@ -73,11 +78,8 @@ def _headline(info: PipelineInfo) -> Text:
 
 
 def _stages(stages: Sequence[StageInfo]) -> Table:
-    listing = table(
-        "stage", "worker", "right:pid", "layers", "right:memory", "right:step ms", "right:steps", "link", "state"
-    )
+    listing = table("stage", "worker", "right:pid", "layers", "right:memory", "right:step ms", "right:steps", "state")
     for stage in stages:
-        link = f"{stage.transport}, {'encrypted' if stage.encrypted else 'PLAIN'}" if stage.transport else ""
         listing.add_row(
             str(stage.index),
             stage.worker,
@@ -86,8 +88,30 @@ def _stages(stages: Sequence[StageInfo]) -> Table:
             human_bytes(stage.memory_bytes),
             f"{stage.step_ms:.2f}" if stage.step_ms else "",
             str(stage.steps or ""),
-            link,
             Text.assemble(state_text(stage.state), f" {stage.message}" if stage.message else ""),
+        )
+    return listing
+
+
+def _links(stages: Sequence[StageInfo]) -> Table:
+    """The ring's links, each as its sending stage sees it."""
+    workers = {stage.index: stage.worker for stage in stages}
+    listing = table("link", "to", "transport", "encryption", "right:round trip", "right:sent", "right:under way", "")
+    for stage in stages:
+        if (link := stage.link) is None:
+            continue
+        under_way = f"{link.queue_frames} ({human_bytes(link.queue_bytes)})" if link.queue_frames else "0"
+        listing.add_row(
+            f"{stage.index} > {link.to_stage}",
+            workers.get(link.to_stage, ""),
+            link.transport,
+            Text("NONE", "red") if link.encryption == "none" else _ENCRYPTIONS.get(link.encryption, link.encryption),
+            f"{link.round_trip_ms:.3g} ms" if link.round_trip_ms else "",
+            human_bytes(link.bytes),
+            under_way,
+            Text.assemble(
+                (link.closed, "red"), "; " if link.closed and link.fallback else "", (link.fallback, "yellow")
+            ),
         )
     return listing
 

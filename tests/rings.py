@@ -30,6 +30,17 @@ class TestRing:
 
     tables: list[StageTable]
     loaded: list[stage_pb2.Loaded]
+    sender_keys: list[str]
+
+    async def wire(self, links: Sequence[str]) -> None:
+        """Let each link go by a transport of its own. links: the scheme of that from each stage to the next."""
+        for index, table in enumerate(self.tables):
+            request = stage_pb2.OpenLinksRequest(pipeline_id=PIPELINE, index=index, epoch=1)
+            request.receive, request.send = links[index - 1], links[index]
+            answer = await table.open_links(request)
+            assert not answer.receive_problem and not answer.send_problem, answer
+            self.loaded[index].endpoint.CopyFrom(answer.endpoint)
+            self.sender_keys[index] = answer.sender_key
 
     async def connect(self, round: int = 0) -> None:
         """Connect the stages, or connect them again."""
@@ -42,7 +53,7 @@ class TestRing:
         if count > 1:
             request.next.CopyFrom(self.loaded[(index + 1) % count].endpoint)
             request.next_index = (index + 1) % count
-            request.allowed_keys.append(self.loaded[(index - 1) % count].endpoint.public_key)
+            request.allowed_keys.append(self.sender_keys[(index - 1) % count])
         await self.tables[index].connect(request)
 
     async def generate(self, prompt: Sequence[int], count: int, **options: Any) -> list[int]:
@@ -71,8 +82,8 @@ class TestRing:
 
 
 @contextlib.asynccontextmanager
-async def ring(path: Path, layers: Sequence[int], **options: Any) -> AsyncIterator[TestRing]:
-    """layers: of each stage. options: fields of StageOptions."""
+async def ring(path: Path, layers: Sequence[int], links: Sequence[str] = (), **options: Any) -> AsyncIterator[TestRing]:
+    """layers: of each stage. links: schemes of their transports, as for `wire`. options: fields of StageOptions."""
     tables = [table_of(path.parent) for _ in layers]
     settings = common_pb2.StageOptions(**{"context": 512, "slots": 4, "threads": 1, "chunk": 64, **options})
     starts = [sum(layers[:index]) for index in range(len(layers) + 1)]
@@ -91,7 +102,9 @@ async def ring(path: Path, layers: Sequence[int], **options: Any) -> AsyncIterat
     ]
     try:
         loaded = [await table.load(request, lambda _: None) for table, request in zip(tables, requests, strict=True)]
-        made = TestRing(tables, loaded)
+        made = TestRing(tables, loaded, [each.endpoint.public_key for each in loaded])
+        if links:
+            await made.wire(links)
         await made.connect()
         yield made
     finally:

@@ -77,6 +77,22 @@ def _stage(stage: pipeline_pb2.PipelineStage) -> types.StageInfo:
         transport=stage.transport,
         encrypted=stage.encrypted,
         message=stage.message,
+        link=_link(stage.link) if stage.HasField("link") else None,
+    )
+
+
+def _link(link: stage_pb2.LinkStatus) -> types.LinkInfo:
+    return types.LinkInfo(
+        to_stage=link.to_stage,
+        transport=link.transport,
+        encryption=link.encryption,
+        round_trip_ms=round(link.round_trip_ms, 3),
+        frames=link.frames,
+        bytes=link.bytes,
+        queue_frames=link.queue_frames,
+        queue_bytes=link.queue_bytes,
+        fallback=link.fallback,
+        closed=link.closed,
     )
 
 
@@ -112,6 +128,7 @@ def plan(message: pipeline_pb2.DeploymentPlan) -> types.Plan:
             kv_bytes=stage.kv_bytes,
             compute_bytes=stage.compute_bytes,
             available_bytes=stage.available_bytes,
+            transports=tuple(stage.transports),
         )
         for stage in message.stages
     )

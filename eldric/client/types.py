@@ -35,6 +35,22 @@ class NodeInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class LinkInfo:
+    """A stage's link to the next one. Counters are since the link was made."""
+
+    to_stage: int
+    transport: str
+    encryption: str  # "curve", "tls", "host" (frames do not leave the machine), "none"
+    round_trip_ms: float  # 0: not known
+    frames: int
+    bytes: int
+    queue_frames: int  # sent and not yet taken by the next stage
+    queue_bytes: int
+    fallback: str  # why it is not of a better transport
+    closed: str  # why nothing can be sent any more
+
+
+@dataclass(frozen=True, slots=True)
 class StageInfo:
     index: int
     worker: str
@@ -48,6 +64,7 @@ class StageInfo:
     transport: str
     encrypted: bool
     message: str
+    link: LinkInfo | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +93,7 @@ class PlannedStage:
     kv_bytes: int
     compute_bytes: int
     available_bytes: int
+    transports: tuple[str, ...] = ()  # that the link to the next stage may go by, best first
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from eldric import PROTOCOL, __version__
 from eldric.cli import cluster_checks, machine_checks, machine_facts
 from eldric.cli.findings import Finding, Level
 from eldric.cli.machine_facts import Disk, Engine, Listener
-from eldric.client import NodeInfo, PipelineInfo, Plan, StageInfo, Worker
+from eldric.client import LinkInfo, NodeInfo, PipelineInfo, Plan, StageInfo, Worker
 
 GIB = 1024**3
 OK, WARNING, PROBLEM = Level.OK, Level.WARNING, Level.PROBLEM
@@ -215,6 +215,16 @@ def test_pipelines() -> None:
     assert "w2" in found[0].message
     plain = replace(PIPELINE, stages=tuple(replace(stage, encrypted=False) for stage in STAGES))
     assert levels(cluster_checks.check_pipelines([plain]))[0] is WARNING
+
+
+@pytest.mark.parametrize(
+    ("encryption", "fallback", "level"),
+    [("curve", "", OK), ("host", "", OK), ("none", "", WARNING), ("curve", "ucx failed: no such device", WARNING)],
+)
+def test_links_of_pipelines(encryption: str, fallback: str, level: Level) -> None:
+    link = LinkInfo(1, "zmq", encryption, 0.1, 1, 1, 0, 0, fallback, "")
+    linked = replace(PIPELINE, stages=tuple(replace(stage, encrypted=False, link=link) for stage in STAGES))
+    assert levels(cluster_checks.check_pipelines([linked]))[0] is level
 
 
 def test_engines_that_differ_within_a_pipeline() -> None:

@@ -16,6 +16,7 @@ from eldric.client import (
     Event,
     Finished,
     ImportProgress,
+    LinkInfo,
     ModelInfo,
     NodeInfo,
     PipelineInfo,
@@ -60,10 +61,16 @@ def test_pipelines_for_people() -> None:
     assert "tale  ready  epoch 1" in text
     assert "two  model tale  degraded" in text
     assert "a [b] c" in text
-    assert "zmq, encrypted" in text
-    assert "PLAIN" in text_of(
-        tables.pipelines_view([replace(PIPELINE, stages=(replace(PIPELINE.stages[0], encrypted=False),))])
-    )
+    assert "transport" not in text  # nothing is known of its links
+
+
+def test_links_for_people() -> None:
+    first = LinkInfo(1, "zmq", "curve", 0.0512, 9, 3 << 20, 2, 2048, "ucx failed: not installed", "")
+    back = LinkInfo(0, "ucx", "none", 0.0, 9, 512, 0, 0, "", "its connection closed")
+    stages = tuple(replace(stage, link=link) for stage, link in zip(PIPELINE.stages, (first, back), strict=True))
+    lines = text_of(tables.pipelines_view([replace(PIPELINE, stages=stages)])).splitlines()
+    assert " ".join(lines[-2].split()) == "0 > 1 w2 zmq curve 0.0512 ms 3.0 MiB 2 (2.0 KiB) ucx failed: not installed"
+    assert " ".join(lines[-1].split()) == "1 > 0 w1 ucx NONE 512 B 0 its connection closed"
 
 
 @pytest.mark.parametrize(("view", "words"), [(tables.pipelines_view([]), "deploy"), (tables.workers_view([]), "join")])
