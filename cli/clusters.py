@@ -65,7 +65,9 @@ def up(
     out.print(listing)
     out.print(f"\nOpenAI API   {summary['router_url']}/v1")
     for name in left:
-        out.print(f"{name} was deployed before; `eldric-cli rebalance {name}{which(folder, place)}` loads it again")
+        out.print(
+            f"{name} was deployed before and is being loaded again; see `eldric-cli status{which(folder, place)}`"
+        )
     out.print(f"next         eldric-cli deploy MODEL{which(folder, place)}")
 
 

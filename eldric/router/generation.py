@@ -251,7 +251,7 @@ def _head_errors(route: Route) -> Any:
         with call_errors(f"head worker {route.head_name or route.head_address}"):
             yield
     except (Unavailable, NotFound, NotReady) as error:
-        raise PipelineLost(f"the pipeline {route.name!r} is lost: {error.message}") from error
+        raise PipelineLost(f"the pipeline {route.name!r} cannot go on: {error.message}") from error
 
 
 def _may_retry(error: EldricError) -> bool:

@@ -99,7 +99,7 @@ class Pipelines:
             raise PipelineLoading(name, furthest.progress, furthest.message)
         for entry in entries:
             if entry.info.state == DEGRADED:
-                raise PipelineLost(f"the model {name!r} lost a stage: {entry.info.message or 'no stage is left'}")
+                raise PipelineLost(f"the model {name!r} cannot answer now: {entry.info.message or 'a stage is lost'}")
         raise ModelNotFound(name, self.names())
 
     def _named(self, name: str) -> list[_Entry]:

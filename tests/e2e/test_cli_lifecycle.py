@@ -56,9 +56,7 @@ def test_a_cluster_comes_up_once_comes_back_and_ends_without_a_trace(home_cli: C
     assert {name for name, pid in pids(second).items() if pid != pids(first)[name]} == {"worker-1", "router"}
 
     inside = replace(home_cli, inside=True)
-    hint = f"`eldric-cli rebalance {name} --dir {folder}`"
-    wait_for(lambda: hint in inside("up", *at).out)
-    assert inside("rebalance", name, *at, "--json").json["pipeline"]["state"] == "ready"
+    wait_for(lambda: inside("status", *at, "--json").json["pipelines"][0]["state"] == "ready")
     assert len(inside("run", name, "Hello", "-n", 4, *at, "--json").json["tokens"]) == 4
 
     refused = home_cli("up", "--dir", folder, "--workers", 2, code=1)

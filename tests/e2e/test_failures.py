@@ -11,7 +11,8 @@ import openai
 import psutil
 import pytest
 
-from eldric.client.types import Delta, Finished, StageProgress
+from eldric.client import AsyncClient
+from eldric.client.types import Delta, Finished, PipelineInfo, StageProgress
 from eldric.errors import Unavailable
 from tests.e2e.clusters import (
     ENDLESS,
@@ -69,11 +70,11 @@ async def test_a_worker_killed_midway_ends_the_streams_and_the_others_go_on(tmp_
         os.kill(cluster.node("worker-2").pid, signal.SIGKILL)
         killed = time.monotonic()
         for (error, at), kind in zip(await asyncio.gather(*ending), (Unavailable, openai.APIError), strict=True):
-            assert isinstance(error, kind) and "'endless' is lost" in str(error)
+            assert isinstance(error, kind) and "stage 1 of 3 on worker worker-2 is gone: its connection" in str(error)
             assert at - killed < SOON_S
 
         info = await cluster.until_state("degraded", limit_s=SOON_S)
-        assert "worker-2 is lost" in info.message
+        assert info.message.startswith("stage 1 of 3 on worker worker-2 is gone: ")
         with pytest.raises(Unavailable, match="worker-2"):
             await read(cluster.endless())
         with pytest.raises(openai.APIStatusError, match="worker-2") as refused:
@@ -85,6 +86,72 @@ async def test_a_worker_killed_midway_ends_the_streams_and_the_others_go_on(tmp_
         assert all(worker.memory_used_bytes == 0 for worker in await cluster.client.workers() if worker.state == "up")
         info = await cluster.deploy_endless(stages=2)
         assert {stage.worker for stage in info.stages} == {"worker-1", "worker-3"}
+        assert len(await tokens_until(cluster.endless(), 20)) >= 20
+
+
+async def test_what_a_killed_worker_held_is_loaded_again_when_it_is_back(tmp_path: Path) -> None:
+    async with local_cluster(tmp_path) as cluster:
+        await cluster.add_endless()
+        before = await cluster.deploy_endless()
+        answer = await tokens_until(cluster.endless(), 20)
+        await cluster.kill("worker-2")
+        await cluster.until_state("degraded")
+        await cluster.up()
+        info = await cluster.until_state("ready")
+        assert info.epoch == before.epoch + 1
+        assert [stage.worker for stage in info.stages] == [stage.worker for stage in before.stages]
+        await cluster.until_routed()
+        assert await tokens_until(cluster.endless(), 20) == answer
+
+
+async def test_pipelines_are_back_after_down_and_up(tmp_path: Path) -> None:
+    async with local_cluster(tmp_path) as cluster:
+        await cluster.add_endless()
+        before = await cluster.deploy_endless()
+        answer = await tokens_until(cluster.endless(), 20)
+        assert await cluster.down() == []
+        await cluster.up()
+        async with AsyncClient(folder=cluster.folder) as client:
+            back = LiveCluster(cluster.local, client)
+            info = await back.until_state("ready")
+            assert (info.id, info.epoch) == (before.id, before.epoch + 1)
+            await back.until_routed()
+            assert await tokens_until(back.endless(), 20) == answer
+
+
+async def test_a_worker_that_is_about_to_end_lets_go_on_what_runs_and_nothing_begins(tmp_path: Path) -> None:
+    async with local_cluster(tmp_path) as cluster, openai_client(cluster) as client:
+        await cluster.add_endless()
+        await cluster.deploy_endless()
+        events = cluster.endless(max_tokens=1000)
+        await tokens_until(events, 20)
+        process = cluster.process("worker-2")
+        cluster.signal("worker-2", signal.SIGTERM)
+        await cluster.until_state("degraded", limit_s=SOON_S)
+        with pytest.raises(Unavailable, match="stage 1 of 3 on worker worker-2 is closing"):
+            await read(cluster.endless())
+        with pytest.raises(openai.APIStatusError, match="worker-2 is closing") as refused:
+            await endless_stream(client)
+        assert refused.value.status_code == 503
+        finished = [event async for event in events][-1]
+        assert isinstance(finished, Finished) and finished.reason == "length"
+        await until(lambda: not runs(process))
+
+
+async def test_a_rebalance_ends_what_runs_with_an_error_that_says_so(tmp_path: Path) -> None:
+    async with local_cluster(tmp_path) as cluster, openai_client(cluster) as client:
+        await cluster.add_endless()
+        await cluster.deploy_endless()
+        running = [cluster.endless(), await endless_stream(client)]
+        ending = [asyncio.create_task(end_of(events)) for events in running]
+        await cluster.until_taken(2)
+        cluster.signal("worker-2", signal.SIGTERM)  # so that there is something to move
+        await cluster.until_state("degraded", limit_s=SOON_S)
+        info = [event async for event in cluster.client.rebalance_events(ENDLESS)][-1]
+        assert isinstance(info, PipelineInfo)
+        assert (info.state, {stage.worker for stage in info.stages}) == ("ready", {"worker-1", "worker-3"})
+        for (error, _), kind in zip(await asyncio.gather(*ending), (Unavailable, openai.APIError), strict=True):
+            assert isinstance(error, kind) and "was rebalanced" in str(error) and "send the request again" in str(error)
         assert len(await tokens_until(cluster.endless(), 20)) >= 20
 
 
@@ -138,7 +205,7 @@ async def test_a_frozen_worker_is_noticed_and_goes_on_when_it_wakes(tmp_path: Pa
         await tokens_until(events, 20)
         cluster.signal("worker-2", signal.SIGSTOP)
         frozen = time.monotonic()
-        with pytest.raises(Unavailable, match="'endless' is lost"):
+        with pytest.raises(Unavailable, match="stage 1 of 3 on worker worker-2 is gone: "):
             await read(events)
         assert time.monotonic() - frozen < silence_s + 1.0
         await cluster.until_state("degraded", limit_s=SOON_S)
