@@ -1,6 +1,7 @@
-"""Finds a model in the stores of the registered data workers."""
+"""Finds a model in the stores of the registered data workers, and which of them hold the very same files."""
 
 import asyncio
+import logging
 
 from eldric.channels import ChannelPool, call_errors
 from eldric.controller.cluster import Cluster
@@ -8,14 +9,20 @@ from eldric.controller.config import ControllerConfig
 from eldric.controller.nodes import NodeState
 from eldric.controller.registry import Node
 from eldric.errors import EldricError, NotFound, NotReady
-from eldric.v1 import model_store_pb2, model_store_pb2_grpc
+from eldric.v1 import model_store_pb2, model_store_pb2_grpc, stage_pb2
+
+log = logging.getLogger(__name__)
 
 #: Names of other models that an error lists.
 MAX_NAMES = 20
+#: Once one data worker has answered, how long the others are waited for, in seconds.
+REPLICAS_S = 1.0
+
+Answers = list[tuple[Node, model_store_pb2.ModelMetadata | EldricError]]
 
 
 class Models:
-    """The model store as the controller sees it."""
+    """The model store as the controller sees it: all data workers together. One that is down is passed over."""
 
     def __init__(self, config: ControllerConfig, cluster: Cluster, channels: ChannelPool) -> None:
         self._config = config
@@ -23,20 +30,22 @@ class Models:
         self._channels = channels
 
     async def find(self, model: str) -> model_store_pb2.ModelMetadata:
-        """What the first data worker that has it says of a model.
+        """What the first data worker that has it says of a model; its source names all that hold the same files.
 
         Raises NotReady without a data worker, NotFound with what to do, or what kept a data worker from
         answering.
         """
-        nodes = [node for node in self._cluster.nodes("data") if node.state in (NodeState.UP, NodeState.DRAINING)]
+        nodes = self._nodes()
         if not nodes:
             raise NotReady("there is no data worker, so no model store: start one with `eldric-cli data`")
-        answers = await asyncio.gather(*(self._ask(node, model) for node in nodes), return_exceptions=True)
-        for answer in answers:
+        answers = await self._ask_all(nodes, model)
+        for _, answer in answers:
             if isinstance(answer, model_store_pb2.ModelMetadata):
+                answer.source.ClearField("places")
+                answer.source.places.extend(_places(answer.source, answers))
                 return answer
-        for answer in answers:
-            if isinstance(answer, BaseException) and not isinstance(answer, NotFound):
+        for _, answer in answers:
+            if isinstance(answer, EldricError) and not isinstance(answer, NotFound):
                 raise answer
         names = await self._names(nodes)
         listed = ", ".join(names[:MAX_NAMES]) + (", ..." if len(names) > MAX_NAMES else "")
@@ -45,10 +54,43 @@ class Models:
             f"add it with `eldric-cli models add FILE --name {model}`"
         )
 
-    async def _ask(self, node: Node, model: str) -> model_store_pb2.ModelMetadata:
-        with call_errors(node.id):
-            request = model_store_pb2.ModelRequest(id=model)
-            return await self._stub(node).Metadata(request, timeout=self._config.call_s)
+    async def located(self, source: stage_pb2.ModelSource) -> stage_pb2.ModelSource:
+        """A kept source with the places that hold its files now; as it was where nobody says. Never raises."""
+        places = _places(source, await self._ask_all(self._nodes(), source.model))
+        if not places:
+            return source
+        made = stage_pb2.ModelSource()
+        made.CopyFrom(source)
+        made.ClearField("places")
+        made.places.extend(places)
+        return made
+
+    def _nodes(self) -> list[Node]:
+        alive = (NodeState.UP, NodeState.DRAINING)
+        return [node for node in self._cluster.nodes("data") if node.state in alive]
+
+    async def _ask_all(self, nodes: list[Node], model: str) -> Answers:
+        """What each says, in their order; of those that answer much later than the first, nothing."""
+        asking = [asyncio.create_task(self._ask(node, model)) for node in nodes]
+        left: set[asyncio.Task[model_store_pb2.ModelMetadata | EldricError]] = set(asking)
+        try:
+            while left and not any(_has_it(task) for task in asking):
+                _, left = await asyncio.wait(left, return_when=asyncio.FIRST_COMPLETED)
+            if left:
+                await asyncio.wait(left, timeout=REPLICAS_S)
+            return [(node, task.result()) for node, task in zip(nodes, asking, strict=True) if task.done()]
+        finally:
+            for task in asking:
+                task.cancel()
+            await asyncio.gather(*asking, return_exceptions=True)
+
+    async def _ask(self, node: Node, model: str) -> model_store_pb2.ModelMetadata | EldricError:
+        try:
+            with call_errors(node.id):
+                request = model_store_pb2.ModelRequest(id=model)
+                return await self._stub(node).Metadata(request, timeout=self._config.call_s)
+        except EldricError as error:
+            return error
 
     async def _names(self, nodes: list[Node]) -> list[str]:
         names: set[str] = set()
@@ -65,3 +107,34 @@ class Models:
     def _stub(self, node: Node) -> "model_store_pb2_grpc.ModelStoreAsyncStub":
         info = node.info
         return model_store_pb2_grpc.ModelStoreStub(self._channels.to(info.grpc_address, info.kind, info.name))
+
+
+def _has_it(task: "asyncio.Task[model_store_pb2.ModelMetadata | EldricError]") -> bool:
+    return task.done() and isinstance(task.result(), model_store_pb2.ModelMetadata)
+
+
+def _places(source: stage_pb2.ModelSource, answers: Answers) -> list[stage_pb2.ModelPlace]:
+    """The data workers that hold these very files."""
+    places = []
+    for node, answer in answers:
+        if not isinstance(answer, model_store_pb2.ModelMetadata):
+            continue
+        if is_same(source, answer.source):
+            places.append(stage_pb2.ModelPlace(node_id=node.id, http_url=node.info.http_url))
+        else:
+            log.warning(
+                "event=other_model source=%s model=%s: its files differ from the planned", node.id, source.model
+            )
+    return places
+
+
+def is_same(one: stage_pb2.ModelSource, other: stage_pb2.ModelSource) -> bool:
+    """Whether two sources are the same files: header and sizes, and the sums of the files where both are known."""
+    return (
+        one.header_sha256 == other.header_sha256
+        and len(one.files) == len(other.files)
+        and all(
+            a.size_bytes == b.size_bytes and (a.sha256 == b.sha256 or not a.sha256 or not b.sha256)
+            for a, b in zip(one.files, other.files, strict=True)
+        )
+    )

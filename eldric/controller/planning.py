@@ -55,6 +55,10 @@ class Planning:
         shape = convert.model_shape(metadata)
         return Prepared(request, name, shape, convert.order_of(request, shape), metadata.source)
 
+    async def located(self, source: stage_pb2.ModelSource) -> stage_pb2.ModelSource:
+        """The source with the data workers that hold it now. Never raises."""
+        return await self._models.located(source)
+
     def plan(self, prepared: Prepared, *, without: str = "") -> Plan:
         """Raises what the planner raises. `without`: as if the pipeline of this id took no memory."""
         return plan(self._cluster.worker_views(without), prepared.shape, prepared.order, PROTOCOL)

@@ -8,8 +8,9 @@ from eldric.v1 import pipeline_pb2
 
 #: Least time between two events of one stage in the same phase, in seconds.
 EVENT_INTERVAL_S = 0.1
-#: The phase that takes the time: its bytes are the stage's share of the whole.
-_MAPPING = "mapping"
+#: The phases that take the time. What is fetched is mapped afterwards, in a tenth of the time or less.
+_FETCHING, _MAPPING = "fetching", "mapping"
+_FETCHED_SHARE = 0.9
 
 
 class Progress:
@@ -23,6 +24,7 @@ class Progress:
     ) -> None:
         self._weights = [stage.weights_bytes for stage in stages]
         self._shares = [0.0] * len(stages)
+        self._fetched = [0.0] * len(stages)  # the share of a stage that was fetched before it is mapped
         self._phases = [""] * len(stages)
         self._told_at = [0.0] * len(stages)
         self._tell = tell
@@ -34,8 +36,12 @@ class Progress:
         if not is_new and now - self._told_at[index] < EVENT_INTERVAL_S and done_bytes < total_bytes:
             return
         self._phases[index], self._told_at[index] = phase, now
-        if phase == _MAPPING:
-            self._shares[index] = done_bytes / total_bytes if total_bytes else 0.0
+        share = done_bytes / total_bytes if total_bytes else 0.0
+        if phase == _FETCHING:
+            self._fetched[index] = _FETCHED_SHARE
+            self._shares[index] = _FETCHED_SHARE * share
+        elif phase == _MAPPING:
+            self._shares[index] = self._fetched[index] + (1 - self._fetched[index]) * share
         else:
             self._shares[index] = 1.0
         self._tell(

@@ -65,7 +65,8 @@ class Rebalance:
     async def reload(self, record: PipelineRecord, operation: Operation) -> pipeline_pb2.PipelineInfo:
         """Load the same layers on what the same workers are now, one epoch on. Raises what loading raises."""
         stages = tuple(self._planning.renewed(stage) for stage in record.stages)
-        moved = replace(record, epoch=record.epoch + 1, stages=stages)
+        source = await self._planning.located(record.source)
+        moved = replace(record, epoch=record.epoch + 1, stages=stages, source=source)
         await self._rings.unmake(record.id, moved.stages, reason=RELOADED)  # whatever an attempt before left there, too
         return await self._move(record, moved, operation, "loading again")
 
