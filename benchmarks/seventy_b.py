@@ -5,7 +5,7 @@
 
 The model is a sparse file of 42 GB: a real header with a vocabulary of 128k tokens, and a hole for weights. Its zeros
 take no disk, but memory while a stage has them mapped: the largest stage needs 19 GB free. The folder must be on a
-disk, not on a tmpfs. Aims: a second from the header to the plan, and memory that is right to 2 %. The last line is JSON.
+disk, not on a tmpfs. Aims: a second from the header to the plan; memory right to 2 %. The last line is JSON.
 """
 
 import argparse
