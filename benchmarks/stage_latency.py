@@ -7,8 +7,8 @@ Generates tokens and follows every step around the ring. Per stage:
 
     queue    the step had been sent to the stage, which was still busy with the one before
     wire     from there (or from when the stage fell idle, had it not been) until the stage's thread had the frame
-    python   the stage's own code: from having the frame to the compute call, and from its end to the frame's sending
-    compute  the call into the compute library
+    python   the stage's own code: all from having the frame to encoding the next one, but for the compute library
+    compute  the time within the compute library
 
 Stages on one machine share a clock; between machines queue and wire are left out. The last line is JSON; --trace FILE
 writes the steps in the trace event format, which ui.perfetto.dev opens.

@@ -267,7 +267,7 @@ class StageTrace(_message.Message):
     received_ns: _builtins.int
     """The frame was taken from the transport. For the head: the step was made up."""
     began_ns: _builtins.int
-    """The computation was started."""
+    """The computation was started: computed_ns less the time within the compute library."""
     computed_ns: _builtins.int
     """The computation was done."""
     sent_ns: _builtins.int

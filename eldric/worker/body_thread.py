@@ -46,14 +46,11 @@ class BodyThread(ComputeThread):
         received_ns = time.perf_counter_ns()
         header = frame.header
         runs = tuple([Run(*run) for run in header.runs])
-        began_ns = time.perf_counter_ns()
         try:
-            output = self._stage.compute(StepInput(runs, hidden=frame.array()))
+            output, times = self._compute(StepInput(runs, hidden=frame.array()), received_ns)
         except EngineError as error:
-            self._ring.send_tokens(header, step_error(self.place.index, error), (received_ns, began_ns, began_ns))
+            self._ring.send_tokens(header, step_error(self.place.index, error), (received_ns,) * 3)
             return
-        computed_ns = self._count(runs, began_ns)
-        times = (received_ns, began_ns, computed_ns)
         if self._tail is None:
             assert output.hidden is not None
             self._ring.send_hidden(header, output.hidden, times)

@@ -11,14 +11,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from eldric.engine.errors import EngineError
-from eldric.engine.stage import Stage
-from eldric.engine.step import Run
+from eldric.engine.stage import Stage, StepOutput
+from eldric.engine.step import StepInput
 from eldric.transport.base import Transport
 from eldric.transport.errors import ConnectFailed, LinkClosed, PeerLost, TransportError
 from eldric.transport.frame import Frame
 from eldric.v1 import frame_pb2, stage_pb2
 from eldric.worker.commands import Command, Connect, Degrade, Rewire, Stop
-from eldric.worker.ring import Ring
+from eldric.worker.ring import Ring, Times
 
 log = logging.getLogger(__name__)
 
@@ -233,13 +233,17 @@ class ComputeThread(ABC):
         self.state, self.message = state, message
         self._on_change()
 
-    def _count(self, runs: tuple[Run, ...], began_ns: int) -> int:
-        """Remember a step's compute time. Returns when it ended."""
+    def _compute(self, step: StepInput, received_ns: int) -> tuple[StepOutput, Times]:
+        """Run the stage, and say when. All of the compute library's time is put at the end, so that what this stage
+        spends in Python lies before and behind it. Raises EngineError."""
+        before_ns = self._stage.compute_ns
+        output = self._stage.compute(step)
         ended_ns = time.perf_counter_ns()
+        library_ns = self._stage.compute_ns - before_ns
         self.steps += 1
-        if runs[0].count == 1:
-            self._step_ns.append(ended_ns - began_ns)
-        return ended_ns
+        if step.runs[0].count == 1:
+            self._step_ns.append(library_ns)
+        return output, (received_ns, ended_ns - library_ns, ended_ns)
 
 
 def step_error(stage: int, error: EngineError) -> frame_pb2.StepTokens:

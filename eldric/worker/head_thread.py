@@ -120,15 +120,12 @@ class HeadThread(ComputeThread):
             self._ring.send_control(FrameKind.CLOSE, message.SerializeToString())
 
     def _step(self, step: Step) -> None:
-        began_ns = time.perf_counter_ns()
         try:
-            output = self._stage.compute(StepInput(step.runs, tokens=step.tokens))
+            output, times = self._compute(StepInput(step.runs, tokens=step.tokens), time.perf_counter_ns())
         except EngineError as error:
             self._failed(step.number, step_error(0, error).error)
             return
-        computed_ns = self._count(step.runs, began_ns)
         self._entered[step.number] = step
-        times = (began_ns, began_ns, computed_ns)
         if self._tail is not None:
             answer = self._tail.sample(step.runs, output.logits)
             self._answered(step.number, answer, self._ring.trace(times) if self._ring.tracing else ())

@@ -79,6 +79,7 @@ class FakeStage:
     """Adds one to what it gets."""
 
     spec = SimpleNamespace(vocab_size=8)
+    compute_ns = 0
 
     def __init__(self) -> None:
         self.truncated: list[tuple[int, int]] = []
@@ -92,6 +93,7 @@ class FakeStage:
         if self.error is not None:
             raise self.error
         assert step.hidden is not None
+        self.compute_ns += 2_000
         return SimpleNamespace(hidden=step.hidden + 1, logits=None)
 
     def close(self) -> None:
@@ -150,7 +152,7 @@ def test_a_step_goes_on_to_the_next_stage(world: World) -> None:
     assert (header.step, header.runs) == (3, (Run(0, 3, 1, True),))
     assert np.frombuffer(payload, np.float32).tolist() == [4.0] * HIDDEN
     assert (world.thread.steps, world.thread.refused_links) == (1, 2)
-    assert world.thread.dropped_frames == {"corrupt": 1} and world.thread.step_ms > 0
+    assert world.thread.dropped_frames == {"corrupt": 1} and world.thread.step_ms == 0.002
 
 
 def test_a_step_that_cannot_be_computed_is_answered_and_the_stage_goes_on(world: World) -> None:
