@@ -19,8 +19,10 @@ class NodeConfig:
 
     `folder` is the node's own: certificate and key, state, node.json and log.
     `host` is the address to bind; `advertise` is the host that others reach it by (default: `host`, or this
-    machine's address where `host` binds all interfaces). `join_port` is used by controllers only: there a node
-    without a certificate exchanges a token for one.
+    machine's address where `host` binds all interfaces). `join_port` is used by controllers and edges only: there a
+    node without a certificate exchanges a token for one.
+    `edge` is the "host:port" of an edge's gRPC face, for a node that others cannot connect to: it has its addresses
+    there, and reaches the controllers through it where those in `controllers` do not answer.
     """
 
     kind: str
@@ -32,6 +34,7 @@ class NodeConfig:
     grpc_port: int = DEFAULT_PORT
     join_port: int = DEFAULT_PORT
     controllers: tuple[str, ...] = ()
+    edge: str = ""
     log_level: str = "INFO"
     insecure_http: bool = False
     drain_s: float = 10.0
@@ -44,9 +47,11 @@ class NodeConfig:
         self._settle("http_port", http, http)
         self._settle("grpc_port", self.grpc_port, http + 1000 if http else 0)
         self._settle("join_port", self.join_port, http + 2000 if http else 0)
-        if self.kind != "controller" and not self.controllers:
-            raise InvalidRequest(f"a {self.kind} node needs the address of a controller (host:port)")
-        for address in self.controllers:
+        if self.kind in ("controller", "edge") and self.edge:
+            raise InvalidRequest(f"a {self.kind} must be reached directly: it cannot be behind an edge")
+        if self.kind != "controller" and not self.controllers and not self.edge:
+            raise InvalidRequest(f"a {self.kind} node needs the address of a controller, or of an edge (host:port)")
+        for address in (*self.controllers, *filter(None, [self.edge])):
             split_address(address)
         if self.drain_s < 0:
             raise InvalidRequest(f"drain_s is {self.drain_s}, it must not be negative")

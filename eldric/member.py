@@ -123,7 +123,7 @@ class Member:
         return channel(self.controller, self._node.identity, "controller")
 
     async def _keep_registered(self) -> None:
-        controllers = self._node.config.controllers
+        controllers = self._node.controllers
         turn, pause_s = 0, FIRST_PAUSE_S
         while True:
             self.controller = controllers[turn % len(controllers)]
@@ -170,6 +170,7 @@ class Member:
             pid=os.getpid(),
             incarnation=node.incarnation,
             resources=self._resources() if self._resources is not None else None,
+            edge_id=node.edge_id,
         )
         request = registry_pb2.RegisterRequest(node=described)
         answer = await registry_pb2_grpc.RegistryStub(connection).Register(request, timeout=REGISTER_TIMEOUT_S)
@@ -197,7 +198,9 @@ class Member:
             call.cancel()
 
     async def _beats(self, pulse: Pulse) -> AsyncIterator[heartbeat_pb2.BeatRequest]:
-        while True:
+        """Until the node has another address: then it must register again."""
+        address = self._node.grpc_address, self._node.http_url
+        while address == (self._node.grpc_address, self._node.http_url):
             self._wake.clear()
             if (beat := self._next_beat()) is not None:
                 yield beat

@@ -19,10 +19,12 @@ from eldric.config import NodeConfig
 from eldric.grpc_server import GrpcServer, Service
 from eldric.interceptors import CallGuard
 from eldric.metrics import CallMetrics, describe_node
+from eldric.names import split_address
 from eldric.node_file import NodeFile
 from eldric.readiness import HealthCheck, Readiness
 from eldric.security import Authority, Identity, renew
 from eldric.security.live import LiveIdentity
+from eldric.tunnel.client import CONTROLLER, TunnelClient
 from eldric.web import WebServer, bind
 from eldric.web_app import http_tls, make_app
 
@@ -48,6 +50,10 @@ class Node:
         self.grpc_address = ""
         self.http_url = ""
         self.join_address = ""
+        #: Controllers to ask in turn: those that are configured, and then, from `start` on, by way of the edge.
+        self.controllers: tuple[str, ...] = config.controllers
+        #: For a node that others reach by way of an edge; its addresses are the edge's.
+        self.tunnel = TunnelClient(config.edge, lambda: self.identity, on_moved=self._moved) if config.edge else None
         #: Whether the node was asked to end: no new work, please.
         self.draining = False
         self.metrics = CollectorRegistry()
@@ -73,6 +79,11 @@ class Node:
     def identity(self) -> Identity:
         """The certificate of now; it is another after a renewal."""
         return self._live.identity
+
+    @property
+    def edge_id(self) -> str:
+        """ "edge/NAME" of the edge that leads to this node; empty without one, and before the first connection."""
+        return self.tunnel.edge_id if self.tunnel is not None else ""
 
     def service(
         self,
@@ -109,10 +120,10 @@ class Node:
         self._on_stop.append(callback)
 
     async def start(self) -> None:
-        """Binds the servers, writes node.json, runs the start callbacks.
+        """Binds the servers, connects to the edge if there is one, writes node.json, runs the start callbacks.
 
         Raises AddressInUse, AlreadyExists when a node runs in this folder, Unauthenticated when the certificate has
-        ended.
+        ended, Unavailable when the edge is not reached.
         """
         if self._authority is not None:
             self._live.replace(await self._renew(self.identity))
@@ -120,6 +131,8 @@ class Node:
         self._file.lock()
         try:
             await self._start_servers()
+            if self.tunnel is not None:
+                await self._start_tunnel(self.tunnel)
             self._file.write(
                 kind=self.config.kind,
                 name=self.config.name,
@@ -149,11 +162,28 @@ class Node:
         await self._web.start()
         self._tasks.append(asyncio.create_task(self._readiness.watch(), name="readiness"))
 
+    async def _start_tunnel(self, tunnel: TunnelClient) -> None:
+        """Others reach this node by the edge's addresses from here on, and it reaches the controllers through it."""
+        host = self.config.host
+        await tunnel.start()
+        self.grpc_address = await tunnel.expose(host, split_address(self.grpc_address)[1])
+        scheme, _, address = self.http_url.partition("://")
+        self.http_url = f"{scheme}://{await tunnel.expose(host, split_address(address)[1])}"
+        self.controllers = (*self.config.controllers, await tunnel.reach(CONTROLLER))
+
+    def _moved(self, before: str, now: str) -> None:
+        """The edge gave another address for one of this node's; the member registers again with it."""
+        if not now:
+            return
+        if self.grpc_address == before:
+            self.grpc_address = now
+        self.http_url = self.http_url.replace(f"//{before}", f"//{now}")
+
     async def _renew(self, identity: Identity) -> Identity:
         if self._authority is not None:
             return self._authority.issue_identity(identity.kind, identity.name)
         problem: Exception | None = None
-        for address in self.config.controllers:
+        for address in self.controllers:
             try:
                 return await renew(address, identity)
             except Exception as error:
@@ -190,6 +220,8 @@ class Node:
             await self._grpc.stop(grace_s)
         self._grpc = self._web = None
         await self.channels.close()
+        if self.tunnel is not None:
+            await self.tunnel.close()
         self._file.remove()
 
     async def run(self) -> None:

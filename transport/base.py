@@ -27,7 +27,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import ClassVar, Self
+from typing import ClassVar, Protocol, Self
 
 from eldric.transport.codec import encode_header, stamp
 from eldric.transport.errors import CorruptFrame
@@ -45,6 +45,20 @@ class Peer:
     stage: int  # index of its stage, for errors and events
 
 
+class Relay(Protocol):
+    """A node's way through an edge, for nodes that nobody can connect to. Called by any thread but the control loop's;
+    addresses are "host:port". `expose` and `reach` may block, and raise any error."""
+
+    def expose(self, host: str, port: int) -> str:
+        """The address by which others reach a port of this node, until `withdraw`."""
+
+    def withdraw(self, address: str) -> None:
+        """Others need this address no longer. Never blocks."""
+
+    def reach(self, address: str) -> str:
+        """An address of this machine that leads to another one."""
+
+
 @dataclass(frozen=True, slots=True)
 class TransportOptions:
     """Settings of one transport."""
@@ -55,6 +69,7 @@ class TransportOptions:
     silence_s: float = 3.0  # a peer that is not heard of for longer is lost; must exceed the time of one frame's way
     linger_s: float = 1.0  # how long Transport.close waits for peers to take what was sent
     encrypt: bool = True  # False: no encryption, and anybody who reaches the port may send
+    relay: Relay | None = None  # for "relay": this node's tunnel; None: it is reached, and reaches others, directly
     spin_s: float = 0.0002  # recv looks for a frame that long before it sleeps, while frames usually come that soon
 
 

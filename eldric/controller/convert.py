@@ -62,6 +62,8 @@ def node_info(message: registry_pb2.Node) -> NodeInfo:
         pid=message.pid,
         incarnation=message.incarnation,
         resources=resources,
+        edge_id=message.edge_id,
+        join_address=message.join_address,
     )
 
 
@@ -80,6 +82,8 @@ def node_message(node: Node) -> registry_pb2.Node:
         incarnation=info.incarnation,
         registered_at=_timestamp(node.registered_at),
         memory_used_bytes=node.memory_used_bytes,
+        edge_id=info.edge_id,
+        join_address=info.join_address,
     )
     if (given := info.resources) is not None:
         message.resources.CopyFrom(

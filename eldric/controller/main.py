@@ -124,6 +124,7 @@ class Controller:
                 protocol=PROTOCOL,
                 pid=os.getpid(),
                 incarnation=node.incarnation,
+                join_address=node.join_address,
             ),
             permanent=True,
         )

@@ -45,6 +45,8 @@ class NodeInfo:
     pid: int
     incarnation: int
     resources: Resources | None = None
+    edge_id: str = ""  # of the edge whose addresses these are
+    join_address: str = ""  # controllers and edges: where a node without a certificate joins
 
     @property
     def id(self) -> str:

@@ -17,6 +17,8 @@ from eldric.errors import AlreadyExists, NotFound, VersionMismatch
 
 #: A beat is late after so many intervals; one that is missed changes nothing.
 LATE_BEATS = 2.0
+#: More of a lease for a node behind an edge, in seconds: its tunnel may break, come back, and have lost nothing.
+EDGE_LEASE_S = 5.0
 #: How long a lost node stays listed, in seconds.
 LOST_KEPT_S = 300.0
 #: Unanswered probes after a closed link that make a node lost.
@@ -120,6 +122,10 @@ class Registry:
             self._nodes[info.id] = Node(info, wall, now, permanent=permanent, replaced=replaced)
         return [NodeChanged(info.id)]
 
+    def lease_s(self, info: NodeInfo) -> float:
+        """Silence of a node that counts as lost."""
+        return self._lease_s + (EDGE_LEASE_S if info.edge_id else 0.0)
+
     def link_opened(self, node_id: str, incarnation: int) -> int:
         """A Beat stream begins. Returns its number. Raises NotFound for a node that must register first."""
         node = self._known(node_id, incarnation)
@@ -184,7 +190,7 @@ class Registry:
             if node.state is NodeState.LOST:
                 if now - node.lost_at > LOST_KEPT_S:
                     events += self._remove(node)
-            elif silence > self._lease_s:
+            elif silence > self.lease_s(node.info):
                 events += self._lose(node, f"no beat for {silence:.1f} s", now)
             elif silence > LATE_BEATS * self._interval_s and not node.probed:
                 node.probed = True

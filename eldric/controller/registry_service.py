@@ -15,9 +15,12 @@ class RegistryService(registry_pb2_grpc.RegistryServicer):
         self._cluster = cluster
 
     async def Register(self, request: registry_pb2.RegisterRequest, context: object) -> registry_pb2.RegisterResponse:
-        self._cluster.register(convert.node_info(request.node))
+        info = convert.node_info(request.node)
+        self._cluster.register(info)
         return registry_pb2.RegisterResponse(
-            beat_interval_ms=self._config.beat_interval_ms, lease_ms=self._config.lease_ms, protocol=PROTOCOL
+            beat_interval_ms=self._config.beat_interval_ms,
+            lease_ms=round(self._cluster.registry.lease_s(info) * 1000),
+            protocol=PROTOCOL,
         )
 
     async def Deregister(

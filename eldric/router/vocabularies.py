@@ -122,7 +122,7 @@ class Vocabularies:
 
     async def _data_workers(self) -> list[registry_pb2.Node]:
         problem: EldricError | None = None
-        for address in self._node.config.controllers:
+        for address in self._node.controllers:
             stub = registry_pb2_grpc.RegistryStub(self._node.channels.to(address, "controller"))
             try:
                 with call_errors(f"controller at {address}"):

@@ -44,7 +44,7 @@ class PipelineWatcher:
             await asyncio.gather(self._task, return_exceptions=True)
 
     async def _follow(self) -> None:
-        controllers = self._node.config.controllers
+        controllers = self._node.controllers
         turn, pause_s = 0, FIRST_PAUSE_S
         while True:
             address = controllers[turn % len(controllers)]

@@ -27,6 +27,7 @@ from eldric.v1 import (
     pipeline_pb2,
     registry_pb2,
     stage_pb2,
+    tunnel_pb2,
 )
 
 MONTH_S = 30 * 24 * 3600
@@ -280,6 +281,7 @@ SERVICES = [
         (inference_pb2, "Inference"),
         (model_store_pb2, "ModelStore"),
         (membership_pb2, "Membership"),
+        (tunnel_pb2, "Tunnel"),
     ]
 ]
 METHODS = [f"/{service.full_name}/{method.name}" for service in SERVICES for method in service.methods]

@@ -1,0 +1,125 @@
+"""Where tunnels may lead: the cluster's nodes, and nowhere else."""
+
+import asyncio
+import logging
+import random
+from urllib.parse import urlsplit
+
+import grpc
+
+from eldric.channels import call_errors, channel
+from eldric.errors import EldricError, InvalidRequest, PermissionDenied, Unavailable
+from eldric.names import split_address
+from eldric.node import Node
+from eldric.v1 import registry_pb2, registry_pb2_grpc
+
+log = logging.getLogger(__name__)
+
+FIRST_PAUSE_S = 0.1
+MAX_PAUSE_S = 2.0
+#: Longest wait for one controller, before the next one is tried.
+_TRY_S = 2.0
+#: Tensor ports are free ports, which no system gives below this.
+_FIRST_FREE_PORT = 1024
+
+
+class Targets:
+    """Follows the registry of one controller at a time, so as to know the cluster's nodes.
+
+    While no controller answers, the nodes that are known stay so.
+    """
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self._nodes: dict[str, registry_pb2.Node] = {}
+        self._task: asyncio.Task[None] | None = None
+
+    def allow(self, address: str) -> tuple[str, int]:
+        """Host and port of an address that a node may be connected to: one of a node of this cluster, or a free port
+        of such a node's machine, where its tensor endpoints are.
+
+        Addresses of this edge itself are not its business. Raises PermissionDenied, InvalidRequest.
+        """
+        host, port = split_address(address)
+        for node in self._nodes.values():
+            if node.edge_id == self._node.config.node_id or node.id == self._node.config.node_id:
+                continue
+            if (host, port) in _faces(node):
+                return host, port
+            hosts = {face[0] for face in _faces(node)}
+            if port >= _FIRST_FREE_PORT and node.kind == registry_pb2.WORKER and host in hosts:
+                return host, port
+        raise PermissionDenied(f"{address} is no address of a node of this cluster")
+
+    async def controller(self) -> tuple[str, int]:
+        """Host and port of a controller that takes connections. Raises Unavailable."""
+        return await self._first(list(self._node.controllers))
+
+    async def join(self) -> tuple[str, int]:
+        """Host and port of a controller's join port that takes connections. Raises Unavailable."""
+        return await self._first([node.join_address for node in self._nodes.values() if node.join_address])
+
+    async def _first(self, addresses: list[str]) -> tuple[str, int]:
+        for address in addresses:
+            host, port = split_address(address)
+            if len(addresses) == 1:
+                return host, port  # whoever connects will see
+            try:
+                async with asyncio.timeout(_TRY_S):
+                    _, writer = await asyncio.open_connection(host, port)
+            except (OSError, TimeoutError):
+                continue
+            writer.close()
+            return host, port
+        raise Unavailable(f"no controller is reached at {', '.join(addresses) or 'any address'}")
+
+    async def start(self) -> None:
+        self._task = asyncio.create_task(self._follow(), name="targets")
+
+    async def stop(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _follow(self) -> None:
+        controllers = self._node.controllers
+        turn, pause_s = 0, FIRST_PAUSE_S
+        while True:
+            address = controllers[turn % len(controllers)]
+            began = asyncio.get_running_loop().time()
+            try:
+                async with channel(address, self._node.identity, "controller") as connection:
+                    with call_errors(f"controller at {address}"):
+                        await self._watch(connection)
+            except EldricError as error:
+                log.warning("event=watch_lost controller=%s error=%r", address, error.message)
+            except Exception:
+                log.exception("event=watch_failed controller=%s", address)
+            if asyncio.get_running_loop().time() - began > MAX_PAUSE_S:
+                pause_s = FIRST_PAUSE_S
+            turn += 1
+            await asyncio.sleep(pause_s * random.uniform(0.8, 1.2))
+            pause_s = min(pause_s * 2, MAX_PAUSE_S)
+
+    async def _watch(self, connection: grpc.aio.Channel) -> None:
+        stub = registry_pb2_grpc.RegistryStub(connection)
+        self._replace(await stub.List(registry_pb2.ListNodesRequest()))
+        async for event in stub.Watch(registry_pb2.WatchNodesRequest()):
+            if event.removed:
+                self._nodes.pop(event.node.id, None)
+            else:
+                self._nodes[event.node.id] = event.node
+
+    def _replace(self, listed: registry_pb2.ListNodesResponse) -> None:
+        self._nodes = {node.id: node for node in listed.nodes}
+
+
+def _faces(node: registry_pb2.Node) -> set[tuple[str, int]]:
+    """Host and port of a node's gRPC, HTTP and join ports."""
+    found = set()
+    for address in (node.grpc_address, urlsplit(node.http_url).netloc, node.join_address):
+        try:
+            found.add(split_address(address))
+        except InvalidRequest:
+            continue
+    return found
