@@ -88,7 +88,7 @@ def report(rows: list[dict[str, Any]]) -> None:
         real, planned = sum(row["real"].values()), sum(row["planned"].values())
         table.append(
             (
-                f"stage {row['index']}, {row['layers']} layers",
+                f"{row['layers']} layers",
                 f"{planned / 1e9:.3f}",
                 f"{real / 1e9:.3f}",
                 error(real, planned),
@@ -98,8 +98,8 @@ def report(rows: list[dict[str, Any]]) -> None:
                 f"{row['step_s']:.2f}",
             )
         )
-    columns = ("", "plan, GB", "engine, GB", "error", "mapped/shard", "resident/shard", "load, s", "token, s")
-    print_table("planned and real memory of each stage (aim: within 2 %)", columns, table)
+    columns = ("stage", "plan, GB", "real, GB", "error", "mapped", "resident", "load, s", "token, s")
+    print_table("memory (aim: within 2 %), and file pages against the shard (aim: +2 % at most)", columns, table)
 
 
 def main() -> None:
