@@ -9,6 +9,9 @@ from eldric.config import NodeConfig
 #: Where a worker reads model files: below its mount, from data workers over HTTP, or wherever the very same file is.
 ModelsFrom = Literal["mount", "http", "auto"]
 
+#: Whether mapped weights are locked in memory, as far as the limit allows. auto: those on mounts that may hang.
+LockWeights = Literal["auto", "on", "off"]
+
 
 @dataclass(frozen=True, slots=True)
 class WorkerConfig:
@@ -19,6 +22,7 @@ class WorkerConfig:
     models_dir: Path | None = None  # where the model store's folder is mounted here; None: the data worker's own path
     cache_dir: Path | None = None  # of what came over HTTP; workers of one machine may share it. None: node/cache
     cache_bytes: int = 0  # most bytes of it; 0: nine tenths of what the disk has free beside it
+    lock: LockWeights = "auto"
     memory_bytes: int = 0  # memory for stages in all; 0: what the machine (or its control group) has
     threads: int = 0  # compute threads of a stage that does not say; 0: the machine's cores
     cpus: tuple[int, ...] | None = None  # cores to pin compute threads to; None: the operating system decides

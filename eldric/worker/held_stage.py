@@ -27,6 +27,7 @@ class HeldStage:
     progress: stage_pb2.LoadProgress = field(default_factory=stage_pb2.LoadProgress)
     loaded: LoadedStage | None = None
     unwanted: int = 0
+    mount_problem: str = ""  # what is wrong with the mount that it maps its weights from
     unloading: bool = False  # a load that is under way sees it and gives everything back
     gone: asyncio.Event = field(default_factory=asyncio.Event)
     rewiring: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -74,7 +75,7 @@ class HeldStage:
         loaded = self.loaded
         if loaded is not None:
             thread = loaded.thread
-            status.message, status.round = thread.message, thread.round
+            status.message, status.round = thread.message or self.mount_problem, thread.round
             status.memory.CopyFrom(loaded.memory)
             status.endpoint.CopyFrom(loaded.wiring.endpoint)
             status.sender_scheme = loaded.wiring.sender.scheme

@@ -23,6 +23,8 @@ from eldric.worker.head import Head
 from eldric.worker.head_thread import HeadThread
 from eldric.worker.metrics import WorkerMetrics
 from eldric.worker.models import Models, OpenModel
+from eldric.worker.mounted.mounts import MountedFile, Mounts
+from eldric.worker.mounted.read_ahead import ReadAhead
 from eldric.worker.range_cache.fetcher import RangeFetcher
 from eldric.worker.resources import compute_threads, memory_budget
 from eldric.worker.wiring import Rewired, Wirer, Wiring
@@ -72,6 +74,7 @@ class LoadedStage:
     wiring: Wiring
     memory: common_pb2.MemoryUse
     release: Callable[[], None]  # gives the model's file back, once the thread has ended
+    mounted: MountedFile | None = None  # where the weights are mapped from, if that may hang
     transport_problem: str = ""  # why the wiring is not of the transport that was asked for
 
     def discard(self) -> None:
@@ -93,7 +96,9 @@ class StageLoader:
         """`on_change` is called in the control loop when a stage's state changed. Without a fetcher, models are read
         from the mount alone."""
         self._config = config
-        self._models = Models(config, fetcher)
+        #: The mounts that models are read from.
+        self.mounts = Mounts(config.node.folder / "mounts", config.models_dir)
+        self._models = Models(config, self.mounts, fetcher)
         self._wirer = Wirer(config)
         self._metrics = metrics
         self._on_change = on_change
@@ -176,7 +181,11 @@ class StageLoader:
     def _bring_in(self, plan: LoadPlan, tell: Callable[[str, int, int], None], cancelled: Callable[[], bool]) -> Stage:
         ranges = shard_of(plan.model, plan.spec, plan.layers).ranges
         plan.opened.fetch(ranges, partial(tell, "fetching"), cancelled)
-        return Stage.load(plan.model, self._stage_config(plan), partial(tell, "mapping"), cancelled)
+        mapping = partial(tell, "mapping")
+        if plan.opened.mounted is None:
+            return Stage.load(plan.model, self._stage_config(plan), mapping, cancelled)
+        with ReadAhead(plan.model.paths, ranges, cancelled) as reader:
+            return Stage.load(plan.model, self._stage_config(plan), mapping, cancelled, reader)
 
     def _stage_config(self, plan: LoadPlan) -> StageConfig:
         options = plan.options
@@ -192,6 +201,7 @@ class StageLoader:
             weights=_choice("weights", options.weights, WEIGHTS_MODES),
             kv_type=_choice("kv_type", options.kv_type, KV_TYPES),
             repack_budget_bytes=self._repack_budget(plan),
+            lock=self._config.lock == "on" or (self._config.lock == "auto" and plan.opened.mounted is not None),
         )
 
     def _repack_budget(self, plan: LoadPlan) -> int:
@@ -225,8 +235,9 @@ class StageLoader:
         except BaseException:
             transport.close()
             raise
-        release = plan.opened.release
-        return LoadedStage(thread, head, rewired.wiring, memory_use(stage.memory), release, rewired.receive_problem)
+        release, mounted = plan.opened.release, plan.opened.mounted
+        memory, problem = memory_use(stage.memory), rewired.receive_problem
+        return LoadedStage(thread, head, rewired.wiring, memory, release, mounted, problem)
 
     def _schedule_config(self, options: common_pb2.StageOptions, stage: Stage) -> ScheduleConfig:
         return ScheduleConfig(

@@ -16,6 +16,7 @@ from eldric.worker.config import WorkerConfig
 from eldric.worker.inference_service import InferenceService
 from eldric.worker.loading import StageLoader
 from eldric.worker.metrics import StageCollector, WorkerMetrics
+from eldric.worker.mounted.watch import MountWatch
 from eldric.worker.range_cache.cache import RangeCache
 from eldric.worker.range_cache.fetcher import RangeFetcher
 from eldric.worker.range_cache.metrics import FetchMetrics
@@ -38,6 +39,7 @@ class Worker:
         fetcher = RangeFetcher(cache, lambda: self.node.identity, fetched)
         loader = StageLoader(config, WorkerMetrics(self.node.metrics), self._changed, fetcher)
         self.stages = StageTable(config, loader)
+        watch = MountWatch(loader.mounts, self.stages, self._changed, self.node.metrics)
         self.node.metrics.register(StageCollector(self))
         self._resources = resources(config)
         self.node.service(
@@ -51,7 +53,10 @@ class Worker:
             inference_pb2.DESCRIPTOR.services_by_name["Inference"],
         )
         self._member = Member(self.node, lambda: self._resources, self._beat, self._answered)
+        self.node.on_start(watch.start)
         self.node.on_drain(self.stages.drain)
+        self.node.on_stop(watch.stop)
+        self.node.on_stop(watch.unmount)
         self.node.on_stop(self.stages.close)
 
     def statuses(self) -> list[stage_pb2.StageStatus]:

@@ -9,10 +9,10 @@ from eldric.engine.shard import ByteRange
 from eldric.errors import EldricError, InvalidRequest, NotFound, NotReady
 from eldric.v1 import stage_pb2
 from eldric.worker.config import WorkerConfig
+from eldric.worker.mounted.mounts import MountedFile, Mounts
 from eldric.worker.range_cache.entry import CachedModel
 from eldric.worker.range_cache.fetch import Cancelled, Progress
 from eldric.worker.range_cache.fetcher import RangeFetcher
-from eldric.worker.source import open_model
 
 log = logging.getLogger(__name__)
 
@@ -21,20 +21,22 @@ log = logging.getLogger(__name__)
 class OpenModel:
     """A model whose headers can be read. `fetch` makes ranges of it readable as well.
 
+    mounted: where it is, if reading it may hang because a file server does.
     release: gives the file back, so that a cache may drop it; for after the stage that maps it is gone.
     """
 
     file: ModelFile
     fetch: Callable[[Sequence[ByteRange], Progress, Cancelled], None]
     release: Callable[[], None]
+    mounted: MountedFile | None = None
 
 
 class Models:
     """The worker's way to model files."""
 
-    def __init__(self, config: WorkerConfig, fetcher: RangeFetcher | None = None) -> None:
-        """Without a fetcher only what the mount has can be opened."""
-        self._config, self._fetcher = config, fetcher
+    def __init__(self, config: WorkerConfig, mounts: Mounts, fetcher: RangeFetcher | None = None) -> None:
+        """Without a fetcher only what mounts have can be opened."""
+        self._config, self._mounts, self._fetcher = config, mounts, fetcher
 
     def open(self, source: stage_pb2.ModelSource, cancelled: Cancelled) -> OpenModel:
         """Find the file that was planned. Blocks: for a thread of its own.
@@ -44,7 +46,8 @@ class Models:
         if self._config.models == "http":
             return self._over_http(source, cancelled)
         try:
-            return OpenModel(open_model(source, self._config.models_dir), _nothing_to_fetch, lambda: None)
+            file, mounted = self._mounts.open(source)
+            return OpenModel(file, _nothing_to_fetch, lambda: None, mounted)
         except (NotFound, NotReady, InvalidRequest) as error:
             if self._config.models == "mount" or self._fetcher is None or not source.places:
                 raise

@@ -16,7 +16,7 @@ def open_model(source: stage_pb2.ModelSource, mount: Path | None) -> ModelFile:
     folder = mount or Path(source.folder)
     if not folder.is_absolute():
         raise InvalidRequest(f"the model store's folder {source.folder!r} is no absolute path")
-    paths = [_inside(folder, file.path) for file in source.files]
+    paths = [path_in(folder, file.path) for file in source.files]
     if not paths:
         raise InvalidRequest("the load request names no model file")
     for path, file in zip(paths, source.files, strict=True):
@@ -31,7 +31,8 @@ def open_model(source: stage_pb2.ModelSource, mount: Path | None) -> ModelFile:
     return model
 
 
-def _inside(folder: Path, relative: str) -> Path:
+def path_in(folder: Path, relative: str) -> Path:
+    """Where a file of the model store is, below its folder. Raises InvalidRequest for a way out of it."""
     pure = PurePosixPath(relative)
     if pure.is_absolute() or ".." in pure.parts or not pure.parts or "\0" in relative:
         raise InvalidRequest(f"{relative!r} does not lie in the model store")
