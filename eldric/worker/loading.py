@@ -14,6 +14,7 @@ from eldric.engine.shard import LayerRange, MemoryEstimate, memory_estimate, mod
 from eldric.engine.spec import ModelSpec, spec_of
 from eldric.engine.stage import KVType, Stage, StageConfig
 from eldric.errors import InvalidRequest
+from eldric.transport.base import Relay
 from eldric.v1 import common_pb2, stage_pb2
 from eldric.worker.body_thread import BodyThread
 from eldric.worker.compute_thread import Place
@@ -92,14 +93,15 @@ class StageLoader:
         metrics: WorkerMetrics,
         on_change: Callable[[], None],
         fetcher: RangeFetcher | None = None,
+        relay: Relay | None = None,
     ) -> None:
         """`on_change` is called in the control loop when a stage's state changed. Without a fetcher, models are read
-        from the mount alone."""
+        from the mount alone. `relay`: the tunnel of a worker behind an edge."""
         self._config = config
         #: The mounts that models are read from.
         self.mounts = Mounts(config.node.folder / "mounts", config.models_dir)
         self._models = Models(config, self.mounts, fetcher)
-        self._wirer = Wirer(config)
+        self._wirer = Wirer(config, relay)
         self._metrics = metrics
         self._on_change = on_change
 

@@ -20,6 +20,7 @@ from eldric.worker.mounted.watch import MountWatch
 from eldric.worker.range_cache.cache import RangeCache
 from eldric.worker.range_cache.fetcher import RangeFetcher
 from eldric.worker.range_cache.metrics import FetchMetrics
+from eldric.worker.relay import relay_of
 from eldric.worker.resources import resources
 from eldric.worker.stage_service import StageService
 from eldric.worker.stages import StageTable
@@ -37,7 +38,8 @@ class Worker:
         cache = RangeCache(config.cache_folder, config.cache_bytes)
         fetched = FetchMetrics(self.node.metrics, cache.nbytes)
         fetcher = RangeFetcher(cache, lambda: self.node.identity, fetched)
-        loader = StageLoader(config, WorkerMetrics(self.node.metrics), self._changed, fetcher)
+        relay = relay_of(self.node)
+        loader = StageLoader(config, WorkerMetrics(self.node.metrics), self._changed, fetcher, relay)
         self.stages = StageTable(config, loader)
         watch = MountWatch(loader.mounts, self.stages, self._changed, self.node.metrics)
         self.node.metrics.register(StageCollector(self))

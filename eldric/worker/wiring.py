@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from eldric.transport.addresses import join_address, split_address
-from eldric.transport.base import Transport, TransportOptions
+from eldric.transport.base import Relay, Transport, TransportOptions
 from eldric.transport.errors import InvalidAddress, ListenFailed, TransportError, UnknownTransport
 from eldric.transport.registry import create
 from eldric.v1 import common_pb2, stage_pb2
@@ -46,8 +46,10 @@ class Rewired:
 class Wirer:
     """Opens transports for the stages of one worker. May block; used by one thread at a time for each stage."""
 
-    def __init__(self, config: WorkerConfig) -> None:
+    def __init__(self, config: WorkerConfig, relay: Relay | None = None) -> None:
+        """`relay`: the tunnel of a worker behind an edge."""
         self._config = config
+        self._relay = relay
 
     def first(self, request: stage_pb2.LoadRequest) -> Rewired:
         """One transport for both links, of the request's scheme or, where that cannot be opened, of the default's.
@@ -101,7 +103,9 @@ class Wirer:
 
     def _transport(self, scheme: str, request: stage_pb2.LoadRequest) -> Transport:
         """Raises UnknownTransport, also for one without encryption where nobody said that it may go without."""
-        options = TransportOptions(silence_s=self._config.silence_s, encrypt=not request.insecure_tensors)
+        options = TransportOptions(
+            silence_s=self._config.silence_s, encrypt=not request.insecure_tensors, relay=self._relay
+        )
         transport = _attempt(
             scheme, UnknownTransport, lambda: create(scheme, request.pipeline_id, request.index, options)
         )

@@ -1,0 +1,45 @@
+"""The node's tunnel, as its stages' transports use it from their own threads."""
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any
+
+from eldric.errors import Unavailable
+from eldric.node import Node
+from eldric.tunnel.client import TunnelClient
+
+#: Longest wait for the control loop and the edge, in seconds.
+_ANSWER_S = 12.0
+
+
+class NodeRelay:
+    """See transport.base.Relay."""
+
+    def __init__(self, node: Node, tunnel: TunnelClient) -> None:
+        self._tunnel = tunnel
+        self._loop: asyncio.AbstractEventLoop | None = None
+        node.on_start(self._start)
+
+    async def _start(self) -> None:
+        self._loop = asyncio.get_running_loop()
+
+    def expose(self, host: str, port: int) -> str:
+        return self._answer(self._tunnel.expose(host, port))
+
+    def withdraw(self, address: str) -> None:
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._tunnel.withdraw, address)
+
+    def reach(self, address: str) -> str:
+        return self._answer(self._tunnel.reach(address))
+
+    def _answer(self, work: Coroutine[Any, Any, str]) -> str:
+        if self._loop is None:
+            work.close()
+            raise Unavailable("the node has not started")
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(_ANSWER_S)
+
+
+def relay_of(node: Node) -> NodeRelay | None:
+    """The relay of a node behind an edge; None for one that is reached directly."""
+    return NodeRelay(node, node.tunnel) if node.tunnel is not None else None
