@@ -66,8 +66,10 @@ def plan_pieces(
     """
     exact: list[Piece] = []
     partial: list[tuple[int, Check, list[Extent]]] = []
+    spare = 0.0
     for file, extents in wanted.items():
         missing = [gap for extent in Extents(extents) for gap in have[file].missing(extent)]
+        spare += EXTRA_SHARE * sum(map(len, missing))
         for check, parts in _by_check(missing, checks.get(file, ())):
             if check is None:
                 exact += [Piece(file, part) for part in _cut(parts, PIECE_BYTES)]
@@ -75,9 +77,6 @@ def plan_pieces(
                 exact.append(Piece(file, _hull(parts), check))
             else:
                 partial.append((file, check, parts))
-    spare = int(
-        EXTRA_SHARE * sum(len(gap) for file in wanted for each in wanted[file] for gap in have[file].missing(each))
-    )
     for file, check, parts in sorted(partial, key=lambda each: _extra(have[each[0]], each[1], each[2])):
         extra = _extra(have[file], check, parts)
         if extra <= spare:
