@@ -47,6 +47,7 @@ class Network:
     _switch: "subprocess.Popen[bytes]"
     _namespaces: dict[str, int]
     _groups: dict[str, Path] = field(default_factory=dict)
+    _made: int = 0  # groups
 
     def command(self, host: str, command: Sequence[str]) -> list[str]:
         """The command that runs `command` on a host, in the host's memory group if it has one.
@@ -61,17 +62,18 @@ class Network:
     def limit_memory(self, host: str, nbytes: int) -> None:
         """All that is started on a host from now on shares so much memory, page cache included.
 
-        Raises NetworkUnavailable.
+        What runs there already keeps the limit that it has. Raises NetworkUnavailable.
         """
+        self._made += 1
         try:
-            group = make_group(f"eldric-{self._switch.pid}-{host}", nbytes)
+            group = make_group(f"eldric-{self._switch.pid}-{host}-{self._made}", nbytes)
         except OSError as error:
             raise NetworkUnavailable(f"no memory group can be made: {error}") from error
         self._tell(group=str(group))
         self._groups[host] = group
 
     def memory_group(self, host: str) -> Path:
-        """Its folder below /sys/fs/cgroup. Raises KeyError for a host without a limit."""
+        """The latest one's folder below /sys/fs/cgroup. Raises KeyError for a host without a limit."""
         return self._groups[host]
 
     def sent_bytes(self, host: str) -> int:
