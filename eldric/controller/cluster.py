@@ -182,6 +182,7 @@ class Cluster:
             unusable=unusable,
             protocol=node.info.protocol,
             transports=(resources.transports if resources else ()) or (DEFAULT_TRANSPORT,),
+            host=resources.host if resources else "",
         )
 
     def _apply(self, events: Iterable[Event]) -> None:

@@ -6,6 +6,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from eldric.controller.costs import DEFAULT_CHUNK, DEFAULT_CONTEXT, DEFAULT_SLOTS, ModelShape, Options
 from eldric.controller.deployments import Deployment, PipelineState, Wanted
+from eldric.controller.links import AUTO
 from eldric.controller.nodes import (
     Device,
     Endpoint,
@@ -51,6 +52,7 @@ def node_info(message: registry_pb2.Node) -> NodeInfo:
             engine=given.engine,
             cpu_variant=given.cpu_variant,
             transports=tuple(given.transports),
+            host=given.host,
         )
     return NodeInfo(
         kind=kind,
@@ -97,6 +99,7 @@ def node_message(node: Node) -> registry_pb2.Node:
                 engine=given.engine,
                 cpu_variant=given.cpu_variant,
                 transports=given.transports,
+                host=given.host,
             )
         )
     return message
@@ -114,6 +117,9 @@ def stage_report(status: stage_pb2.StageStatus) -> StageReport:
         queued=status.queued,
         endpoint=_endpoint(status.endpoint),
         round=status.round,
+        sender_scheme=status.sender_scheme,
+        sender_key=status.sender_key,
+        link=status.link if status.HasField("link") else None,
     )
 
 
@@ -174,7 +180,12 @@ def order_of(request: pipeline_pb2.DeployRequest, shape: ModelShape) -> Order:
         trace=given.trace,
         kv_type=given.kv_type or "f16",
     )
-    return Order(options, request.stages, tuple(request.workers), tuple(request.layers), request.transport)
+    return Order(options, request.stages, tuple(request.workers), tuple(request.layers), wish_of(request))
+
+
+def wish_of(request: pipeline_pb2.DeployRequest) -> str:
+    """The one transport that a request asks for; empty: whichever is best for each link."""
+    return "" if request.transport == AUTO else request.transport
 
 
 def options_message(options: Options) -> common_pb2.StageOptions:
@@ -203,6 +214,7 @@ def plan_message(plan: Plan, model: str) -> pipeline_pb2.DeploymentPlan:
                 kv_bytes=stage.kv_bytes,
                 compute_bytes=stage.compute_bytes,
                 available_bytes=stage.available_bytes,
+                transports=stage.transports,
             )
             for stage in plan.stages
         ],
@@ -211,7 +223,9 @@ def plan_message(plan: Plan, model: str) -> pipeline_pb2.DeploymentPlan:
     )
 
 
-def load_request(record: PipelineRecord, stage: StageRecord, key: StageKey, stage_count: int) -> stage_pb2.LoadRequest:
+def load_request(
+    record: PipelineRecord, stage: StageRecord, key: StageKey, stage_count: int, transport: str
+) -> stage_pb2.LoadRequest:
     return stage_pb2.LoadRequest(
         pipeline_id=record.id,
         name=record.name,
@@ -222,7 +236,7 @@ def load_request(record: PipelineRecord, stage: StageRecord, key: StageKey, stag
         source=record.source,
         options=record.options,
         memory_limit_bytes=stage.limit_bytes,
-        transport=record.transport,
+        transport=transport,
         insecure_tensors=record.request.insecure_tensors,
     )
 
@@ -293,6 +307,8 @@ def _pipeline_stage(
     )
     if report.endpoint is not None:
         message.transport, message.encrypted = report.endpoint.scheme, bool(report.endpoint.public_key)
+    if report.link is not None:
+        message.link.CopyFrom(report.link)
     return message
 
 

@@ -1,7 +1,7 @@
 """By which transport each link goes: the best that both its ends offer, the next best where that fails. Pure."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 from eldric.errors import NotReady, Unavailable
@@ -29,33 +29,25 @@ class End(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LinkChoice:
-    """The schemes that a link may go by, best first, and why those before the present one failed."""
+    """The scheme that a link goes by now, those that it may fall back to, and why it has fallen back so far."""
 
-    schemes: tuple[str, ...]
-    failures: tuple[str, ...] = ()  # of schemes[0], schemes[1] and so on
-
-    @property
-    def scheme(self) -> str:
-        return self.schemes[len(self.failures)]
-
-    @property
-    def is_last(self) -> bool:
-        """Whether there is nothing left to fall back to."""
-        return len(self.failures) + 1 == len(self.schemes)
-
-    @property
-    def fallback(self) -> str:
-        """Why it is not the best scheme, for people; empty when it is."""
-        failed = zip(self.schemes, self.failures, strict=False)
-        return "; ".join(f"{scheme} failed: {reason}" for scheme, reason in failed)
+    scheme: str
+    others: tuple[str, ...] = ()  # best first
+    fallback: str = ""  # for people: "ucx failed: ..."; empty: nothing better failed
 
     def failed(self, reason: str) -> "LinkChoice":
-        """The next choice. Raises Unavailable, with the reason of every scheme, when there is none."""
-        if not self.is_last:
-            return replace(self, failures=(*self.failures, reason))
-        if len(self.schemes) == 1:
-            raise Unavailable(reason)
-        raise Unavailable(replace(self, failures=(*self.failures, reason)).fallback)
+        """The next choice. Raises Unavailable, with the reasons so far, when there is none."""
+        failures = "; ".join(filter(None, (self.fallback, f"{self.scheme} failed: {reason}")))
+        if self.others:
+            return LinkChoice(self.others[0], self.others[1:], failures)
+        raise Unavailable(failures if self.fallback else reason)
+
+    def resumed(self, scheme: str, fallback: str) -> "LinkChoice":
+        """This choice for a link that goes by `scheme` already; unchanged when that may not be any more."""
+        schemes = (self.scheme, *self.others)
+        if scheme not in schemes:
+            return self
+        return LinkChoice(scheme, schemes[schemes.index(scheme) + 1 :], fallback)
 
 
 def ring_choices(ends: Sequence[End], wanted: str = "") -> tuple[LinkChoice, ...]:
@@ -66,7 +58,8 @@ def ring_choices(ends: Sequence[End], wanted: str = "") -> tuple[LinkChoice, ...
     """
     if len(ends) < 2:
         return ()
-    return tuple(LinkChoice(alternatives(end, ends[(index + 1) % len(ends)], wanted)) for index, end in enumerate(ends))
+    schemes = [alternatives(end, ends[(index + 1) % len(ends)], wanted) for index, end in enumerate(ends)]
+    return tuple(LinkChoice(best, tuple(others)) for best, *others in schemes)
 
 
 def alternatives(sender: End, receiver: End, wanted: str = "") -> tuple[str, ...]:

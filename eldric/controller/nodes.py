@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from eldric.v1 import stage_pb2
+
 
 class NodeState(StrEnum):
     """Whether a node is there; see the message NodeState."""
@@ -30,6 +32,7 @@ class Resources:
     engine: str = ""
     cpu_variant: str = ""
     transports: tuple[str, ...] = ()
+    host: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,3 +112,6 @@ class StageReport:
     queued: int = 0
     endpoint: Endpoint | None = None
     round: int = 0  # of its last Connect
+    sender_scheme: str = ""
+    sender_key: str = ""
+    link: stage_pb2.LinkStatus | None = None  # passed through as it is

@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, groupby
 
 from eldric.controller.costs import ModelShape, Options, readable
+from eldric.controller.links import LinkChoice, ring_choices
 from eldric.controller.partition import Cut, Partition, Ring, Shortfall
 from eldric.controller.seating import (
-    DEFAULT_TRANSPORT,
     HEAD_ROOM,
     Seating,
     WorkerView,
@@ -50,6 +50,7 @@ class PlannedStage:
     compute_bytes: int
     available_bytes: int  # what the worker has for it, earlier stages of this plan and head room taken off
     limit_bytes: int  # what it may take: `needed_bytes`, and a second copy of the weights where there is room for it
+    transports: tuple[str, ...] = ()  # that the link to the next stage may go by, best first
 
     @property
     def needed_bytes(self) -> int:
@@ -61,7 +62,7 @@ class Plan:
     stages: tuple[PlannedStage, ...]
     excluded: tuple[tuple[str, str], ...]  # worker and reason
     options: Options
-    transport: str
+    transport: str  # that every link must take; empty: each the best that it can
 
     @property
     def layout(self) -> tuple[tuple[str, int, int], ...]:
@@ -85,11 +86,12 @@ def plan(cluster: Iterable[WorkerView], shape: ModelShape, order: Order, protoco
     if found is None:
         raise _too_little(workers, partition, shape, order, bounds)
     seating, cut = found
-    stages = _stages(seating, cut, shape, order.options)
+    links = ring_choices(seating.workers, order.transport)
+    stages = _linked(_stages(seating, cut, shape, order.options), links)
     chosen = {stage.worker for stage in stages}
     spare = tuple((worker.name, "not needed") for worker in workers if worker.name not in chosen)
     options = replace(order.options, lanes=order.options.lanes or len(stages))
-    return Plan(stages, excluded + spare, options, _transport(seating, order.transport))
+    return Plan(stages, excluded + spare, options, order.transport)
 
 
 def _check(order: Order, shape: ModelShape) -> None:
@@ -206,18 +208,13 @@ def _stages(seating: Seating, cut: Cut, shape: ModelShape, options: Options) -> 
     return tuple(stages)
 
 
-def _transport(seating: Seating, wanted: str) -> str:
-    """The scheme that all stages use: the first of the head's that every worker offers."""
-    if wanted:
-        return wanted
-    offers = [worker.transports or (DEFAULT_TRANSPORT,) for worker in seating.workers]
-    for scheme in offers[0]:
-        if all(scheme in offer for offer in offers):
-            return scheme
-    if len(offers) == 1:
-        return DEFAULT_TRANSPORT
-    listed = "; ".join(f"{worker.name}: {', '.join(worker.transports)}" for worker in dict.fromkeys(seating.workers))
-    raise NotReady(f"the workers have no tensor transport in common ({listed})")
+def _linked(stages: tuple[PlannedStage, ...], links: tuple[LinkChoice, ...]) -> tuple[PlannedStage, ...]:
+    """The stages with what their links may go by; a single stage has no link."""
+    if not links:
+        return stages
+    return tuple(
+        replace(stage, transports=(link.scheme, *link.others)) for stage, link in zip(stages, links, strict=True)
+    )
 
 
 def _too_little(

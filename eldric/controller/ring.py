@@ -2,11 +2,13 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, TypeVar
 
 from eldric.controller import convert
 from eldric.controller.cluster import Cluster
+from eldric.controller.linking import Linking, Wired, named, wired
+from eldric.controller.links import LinkChoice, ring_choices
 from eldric.controller.nodes import Endpoint, StageKey, StageState
 from eldric.controller.pipelines import PipelineRecord, StageRecord
 from eldric.controller.progress import Progress
@@ -35,47 +37,35 @@ class RingMaker:
     async def make(self, record: PipelineRecord, stages: Sequence[StageRecord], epoch: int, progress: Progress) -> None:
         """Load all stages, connect them, wait until all serve. Undoes nothing when it fails or is cancelled."""
 
-        async def load(stage: StageRecord) -> Endpoint:
-            return await self._load(record, stage, StageKey(record.id, epoch, stage.index), len(stages), progress)
+        choices = self._choices(record, stages)
 
-        endpoints = await self._on_each(stages, load)
-        await self.connect(record.id, stages, epoch, endpoints)
+        async def load(stage: StageRecord) -> Wired:
+            key = StageKey(record.id, epoch, stage.index)
+            transport = choices[stage.index - 1].scheme if choices else ""
+            request = convert.load_request(record, stage, key, len(stages), transport)
+            return await self._load(stage, key, request, progress)
+
+        have = await self._on_each(stages, load)
+        await self._connect(Linking(record.id, epoch, tuple(stages), tuple(have), choices))
         for stage in stages:
             progress.report(stage, "connected")
 
-    async def connect(
-        self,
-        pipeline_id: str,
-        stages: Sequence[StageRecord],
-        epoch: int,
-        endpoints: Sequence[Endpoint],
-        round: int = 0,
-    ) -> None:
-        """Tell every stage its neighbours and wait until all serve.
-
-        `endpoints`: of the stages, in order. `round`: how often they were connected before.
-        """
-        workers = [stage.worker for stage in stages]
-
-        async def connect(stage: StageRecord) -> None:
-            request = connect_request(pipeline_id, epoch, stage.index, endpoints)
-            request.workers.extend(workers)
-            request.round = round
-            await self._workers.connect(self._node(stage), request)
-            await self._serving(stage, StageKey(pipeline_id, epoch, stage.index))
-
-        await self._on_each(stages, connect)
-
     async def mend(self, record: PipelineRecord) -> None:
         """Connect a ring again whose stages are all there, in a new round. Raises NotReady when one is not."""
-        endpoints, rounds = [], []
+        ring, rounds = [], []
+        choices = list(self._choices(record, record.stages))
         for stage in record.stages:
             report = self._node(stage).stages.get(record.key(stage))
-            if report is None or report.endpoint is None:
+            have = wired(report) if report is not None else None
+            if report is None or have is None:
                 raise NotReady(f"stage {stage.index} on {stage.worker} is not there")
-            endpoints.append(report.endpoint)
+            ring.append(have)
             rounds.append(report.round)
-        await self.connect(record.id, record.stages, record.epoch, endpoints, max(rounds) + 1)
+            if report.link is not None and choices:
+                choices[stage.index] = choices[stage.index].resumed(report.link.transport, report.link.fallback)
+        await self._connect(
+            Linking(record.id, record.epoch, record.stages, tuple(ring), tuple(choices), max(rounds) + 1)
+        )
 
     async def unmake(self, pipeline_id: str, stages: Sequence[StageRecord], epoch: int = 0, reason: str = "") -> None:
         """Unload a pipeline's stages, the head first, so that it ends its sequences in good order. Never raises.
@@ -90,20 +80,66 @@ class RingMaker:
         await self._unload(pipeline_id, head, epoch, reason)
         await asyncio.gather(*(self._unload(pipeline_id, stage, epoch, reason) for stage in others))
 
+    def _choices(self, record: PipelineRecord, stages: Sequence[StageRecord]) -> tuple[LinkChoice, ...]:
+        """How the links of a ring may go. Raises NotReady when one cannot at all, Unavailable when a worker is gone."""
+        views = {view.name: view for view in self._cluster.worker_views()}
+        missing = [stage for stage in stages if stage.worker not in views]
+        if missing:
+            raise named(missing[0], Unavailable("it left the cluster"))
+        return ring_choices([views[stage.worker] for stage in stages], record.transport)
+
+    async def _connect(self, linking: Linking) -> None:
+        """Tell every stage its neighbours and wait until all serve. A link that fails falls back, in a next round."""
+        while True:
+            linking = await self._open_links(linking)
+            failed = await self._tell(linking)
+            if not failed:
+                break
+            linking = linking.fell_back(failed).next_round()
+        await self._on_each(linking.stages, lambda stage: self._serving(stage, linking.key(stage)))
+
+    async def _open_links(self, linking: Linking) -> Linking:
+        """Let every stage receive and send by its links' schemes, or by what those fall back to."""
+        while requests := linking.open_requests():
+            linking, failed = linking.opened(await self._ask(linking, requests))
+            if not failed:
+                break
+            linking = linking.fell_back(failed)
+        return linking
+
+    async def _ask(
+        self, linking: Linking, requests: Mapping[int, stage_pb2.OpenLinksRequest]
+    ) -> dict[int, stage_pb2.OpenLinksResponse]:
+        stages = [linking.stages[index] for index in requests]
+
+        async def ask(stage: StageRecord) -> stage_pb2.OpenLinksResponse:
+            return await self._workers.open_links(self._node(stage), requests[stage.index])
+
+        return dict(zip(requests, await self._on_each(stages, ask), strict=True))
+
+    async def _tell(self, linking: Linking) -> dict[int, str]:
+        """Returns the links that fail: by sending stage, and why."""
+
+        async def tell(stage: StageRecord) -> str:
+            return await self._workers.connect(self._node(stage), linking.connect_request(stage))
+
+        problems = await self._on_each(linking.stages, tell)
+        return {index: problem for index, problem in enumerate(problems) if problem}
+
     async def _load(
-        self, record: PipelineRecord, stage: StageRecord, key: StageKey, count: int, progress: Progress
-    ) -> Endpoint:
+        self, stage: StageRecord, key: StageKey, request: stage_pb2.LoadRequest, progress: Progress
+    ) -> Wired:
         def advance(event: stage_pb2.LoadProgress) -> None:
             progress.report(stage, event.phase, event.done_bytes, event.total_bytes)
 
-        request = convert.load_request(record, stage, key, count)
         loaded = await self._workers.load(self._node(stage), request, advance)
         report = convert.loaded_report(key, loaded)
-        if report.endpoint is None and count > 1:
+        have = wired(report)
+        if have is None and request.stage_count > 1:
             raise Unavailable("it gave no tensor endpoint")
         self._cluster.stage_seen(stage.node_id, report)
         progress.report(stage, "loaded", stage.weights_bytes, stage.weights_bytes)
-        return report.endpoint or Endpoint("", "", "")
+        return have or Wired(Endpoint("", "", ""), "", "")
 
     async def _serving(self, stage: StageRecord, key: StageKey) -> None:
         """Returns when a stage serves. Raises Unavailable when it breaks or is gone, DeadlineExceeded."""
@@ -147,7 +183,7 @@ class RingMaker:
                 self._node(stage)
                 return await work(stage)
             except EldricError as error:
-                raise _named(stage, error) from error
+                raise named(stage, error) from error
 
         try:
             async with asyncio.TaskGroup() as group:
@@ -162,7 +198,7 @@ class RingMaker:
 
     async def _guard(self, stage: StageRecord) -> None:
         """Raises Unavailable when the process of a stage is gone."""
-        raise _named(stage, Unavailable(await self._cluster.gone(stage.node_id, stage.incarnation)))
+        raise named(stage, Unavailable(await self._cluster.gone(stage.node_id, stage.incarnation)))
 
     def _node(self, stage: StageRecord) -> Node:
         """The process that a stage belongs to. Raises Unavailable when it is gone."""
@@ -174,21 +210,3 @@ class RingMaker:
         if not node.is_alive:
             raise Unavailable(f"it is lost: {node.reason}")
         return node
-
-
-def _named(stage: StageRecord, error: EldricError) -> EldricError:
-    return type(error)(f"stage {stage.index} on {stage.worker}: {error.message}")
-
-
-def connect_request(
-    pipeline_id: str, epoch: int, index: int, endpoints: Sequence[Endpoint]
-) -> stage_pb2.ConnectRequest:
-    """What a stage is told of its neighbours; the ring closes from the tail to the head. One stage has no neighbour."""
-    request = stage_pb2.ConnectRequest(pipeline_id=pipeline_id, index=index, epoch=epoch)
-    if len(endpoints) > 1:
-        after, before = (index + 1) % len(endpoints), (index - 1) % len(endpoints)
-        request.next.CopyFrom(convert.endpoint_message(endpoints[after]))
-        request.next_index = after
-        if endpoints[before].public_key:
-            request.allowed_keys.append(endpoints[before].public_key)
-    return request

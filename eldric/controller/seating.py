@@ -22,6 +22,7 @@ class WorkerView:
     unusable: str = ""  # why it takes no stages now; empty when it does
     protocol: int = 1
     transports: tuple[str, ...] = (DEFAULT_TRANSPORT,)  # best first
+    host: str = ""  # equal for workers on one host; empty: not known
 
     @property
     def available_bytes(self) -> int:

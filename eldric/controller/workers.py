@@ -42,9 +42,16 @@ class Workers:
                 call.cancel()
         raise Unavailable("the load ended before the stage was there")
 
-    async def connect(self, node: Node, request: stage_pb2.ConnectRequest) -> None:
+    async def open_links(self, node: Node, request: stage_pb2.OpenLinksRequest) -> stage_pb2.OpenLinksResponse:
+        """Settles what a stage receives and sends with."""
         with call_errors(node.id):
-            await self._stub(node).Connect(request, timeout=self._config.call_s)
+            return await self._stub(node).OpenLinks(request, timeout=self._config.call_s)
+
+    async def connect(self, node: Node, request: stage_pb2.ConnectRequest) -> str:
+        """Names a stage's neighbours. Returns why the next one cannot be reached; empty when it is."""
+        with call_errors(node.id):
+            answer = await self._stub(node).Connect(request, timeout=self._config.call_s)
+            return answer.problem
 
     async def statuses(
         self, node: Node, pipeline_id: str = "", timeout_s: float | None = None

@@ -427,11 +427,14 @@ class OpenLinksResponse(_message.Message):
     SENDER_KEY_FIELD_NUMBER: _builtins.int
     RECEIVE_PROBLEM_FIELD_NUMBER: _builtins.int
     SEND_PROBLEM_FIELD_NUMBER: _builtins.int
+    SENDER_SCHEME_FIELD_NUMBER: _builtins.int
     sender_key: _builtins.str
     """Key of the transport that it sends with: the next stage must allow it."""
     receive_problem: _builtins.str
     """Why a transport could not be opened. Empty: it is."""
     send_problem: _builtins.str
+    sender_scheme: _builtins.str
+    """Scheme of the transport that it sends with."""
     @_builtins.property
     def endpoint(self) -> _common_pb2.TensorEndpoint:
         """Where the stage listens now."""
@@ -443,10 +446,11 @@ class OpenLinksResponse(_message.Message):
         sender_key: _builtins.str = ...,
         receive_problem: _builtins.str = ...,
         send_problem: _builtins.str = ...,
+        sender_scheme: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["endpoint", b"endpoint"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["endpoint", b"endpoint", "receive_problem", b"receive_problem", "send_problem", b"send_problem", "sender_key", b"sender_key"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["endpoint", b"endpoint", "receive_problem", b"receive_problem", "send_problem", b"send_problem", "sender_key", b"sender_key", "sender_scheme", b"sender_scheme"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

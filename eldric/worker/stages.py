@@ -176,6 +176,7 @@ class StageTable:
             await asyncio.wrap_future(command.done)
         return stage_pb2.OpenLinksResponse(
             endpoint=made.endpoint,
+            sender_scheme=made.sender.scheme,
             sender_key=made.sender.public_key,
             receive_problem=rewired.receive_problem,
             send_problem=rewired.send_problem,

@@ -240,12 +240,17 @@ def test_a_mixed_set_of_protocol_versions_is_refused_with_both_named() -> None:
         plan(workers, model(), order(workers=("a", "b")))
 
 
-def test_the_transport_is_the_first_that_all_workers_offer() -> None:
+def test_each_link_takes_the_best_transport_that_both_its_ends_offer() -> None:
     workers = [
         WorkerView("a", 16 * GIB, transports=("ucx", "zmq")),
         WorkerView("b", 16 * GIB, transports=("shm", "zmq")),
     ]
-    assert plan(workers, model(), order(stages=2)).transport == "zmq"
+    made = plan(workers, model(), order(stages=2))
+    assert [stage.transports for stage in made.stages] == [("zmq",), ("zmq",)] and made.transport == ""
+    fabric = [*workers, WorkerView("c", 16 * GIB, transports=("ucx", "zmq"))]
+    made = plan(fabric, model(), order(workers=("a", "c", "b")))
+    assert [stage.transports for stage in made.stages] == [("ucx", "zmq"), ("zmq",), ("zmq",)]
+    assert plan(workers, model(), order(stages=1)).stages[0].transports == ()
     assert plan(workers, model(), order(transport="ucx")).excluded == (
         ("b", "offers no transport 'ucx', only shm, zmq"),
     )
