@@ -76,7 +76,7 @@ def deploy(
     ] = 0,
     exact: Annotated[
         bool | None,
-        typer.Option("--exact/--no-exact", help="Tokens that do not depend on the batch.", show_default="exact"),
+        typer.Option("--exact/--no-exact", help="Tokens that do not depend on the batch.", show_default="where it is cheap"),
     ] = None,
     weights: Annotated[str, option("--weights", metavar="HOW", help="auto (default), mapped or repacked.")] = "auto",
     kv_type: Annotated[str, option("--kv-type", metavar="TYPE", help="f16 (default) or f32.")] = "f16",

@@ -40,7 +40,7 @@ class StageConfig:
     lane_slots: int  # most sequences that a decode step computes together
     threads: int = 1
     cpus: tuple[int, ...] | None = None  # pin the computing threads to these
-    exact: bool = False  # the same bits for a sequence, whatever else is in its step
+    exact: bool | None = False  # the same bits for a sequence, whatever else is in its step; None: where it is cheap
     device: str = "cpu"
     weights: WeightsMode = "auto"
     kv_type: KVType = "f16"
@@ -94,7 +94,7 @@ class Stage:
         self._slot_count, self._chunk, self._context = config.slots, config.chunk, config.context
         self._is_head, self._is_tail, self._closed = shard.is_head, shard.is_tail, False
         self._lane = min(config.lane_slots, config.slots)
-        if config.exact:
+        if model.exact:
             self._lane = min(self._lane, model.exact_rows())
 
     @classmethod
@@ -146,6 +146,11 @@ class Stage:
     def compute_ns(self) -> int:
         """Nanoseconds inside of ggml, in all steps so far: the rest of a step's time is Python's."""
         return self._model.compute_ns
+
+    @property
+    def exact(self) -> bool:
+        """Whether a sequence gets the same bits whatever else is in its step: as configured, or decided at the load."""
+        return self._model.exact
 
     def exact_rows(self) -> int:
         """Most sequences of a decode step that may be computed together with each getting the bits it gets alone."""

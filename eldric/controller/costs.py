@@ -24,7 +24,7 @@ class Options:
     chunk: int = DEFAULT_CHUNK
     lanes: int = 0  # 0: one for each stage
     threads: int = 0  # 0: each worker's own setting
-    exact: bool = True
+    exact: bool | None = None  # None: each stage decides by what it costs there
     weights: str = "auto"
     trace: bool = False
     kv_type: str = "f16"

@@ -144,8 +144,6 @@ class StageLoader:
         options.kv_type = options.kv_type or "f16"
         _choice("weights", options.weights, WEIGHTS_MODES)
         _choice("kv_type", options.kv_type, KV_TYPES)
-        if not options.HasField("exact"):
-            options.exact = True
         if options.chunk > MAX_CHUNK:
             raise InvalidRequest(f"a chunk of {options.chunk} tokens; at most {MAX_CHUNK}")
         return options
@@ -199,7 +197,7 @@ class StageLoader:
             lane_slots=-(-options.slots // options.lanes),
             threads=options.threads,
             cpus=self._config.cpus,
-            exact=options.exact,
+            exact=options.exact if options.HasField("exact") else None,
             weights=_choice("weights", options.weights, WEIGHTS_MODES),
             kv_type=_choice("kv_type", options.kv_type, KV_TYPES),
             repack_budget_bytes=self._repack_budget(plan),
@@ -217,6 +215,7 @@ class StageLoader:
 
     def _assemble(self, plan: LoadPlan, stage: Stage, rewired: Rewired) -> LoadedStage:
         request, options, transport = plan.request, plan.options, rewired.wiring.receiver
+        options.exact = stage.exact
         try:
             place = Place(request.pipeline_id, request.epoch, request.index, request.stage_count)
             loop = asyncio.get_running_loop()

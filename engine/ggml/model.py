@@ -46,7 +46,7 @@ class ModelOptions:
     weights: WeightsMode
     kv_type: TensorType
     pack_budget_bytes: int | None
-    exact: bool
+    exact: bool | None  # None: if steps of decode_rows need not be divided for it
     lock: bool
 
 
@@ -137,7 +137,7 @@ class GgmlModel:
         ids = self._take_rows(graph.hidden_in, padded, tokens, hidden)
         graph.feed(ids, positions, cells, 0, lengths)
         graph.move(slots, self._slot_bytes)
-        return self._compute(graph, self._exact)
+        return self._compute(graph, self.exact)
 
     def run_chunk(self, run: Run, tokens: Tokens | None, hidden: Hidden | None, logits: bool) -> Rows | None:
         """One run of several rows.
@@ -162,9 +162,10 @@ class GgmlModel:
 
     def _take_memory(self, spec: ModelSpec, shard: Shard, options: ModelOptions, resources: ExitStack) -> None:
         """KV cache, ports and scratch: nothing is allocated in a step later on, graphs of new shapes aside."""
-        self._exact = options.exact
         decode = options.decode_rows
-        if options.exact:
+        # Where the bound is lower, a step is computed in parts, each of which reads all weights again.
+        self.exact = self._exact_rows.most >= decode if options.exact is None else options.exact
+        if self.exact:
             decode = min(decode, self._exact_rows.most)
             self._padded_decode = [max(rows, self._exact_rows.least) for rows in range(decode + 1)]
         else:
@@ -195,7 +196,7 @@ class GgmlModel:
         self._stride, self._slot_bytes = self._cache.stride, self._cache.slot_bytes
         self._spare = list(range(self._cache.first_spare, self._cache.first_spare + rows))
         self._no_ids = [0] * rows
-        builder = GraphBuilder(self._backend, spec, shard, self._weights, self._cache, self._ports, options.exact)
+        builder = GraphBuilder(self._backend, spec, shard, self._weights, self._cache, self._ports, self.exact)
         self._graphs = GraphCache(builder, _GRAPHS_KEPT)
         resources.callback(self._graphs.close)
         # The widest first: they size the scratch buffer.

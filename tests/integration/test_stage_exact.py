@@ -87,6 +87,15 @@ def test_the_bound_is_that_of_the_worst_matrix(tmp_path: Path) -> None:
     assert exact_rows(TensorType.IQ1_S, "a layout that nobody tried").most == 1
 
 
+@pytest.mark.parametrize(("lane_slots", "exact"), [(7, True), (8, False)])
+def test_exact_mode_is_left_out_where_steps_would_have_to_be_divided(
+    tmp_path: Path, lane_slots: int, exact: bool
+) -> None:
+    path = write_model(tmp_path / "model.gguf", SHAPE, "q4_k_m")
+    with Chain(path, exact=None, weights="mapped", slots=16, lane_slots=lane_slots) as chain:
+        assert chain.stages[0].exact is exact
+
+
 def test_default_mode_is_not_exact_for_mapped_k_quants(tmp_path: Path) -> None:
     """The comparison above can fail: outside of exact mode, other kernels give other bits."""
     path = write_model(tmp_path / "model.gguf", SHAPE, "q4_k_m")
