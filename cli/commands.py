@@ -38,6 +38,7 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
         "worker": ("nodes", "Run a worker: it holds stages of pipelines and computes them."),
         "data": ("nodes", "Run a data worker: the model store."),
         "router": ("nodes", "Run a router: the OpenAI-compatible API."),
+        "edge": ("nodes", "Run an edge: nodes that others cannot connect to are members through it."),
     },
 }
 

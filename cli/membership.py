@@ -31,7 +31,7 @@ app = options.new_app()
 HOME = user_data_path("eldric")
 
 #: Kinds that `join` takes.
-_JOINERS = ("worker", "data", "router", "client")
+_JOINERS = ("worker", "data", "router", "edge", "client")
 
 Lifetime = Annotated[
     str,
@@ -167,10 +167,12 @@ def join_cluster(
     token: Annotated[
         str, typer.Argument(metavar="TOKEN", help="The join token, from `eldric-cli init` or `eldric-cli token`.")
     ],
-    address: Annotated[str, typer.Argument(metavar="HOST:PORT", help="The controller's join address.")],
+    address: Annotated[
+        str, typer.Argument(metavar="HOST:PORT", help="The join address of the controller, or of an edge.")
+    ],
     kind: Annotated[
         str,
-        option("--kind", metavar="KIND", help="worker, data, router, or client: an operator.", default="worker"),
+        option("--kind", metavar="KIND", help="worker, data, router, edge, or client: an operator.", default="worker"),
     ] = "worker",
     name: Annotated[str, option("--name", metavar="NAME", help="Name of the node.", default="the machine's")] = "",
     folder: Annotated[
@@ -186,6 +188,14 @@ def join_cluster(
             default="port - 1000",
         ),
     ] = "",
+    edge: Annotated[
+        str,
+        option(
+            "--edge",
+            metavar="HOST:PORT",
+            help="An edge's gRPC address, for a machine that others cannot connect to; it joins at the edge as well.",
+        ),
+    ] = "",
     as_json: options.Json = False,
 ) -> None:
     """Make this machine a node of a cluster.
@@ -197,6 +207,10 @@ def join_cluster(
         raise InvalidRequest(f"{kind!r} is no kind of node that joins; kinds are {', '.join(_JOINERS)}")
     parsed = JoinToken.parse(token)
     node = check_name(name or _host_name())
+    if edge:
+        split_address(edge)
+        if kind in ("edge", "client"):
+            raise InvalidRequest(f"a node of kind {kind} cannot be behind an edge")
     controller = _controller_address(address, grpc_address)
     place = (folder or HOME / f"{kind}-{node}").expanduser().resolve()
     if kind == "client":
@@ -209,7 +223,9 @@ def join_cluster(
         command = "eldric-cli status"
     else:
         store = " --models MODEL-FOLDER" if kind == "data" else ""
-        command = f"eldric-cli {kind} --folder {place} --controller {controller} --host 0.0.0.0{store}"
+        known = f" --controller {controller}" if grpc_address or not edge else ""
+        way = f"{known} --edge {edge}" if edge else f"{known} --host 0.0.0.0"
+        command = f"eldric-cli {kind} --folder {place}{way}{store}"
     if as_json:
         print_json({"kind": kind, "name": node, "folder": str(place), "cluster": identity.cluster, "command": command})
         return

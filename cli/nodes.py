@@ -1,4 +1,4 @@
-"""eldric-cli controller|worker|data|router: one node in the foreground, on a real machine or below `up`."""
+"""eldric-cli controller|worker|data|router|edge: one node in the foreground, on a real machine or below `up`."""
 
 import asyncio
 import contextlib
@@ -26,6 +26,18 @@ Folder = Annotated[
 ]
 Controllers = Annotated[
     list[str], option("--controller", metavar="HOST:PORT", help="A controller's gRPC address; may be repeated.")
+]
+MaybeControllers = Annotated[
+    list[str] | None,
+    option("--controller", metavar="HOST:PORT", help="A controller's gRPC address; may be repeated."),
+]
+Edge = Annotated[
+    str,
+    option(
+        "--edge",
+        metavar="HOST:PORT",
+        help="An edge's gRPC address, for a machine that others cannot connect to: they reach it through the edge.",
+    ),
 ]
 Host = Annotated[
     str,
@@ -80,7 +92,8 @@ def controller(
 @app.command()
 def worker(
     folder: Folder,
-    controllers: Controllers,
+    controllers: MaybeControllers = None,
+    edge: Edge = "",
     host: Host = "127.0.0.1",
     advertise: Advertise = None,
     http_port: HttpPort = None,
@@ -125,6 +138,12 @@ def worker(
     allow_insecure_tensors: Annotated[
         bool, typer.Option("--allow-insecure-tensors", help="Let a deployment ask for unencrypted tensor channels.")
     ] = False,
+    trust_fabric: Annotated[
+        bool,
+        typer.Option(
+            "--trust-fabric", help="Offer transports that have no encryption, such as ucx: the network is your own."
+        ),
+    ] = False,
     log_level: LogLevel = "INFO",
     quiet: Quiet = False,
     as_json: Json = False,
@@ -135,7 +154,14 @@ def worker(
 
     ports = _ports(http_port, grpc_port)
     node = _node(
-        "worker", folder, host=host, advertise=advertise, controllers=controllers, log_level=log_level, **ports
+        "worker",
+        folder,
+        host=host,
+        advertise=advertise,
+        controllers=controllers or (),
+        edge=edge,
+        log_level=log_level,
+        **ports,
     )
     config = WorkerConfig(
         node=node,
@@ -148,6 +174,7 @@ def worker(
         cpus=parse_cpus(cpus) if cpus else None,
         queue=queue,
         allow_insecure_tensors=allow_insecure_tensors,
+        trust_fabric=trust_fabric,
     )
     _serve(node, lambda: run(config), quiet=quiet, as_json=as_json)
 
@@ -155,8 +182,9 @@ def worker(
 @app.command()
 def data(
     folder: Folder,
-    controllers: Controllers,
     models: Annotated[Path, option("--models", metavar="FOLDER", help="The model store's folder.")],
+    controllers: MaybeControllers = None,
+    edge: Edge = "",
     host: Host = "127.0.0.1",
     advertise: Advertise = None,
     http_port: HttpPort = None,
@@ -170,7 +198,16 @@ def data(
     from eldric.data.main import run
 
     ports = _ports(http_port, grpc_port)
-    node = _node("data", folder, host=host, advertise=advertise, controllers=controllers, log_level=log_level, **ports)
+    node = _node(
+        "data",
+        folder,
+        host=host,
+        advertise=advertise,
+        controllers=controllers or (),
+        edge=edge,
+        log_level=log_level,
+        **ports,
+    )
     store = models.expanduser().resolve()
     _serve(node, lambda: run(DataConfig(node, store)), quiet=quiet, as_json=as_json)
 
@@ -178,7 +215,8 @@ def data(
 @app.command()
 def router(
     folder: Folder,
-    controllers: Controllers,
+    controllers: MaybeControllers = None,
+    edge: Edge = "",
     host: Host = "127.0.0.1",
     advertise: Advertise = None,
     http_port: HttpPort = None,
@@ -201,12 +239,54 @@ def router(
         folder,
         host=host,
         advertise=advertise,
-        controllers=controllers,
+        controllers=controllers or (),
+        edge=edge,
         insecure_http=insecure_http,
         log_level=log_level,
         **_ports(http_port, grpc_port),
     )
     _serve(node, lambda: run(RouterConfig(node, _absolute(models))), quiet=quiet, as_json=as_json)
+
+
+@app.command("edge")
+def edge_node(
+    folder: Folder,
+    controllers: Controllers,
+    host: Host = "127.0.0.1",
+    advertise: Advertise = None,
+    http_port: HttpPort = None,
+    grpc_port: GrpcPort = None,
+    join_port: JoinPort = None,
+    ports: Annotated[
+        str,
+        option(
+            "--ports",
+            metavar="FIRST-LAST",
+            help="Ports by which nodes behind NAT are reached: two for each, and one for each stage.",
+            default="any that are free",
+        ),
+    ] = "",
+    insecure_http: InsecureHttp = False,
+    log_level: LogLevel = "INFO",
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Run an edge: nodes that others cannot connect to are members through it."""
+    from eldric.edge.config import EdgeConfig, parse_ports
+    from eldric.edge.main import run
+
+    node = _node(
+        "edge",
+        folder,
+        host=host,
+        advertise=advertise,
+        controllers=controllers,
+        insecure_http=insecure_http,
+        log_level=log_level,
+        **_ports(http_port, grpc_port, join_port),
+    )
+    config = EdgeConfig(node, ports=parse_ports(ports) if ports else None)
+    _serve(node, lambda: run(config), quiet=quiet, as_json=as_json)
 
 
 def _absolute(path: Path | None) -> Path | None:

@@ -45,8 +45,8 @@ class Node:
         self.config = config
         #: A random number: a restarted node has another.
         self.incarnation = secrets.randbits(63)
-        #: Where others reach this node, from `start` on: "host:port", "https://host:port", and for controllers the
-        #: "host:port" where a node without a certificate joins.
+        #: Where others reach this node, from `start` on: "host:port", "https://host:port", and for controllers and
+        #: edges the "host:port" where a node without a certificate joins.
         self.grpc_address = ""
         self.http_url = ""
         self.join_address = ""
@@ -133,15 +133,7 @@ class Node:
             await self._start_servers()
             if self.tunnel is not None:
                 await self._start_tunnel(self.tunnel)
-            self._file.write(
-                kind=self.config.kind,
-                name=self.config.name,
-                pid=os.getpid(),
-                grpc_address=self.grpc_address,
-                http_url=self.http_url,
-                join_address=self.join_address,
-                incarnation=self.incarnation,
-            )
+            self.write_down()
             self._certificate_changed(self.identity)
             renewal = self._live.keep_fresh(self._renew, self._certificate_changed)
             self._tasks.append(asyncio.create_task(renewal, name="renewal"))
@@ -151,6 +143,18 @@ class Node:
             await self._stop_servers(0.0)
             raise
         log.info("event=started grpc=%s http=%s", self.grpc_address, self.http_url)
+
+    def write_down(self) -> None:
+        """Writes node.json, with the addresses of now."""
+        self._file.write(
+            kind=self.config.kind,
+            name=self.config.name,
+            pid=os.getpid(),
+            grpc_address=self.grpc_address,
+            http_url=self.http_url,
+            join_address=self.join_address,
+            incarnation=self.incarnation,
+        )
 
     async def _start_servers(self) -> None:
         config, tls = self.config, http_tls(self.config, self._live)
@@ -178,6 +182,7 @@ class Node:
         if self.grpc_address == before:
             self.grpc_address = now
         self.http_url = self.http_url.replace(f"//{before}", f"//{now}")
+        self.write_down()
 
     async def _renew(self, identity: Identity) -> Identity:
         if self._authority is not None:

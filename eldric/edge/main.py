@@ -29,10 +29,15 @@ class Edge:
         self.member = Member(self.node)
         self.node.health(self.tunnels.look)
         self.node.on_start(targets.start)
-        self.node.on_start(self.door.start)
+        self.node.on_start(self._open_door)
         self.node.on_stop(self.tunnels.close)
         self.node.on_stop(self.door.stop)
         self.node.on_stop(targets.stop)
+
+    async def _open_door(self) -> None:
+        await self.door.start()
+        self.node.join_address = self.door.address
+        self.node.write_down()
 
 
 async def run(config: EdgeConfig) -> None:

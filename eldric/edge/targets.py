@@ -57,7 +57,8 @@ class Targets:
 
     async def join(self) -> tuple[str, int]:
         """Host and port of a controller's join port that takes connections. Raises Unavailable."""
-        return await self._first([node.join_address for node in self._nodes.values() if node.join_address])
+        controllers = [node for node in self._nodes.values() if node.kind == registry_pb2.CONTROLLER]
+        return await self._first([node.join_address for node in controllers if node.join_address])
 
     async def _first(self, addresses: list[str]) -> tuple[str, int]:
         for address in addresses:
