@@ -83,9 +83,13 @@ def deploy(
     transport: Annotated[
         str,
         option(
-            "--transport", metavar="SCHEME", help="Of the tensor channels.", default="the best that all workers offer"
+            "--transport",
+            metavar="SCHEME",
+            help="zmq, shm, ucx, relay or another: every link takes it, or the deployment fails. auto: each link takes "
+            "the best that both its workers offer, and the next best where that one fails.",
+            default="auto",
         ),
-    ] = "",
+    ] = "auto",
     insecure_tensors: Annotated[
         bool, typer.Option("--insecure-tensors", help="Do not encrypt the tensor channels.")
     ] = False,

@@ -144,6 +144,12 @@ def worker(
             "--trust-fabric", help="Offer transports that have no encryption, such as ucx: the network is your own."
         ),
     ] = False,
+    trust_fabric: Annotated[
+        bool,
+        typer.Option(
+            "--trust-fabric", help="Offer transports that have no encryption, such as ucx: the network is your own."
+        ),
+    ] = False,
     log_level: LogLevel = "INFO",
     quiet: Quiet = False,
     as_json: Json = False,
@@ -174,6 +180,7 @@ def worker(
         cpus=parse_cpus(cpus) if cpus else None,
         queue=queue,
         allow_insecure_tensors=allow_insecure_tensors,
+        trust_fabric=trust_fabric,
         trust_fabric=trust_fabric,
     )
     _serve(node, lambda: run(config), quiet=quiet, as_json=as_json)
