@@ -66,19 +66,15 @@ def alternatives(sender: End, receiver: End, wanted: str = "") -> tuple[str, ...
     """The schemes that a link may go by, best first. Raises NotReady when there is none. See `ring_choices`."""
     same_host = _same_host(sender, receiver)
     common = [scheme for scheme in sender.transports if scheme in receiver.transports]
-    usable = [scheme for scheme in common if same_host or scheme not in SAME_HOST]
-    if wanted not in ("", AUTO):
-        if wanted in usable:
-            return (wanted,)
-        if wanted in common:
-            raise NotReady(f"{sender.name} and {receiver.name} are not on one host, which {wanted!r} needs")
-        usable = []
-    if not usable:
-        offers = "; ".join(f"{end.name}: {', '.join(end.transports) or 'none'}" for end in (sender, receiver))
-        what = "" if wanted in ("", AUTO) else f" {wanted!r}"
-        apart = ", and they are not on one host" if set(common) - set(usable) else ""
-        raise NotReady(f"the workers have no tensor transport{what} in common ({offers}{apart})")
-    return tuple(usable)
+    wishes = common if wanted in ("", AUTO) else [scheme for scheme in common if scheme == wanted]
+    usable = [scheme for scheme in wishes if same_host or scheme not in SAME_HOST]
+    if usable:
+        return tuple(usable)
+    if wishes:
+        raise NotReady(f"{sender.name} and {receiver.name} are not on one host, which {', '.join(wishes)} needs")
+    offers = "; ".join(f"{end.name}: {', '.join(end.transports) or 'none'}" for end in (sender, receiver))
+    what = "" if wanted in ("", AUTO) else f" {wanted!r}"
+    raise NotReady(f"the workers have no tensor transport{what} in common ({offers})")
 
 
 def _same_host(a: End, b: End) -> bool:
