@@ -1,4 +1,4 @@
-"""Rings whose links go by different transports: the same tokens, ends noticed as ever, and what status says of a link."""
+"""Rings whose links go by different transports: the same tokens, ends noticed as ever, and what links tell."""
 
 import asyncio
 import time
