@@ -36,9 +36,10 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
         "join": ("membership", "Make this machine a node of a cluster."),
         "controller": ("nodes", "Run a controller: the registry, the planner and the deployments of a cluster."),
         "worker": ("nodes", "Run a worker: it holds stages of pipelines and computes them."),
-        "data": ("nodes", "Run a data worker: the model store."),
+        "data": ("nodes", "Run a data worker: the model store. Or export its folder over NFS."),
         "router": ("nodes", "Run a router: the OpenAI-compatible API."),
         "edge": ("nodes", "Run an edge: nodes that others cannot connect to are members through it."),
+        "mount": ("export", "Mount a model store through FUSE, where the kernel has no NFS client."),
     },
 }
 

@@ -12,6 +12,7 @@ import typer
 
 from eldric import logs, node_file
 from eldric.cli import options
+from eldric.cli.export import export
 from eldric.cli.options import option
 from eldric.cli.units import parse_bytes, parse_cpus
 from eldric.config import DEFAULT_PORT, NodeConfig
@@ -22,6 +23,10 @@ app = options.new_app()
 
 Folder = Annotated[
     Path,
+    option("--folder", metavar="FOLDER", help="The node's own folder: certificate, state and log. `join` makes it."),
+]
+MaybeFolder = Annotated[
+    Path | None,
     option("--folder", metavar="FOLDER", help="The node's own folder: certificate, state and log. `join` makes it."),
 ]
 Controllers = Annotated[
@@ -121,6 +126,10 @@ def worker(
         str,
         option("--cache-bytes", metavar="SIZE", help="Most of it, such as 200GB.", default="90% of what the disk has"),
     ] = "",
+    lock: Annotated[
+        Literal["auto", "on", "off"],
+        typer.Option("--lock", help="Lock mapped weights in memory; auto: those that come from a file server."),
+    ] = "auto",
     memory: Annotated[
         str,
         option("--memory", metavar="SIZE", help="Memory for stages, such as 24GB or 16GiB. Default: the machine's."),
@@ -137,12 +146,6 @@ def worker(
     ] = 128,
     allow_insecure_tensors: Annotated[
         bool, typer.Option("--allow-insecure-tensors", help="Let a deployment ask for unencrypted tensor channels.")
-    ] = False,
-    trust_fabric: Annotated[
-        bool,
-        typer.Option(
-            "--trust-fabric", help="Offer transports that have no encryption, such as ucx: the network is your own."
-        ),
     ] = False,
     trust_fabric: Annotated[
         bool,
@@ -175,21 +178,31 @@ def worker(
         models_dir=_absolute(models_dir),
         cache_dir=_absolute(cache_dir),
         cache_bytes=parse_bytes(cache_bytes) if cache_bytes else 0,
+        lock=lock,
         memory_bytes=parse_bytes(memory) if memory else 0,
         threads=threads,
         cpus=parse_cpus(cpus) if cpus else None,
         queue=queue,
         allow_insecure_tensors=allow_insecure_tensors,
         trust_fabric=trust_fabric,
-        trust_fabric=trust_fabric,
     )
     _serve(node, lambda: run(config), quiet=quiet, as_json=as_json)
 
 
-@app.command()
+data_app = options.new_app(name="data")
+data_app.command()(export)
+app.add_typer(data_app)
+
+
+@data_app.callback(invoke_without_command=True)
 def data(
-    folder: Folder,
-    models: Annotated[Path, option("--models", metavar="FOLDER", help="The model store's folder.")],
+    context: typer.Context,
+    folder: MaybeFolder = None,
+    models: Annotated[Path | None, option("--models", metavar="FOLDER", help="The model store's folder.")] = None,
+    nfs: Annotated[
+        str,
+        option("--nfs", metavar="URL", help="Where the folder can be mounted from, if not by `data export`: nfs://..."),
+    ] = "",
     controllers: MaybeControllers = None,
     edge: Edge = "",
     host: Host = "127.0.0.1",
@@ -200,9 +213,14 @@ def data(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Run a data worker: the model store."""
+    """Run a data worker: the model store. Or export its folder over NFS."""
+    if context.invoked_subcommand is not None:
+        return
+    if folder is None or models is None:
+        raise typer.BadParameter(f"missing option '{'--folder' if folder is None else '--models'}'")
     from eldric.data.config import DataConfig
     from eldric.data.main import run
+    from eldric.nfs.address import NfsAddress
 
     ports = _ports(http_port, grpc_port)
     node = _node(
@@ -215,8 +233,9 @@ def data(
         log_level=log_level,
         **ports,
     )
-    store = models.expanduser().resolve()
-    _serve(node, lambda: run(DataConfig(node, store)), quiet=quiet, as_json=as_json)
+    export_at = NfsAddress.parse(nfs) if nfs else None
+    config = DataConfig(node, models.expanduser().resolve(), nfs=export_at)
+    _serve(node, lambda: run(config), quiet=quiet, as_json=as_json)
 
 
 @app.command()
@@ -297,7 +316,8 @@ def edge_node(
 
 
 def _absolute(path: Path | None) -> Path | None:
-    return path.expanduser().resolve() if path is not None else None
+    """Without a look at the path itself: it may lie on a mount that hangs."""
+    return Path(os.path.abspath(path.expanduser())) if path is not None else None
 
 
 def _ports(http: int | None, grpc: int | None, join: int | None = None) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from eldric.config import NodeConfig
 from eldric.errors import InvalidRequest
+from eldric.nfs.address import NfsAddress
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,6 +14,7 @@ class DataConfig:
 
     node: NodeConfig
     folder: Path  # the model store, which other machines may mount
+    nfs: NfsAddress | None = None  # from where; None: from where `data export` says, while it runs
     jobs: int = 2  # imports and checks that run at once
     queue: int = 16  # imports and checks that may wait
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 #: What flock(2) says where a file system has no locks (some network mounts).
-_NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL})
+NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL})
 
 
 @contextlib.contextmanager
@@ -23,7 +23,7 @@ def locked(path: Path, *, shared: bool) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if not shared or error.errno not in _NO_LOCKS:
+            if not shared or error.errno not in NO_LOCKS:
                 raise
         yield
     finally:

@@ -3,10 +3,12 @@
 import asyncio
 import contextlib
 import logging
+from functools import partial
 from typing import Any
 
 from eldric.data.config import DataConfig
 from eldric.data.content import content_route
+from eldric.data.export import exports_of
 from eldric.data.jobs import Jobs
 from eldric.data.metrics import DataMetrics
 from eldric.data.service import ModelStoreService
@@ -36,6 +38,7 @@ class DataWorker:
         metrics = DataMetrics(self.node.metrics)
         self._jobs = Jobs(config.jobs, config.queue)
         self._service = ModelStoreService(self.store, self._jobs, metrics)
+        self._service.exports = partial(exports_of, self.store.folder, config.nfs)
         self._problem = ""
         self._refreshing: asyncio.Task[None] | None = None
         self.node.service(

@@ -16,7 +16,7 @@ from eldric.data.store import ModelStore
 from eldric.engine.shard import ByteRange
 from eldric.errors import DataLoss, InvalidRequest
 from eldric.v1 import model_store_pb2 as pb
-from eldric.v1 import model_store_pb2_grpc
+from eldric.v1 import model_store_pb2_grpc, stage_pb2
 
 CHUNK_BYTES = 1 << 20
 #: Threads for short reads: listing, headers, pieces of files.
@@ -32,6 +32,8 @@ class ModelStoreService(model_store_pb2_grpc.ModelStoreServicer):
     def __init__(self, store: ModelStore, jobs: Jobs, metrics: DataMetrics) -> None:
         self._store, self._jobs, self._metrics = store, jobs, metrics
         self._importer = Importer(store)
+        #: Where the store's folder can be mounted from now.
+        self.exports: Callable[[], list[stage_pb2.NfsExport]] = list
         #: Models at the last look.
         self.model_count = 0
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="data-read")
@@ -55,7 +57,9 @@ class ModelStoreService(model_store_pb2_grpc.ModelStoreServicer):
         return pb.ListModelsResponse(models=[model_info(model) for model in await self.refresh()])
 
     async def Metadata(self, request: pb.ModelRequest, context: Any) -> pb.ModelMetadata:
-        return model_metadata(await self.find(request.id))
+        metadata = model_metadata(await self.find(request.id))
+        metadata.source.exports.extend(await self._in_thread(self.exports))
+        return metadata
 
     async def Tensors(self, request: pb.ModelRequest, context: Any) -> pb.ModelTensors:
         return model_tensors(await self.find(request.id))

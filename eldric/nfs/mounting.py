@@ -1,6 +1,7 @@
 """Mounts an export where this machine may: with the kernel's own NFS client, or through FUSE."""
 
 import contextlib
+import ctypes.util
 import importlib.util
 import logging
 import os
@@ -35,11 +36,16 @@ def kernel_can() -> bool:
     return _kernel_knows()
 
 
-def fuse_can() -> bool:
-    """Whether the FUSE client can be used: the packages of eldric[fuse], libfuse and /dev/fuse are there."""
+def fuse_problem() -> str:
+    """Why the FUSE client cannot be used here; empty when it can."""
+    missing = [name for name in ("mfusepy", "nfs_rs") if importlib.util.find_spec(name) is None]
+    if missing:
+        return f"the FUSE client needs {' and '.join(missing)}: `pip install eldric[fuse]`"
+    if not any(map(ctypes.util.find_library, ("fuse", "fuse3"))):
+        return "the FUSE client needs libfuse: `apt-get install fuse3`, or `dnf install fuse3-libs`"
     if not os.access("/dev/fuse", os.R_OK | os.W_OK):
-        return False
-    return all(importlib.util.find_spec(name) is not None for name in ("mfusepy", "nfs_rs"))
+        return "the FUSE client needs /dev/fuse, which is not there or may not be used"
+    return ""
 
 
 class OwnMounts:
@@ -59,10 +65,8 @@ class OwnMounts:
         if known is not None and any(mount.point == str(known) for mount in mounts()):
             return known
         kernel = kernel_can()
-        if not kernel and not fuse_can():
-            raise NotReady(
-                f"nothing mounts {export} here: mount it yourself, or install `pip install eldric[fuse]` and libfuse"
-            )
+        if not kernel and (problem := fuse_problem()):
+            raise NotReady(f"{export} is not mounted, and cannot be mounted from here: {problem}")
         _reach(export)
         place = self._place(export)
         if kernel:
