@@ -1,5 +1,6 @@
 """The eldric-cli command: what becomes of its arguments, its errors and its interrupts."""
 
+import os
 import sys
 from typing import Annotated
 
@@ -24,7 +25,7 @@ def eldric_cli(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
     verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="Show the traceback of an error. May stand anywhere.")
+        bool, typer.Option("--verbose", "-v", help="Show tracebacks and gRPC's own lines. May stand anywhere.")
     ] = False,
 ) -> None:
     """Runs language models that are larger than any one machine, on the machines you already have."""
@@ -42,6 +43,8 @@ def run(arguments: list[str]) -> int:
     end = arguments.index("--") if "--" in arguments else len(arguments)
     options, rest = arguments[:end], arguments[end:]
     as_json, verbose = "--json" in options, any(each in ("-v", "--verbose") for each in options)
+    if not verbose:
+        os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its core's own lines, as of strangers' failed handshakes
     kept = [each for each in options if each not in ("-v", "--verbose")]
     command = typer.main.get_command(app)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 #: Deadline of a unary call that names none.
 DEFAULT_TIMEOUT_S = 30.0
+
+#: The task of gRPC that lives as long as a call does, and the longest wait for those of cancelled calls, in seconds.
+_STATUS_TASK = "_AioCall._handle_status_once_received"
+_PUT_AWAY_S = 0.25
 
 #: Trailing metadata of a failed call: the error's class, and when to try again.
 ERROR_KEY = "eldric-error"
@@ -91,6 +96,20 @@ class ChannelPool:
         self._retired, self._channels = [], {}
         for made in channels:
             await made.close()
+        if channels:
+            await _calls_put_away()
+
+
+async def _calls_put_away() -> None:
+    """Returns when gRPC has done with calls that were cancelled, so that the loop may be closed.
+
+    Each call has a task that ends with what the core says last of it. A loop that is closed before that gets the core's
+    word too late, and gRPC logs "Event loop is closed" from whichever other loop there is by then. A task does not say
+    whose call it is of: those of other pools that still run are waited for in vain, hence the bound.
+    """
+    tasks = [each for each in asyncio.all_tasks() if getattr(each.get_coro(), "__qualname__", "") == _STATUS_TASK]
+    if tasks:
+        await asyncio.wait(tasks, timeout=_PUT_AWAY_S)
 
 
 @contextlib.contextmanager

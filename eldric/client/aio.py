@@ -1,6 +1,7 @@
 """The asynchronous client."""
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -71,14 +72,15 @@ class AsyncClient:
 
     async def deploy(self, model: str, **options: Any) -> types.PipelineInfo:
         """Deploy a model and wait until it is ready; see `deploy_events` for the arguments."""
-        async for event in self.deploy_events(model, **options):
-            if isinstance(event, types.PipelineInfo):
-                return event
+        async with contextlib.aclosing(self.deploy_events(model, **options)) as events:
+            async for event in events:
+                if isinstance(event, types.PipelineInfo):
+                    return event
         raise Unavailable("the controller ended the deployment without a word")
 
     async def deploy_events(
         self, model: str, *, timeout_s: float | None = None, **options: Any
-    ) -> AsyncIterator[types.DeployEvent]:
+    ) -> AsyncGenerator[types.DeployEvent, None]:
         """Deploy a model: the plan, then the progress of each stage, then the pipeline. Closing the iterator undoes it.
 
         Arguments: name, stages (0: as few as fit), workers, layers (of each stage), transport, insecure_tensors, and
@@ -86,17 +88,21 @@ class AsyncClient:
         """
         request = convert.deploy_request(model, options)
         stub = pipeline_pb2_grpc.PipelineStub(await self._connections.controller())
-        async for event in self._deployment(stub.Deploy(request, timeout=timeout_s)):
-            yield event
+        async with contextlib.aclosing(self._deployment(stub.Deploy(request, timeout=timeout_s))) as events:
+            async for event in events:
+                yield event
 
-    async def rebalance_events(self, name: str, *, timeout_s: float | None = None) -> AsyncIterator[types.DeployEvent]:
+    async def rebalance_events(
+        self, name: str, *, timeout_s: float | None = None
+    ) -> AsyncGenerator[types.DeployEvent, None]:
         """Plan a pipeline again over the workers of now, and move to that plan."""
         stub = pipeline_pb2_grpc.PipelineStub(await self._connections.controller())
         call = stub.Rebalance(pipeline_pb2.RebalanceRequest(name=name), timeout=timeout_s)
-        async for event in self._deployment(call):
-            yield event
+        async with contextlib.aclosing(self._deployment(call)) as events:
+            async for event in events:
+                yield event
 
-    async def _deployment(self, call: Any) -> AsyncIterator[types.DeployEvent]:
+    async def _deployment(self, call: Any) -> AsyncGenerator[types.DeployEvent, None]:
         with self._connections.calling(_CONTROLLER):
             try:
                 async for message in call:
@@ -145,7 +151,7 @@ class AsyncClient:
         ignore_eos: bool = False,
         timeout_s: float | None = None,
         **sampling: Any,
-    ) -> AsyncIterator[types.Event]:
+    ) -> AsyncGenerator[types.Event, None]:
         """Continue a text (or token ids) as it is. Closing the iterator cancels; DeadlineExceeded after `timeout_s`.
 
         Sampling: temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty,
@@ -156,8 +162,9 @@ class AsyncClient:
             request.prompt = prompt
         else:
             request.tokens.CopyFrom(convert.token_ids(prompt))
-        async for event in self._events(request, timeout_s):
-            yield event
+        async with contextlib.aclosing(self._events(request, timeout_s)) as events:
+            async for event in events:
+                yield event
 
     async def chat(
         self,
@@ -169,16 +176,17 @@ class AsyncClient:
         ignore_eos: bool = False,
         timeout_s: float | None = None,
         **sampling: Any,
-    ) -> AsyncIterator[types.Event]:
+    ) -> AsyncGenerator[types.Event, None]:
         """Answer a conversation of {"role", "content"} by the model's chat template; see `generate`."""
         request = convert.generate_request(model, max_tokens, stop, ignore_eos, sampling)
         request.chat.CopyFrom(convert.chat_messages(messages))
-        async for event in self._events(request, timeout_s):
-            yield event
+        async with contextlib.aclosing(self._events(request, timeout_s)) as events:
+            async for event in events:
+                yield event
 
     async def _events(
         self, request: inference_pb2.GenerateRequest, timeout_s: float | None
-    ) -> AsyncIterator[types.Event]:
+    ) -> AsyncGenerator[types.Event, None]:
         stub = inference_pb2_grpc.InferenceStub(await self._connections.router())
         with self._connections.calling(_ROUTER):
             call = stub.Generate(request, timeout=timeout_s)
@@ -191,7 +199,8 @@ class AsyncClient:
 
     async def complete(self, model: str, prompt: str | Sequence[int], **options: Any) -> types.Answer:
         """`generate`, read to its end."""
-        return await collect(self.generate(model, prompt, **options))
+        async with contextlib.aclosing(self.generate(model, prompt, **options)) as events:
+            return await collect(events)
 
     async def tokenize(self, model: str, text: str, *, special: bool = False) -> list[int]:
         stub = inference_pb2_grpc.InferenceStub(await self._connections.router())

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from eldric.names import split_address
 from tests.e2e.cli import Cli, ending, interrupt, running, wait_for
 from tests.e2e.conftest import STORY, Cluster
 from tests.models import storyteller
@@ -69,6 +70,17 @@ def test_a_cluster_comes_up_once_comes_back_and_ends_without_a_trace(home_cli: C
     assert [port for port in ports_of(second) if not is_free(port)] == []
     assert list(folder.glob("*/node.json")) == []
     assert home_cli("down", "--dir", folder).out == "nothing was running\n"
+
+
+def test_a_strangers_handshake_leaves_no_line_on_stderr(home_cli: Cli, folder: Path) -> None:
+    up = home_cli("up", "--workers", 1, "--dir", folder, "--json").json
+    addresses = {node["name"]: split_address(node["grpc_address"]) for node in up["nodes"]}
+    for address in addresses.values():
+        with socket.create_connection(address, timeout=5) as stranger:
+            stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
+            while stranger.recv(4096):
+                pass
+    assert {name: (folder / name / "output").read_text() for name in addresses} == dict.fromkeys(addresses, "")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -107,6 +107,24 @@ def test_leaving_a_generation_frees_its_slot(client: Client) -> None:
     wait_for(lambda: slots_used(client) == 0)
 
 
+def test_loops_that_end_one_after_the_other_leave_nothing_for_the_next(
+    client: Client, cluster: conftest.Cluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Streams that were left early end with their client, not in some other loop once theirs is closed."""
+
+    async def leave() -> None:
+        async with AsyncClient(folder=cluster.folder) as other:
+            async for event in other.generate(STORY, "Once", ignore_eos=True, max_tokens=30):
+                if isinstance(event, Delta):
+                    return
+
+    for _ in range(20):
+        asyncio.run(leave())
+        client.status()
+    wait_for(lambda: slots_used(client) == 0)
+    assert not [record for record in caplog.records if record.name == "asyncio"]
+
+
 def test_closing_the_client_ends_what_was_left_behind(cluster: conftest.Cluster) -> None:
     with Client(folder=cluster.folder) as other:
         events = other.generate(STORY, "Once", ignore_eos=True)

@@ -184,7 +184,7 @@ async def test_a_deploy_whose_caller_leaves_is_undone(tmp_path: Path) -> None:
         async for event in deploying:
             if isinstance(event, StageProgress) and (event.worker, event.phase) == ("worker-1", "loaded"):
                 break
-        await deploying.aclose()  # type: ignore[attr-defined]
+        await deploying.aclose()
         cluster.signal("worker-2", signal.SIGCONT)
         await cluster.until_empty("worker-1", "worker-2")
         async with asyncio.timeout(5):
