@@ -61,20 +61,33 @@ class Hasher:
 
     def __init__(self) -> None:
         self._whole, self._block = hashlib.sha256(), hashlib.sha256()
+        self._before = self._whole  # as it was where the newest block begins
         self._in_block = 0
         self._blocks: list[str] = []
 
     def update(self, data: bytes | memoryview) -> None:
         """Takes the file's next bytes, however many."""
-        self._whole.update(data)
         view = memoryview(data)
         while view:
+            if not self._in_block:
+                self._before = self._whole.copy()
             part = view[: BLOCK_BYTES - self._in_block]
+            self._whole.update(part)
             self._block.update(part)
             self._in_block += len(part)
             view = view[len(part) :]
             if self._in_block == BLOCK_BYTES:
                 self._end_block()
+
+    def newest_block(self) -> str:
+        """The sum of the block that bytes came to last, as far as it has come."""
+        return self._block.hexdigest() if self._in_block else self._blocks[-1]
+
+    def forget_block(self) -> None:
+        """Goes back to where the newest block begins. Not twice in a row."""
+        if not self._in_block:
+            self._blocks.pop()
+        self._whole, self._block, self._in_block = self._before, hashlib.sha256(), 0
 
     def sums(self) -> FileSums:
         """Of what was seen; nothing may follow."""

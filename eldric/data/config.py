@@ -17,6 +17,8 @@ class DataConfig:
     nfs: NfsAddress | None = None  # from where; None: from where `data export` says, while it runs
     jobs: int = 2  # imports and checks that run at once
     queue: int = 16  # imports and checks that may wait
+    hub: str = ""  # "https://host" of a hub; empty: what HF_ENDPOINT says, else Hugging Face
+    ollama: Path | None = None  # an Ollama store; None: where Ollama usually keeps it
 
     def __post_init__(self) -> None:
         if self.jobs < 1 or self.queue < 0:

@@ -5,6 +5,7 @@ import hashlib
 from eldric.data.checksums import BLOCK_BYTES
 from eldric.data.header import ModelHeader
 from eldric.data.model import StoredFile, StoredModel
+from eldric.data.puller import Resolved
 from eldric.errors import NotReady
 from eldric.v1 import model_store_pb2 as pb
 from eldric.v1 import stage_pb2
@@ -57,6 +58,16 @@ def model_blocks(model: StoredModel) -> pb.ModelBlocks:
             )
             for file in model.files
         ],
+    )
+
+
+def resolved_source(resolved: Resolved) -> pb.ResolvedSource:
+    return pb.ResolvedSource(
+        source=resolved.uri,
+        id=resolved.model,
+        quantization=resolved.quantization,
+        files=[pb.SourceFile(name=name, size_bytes=size) for name, size in resolved.files],
+        kept_bytes=resolved.kept_bytes,
     )
 
 

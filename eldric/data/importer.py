@@ -11,16 +11,16 @@ from pathlib import Path
 
 from eldric.data import checksums
 from eldric.data.header import ModelHeader, read_header
-from eldric.data.manifest import Manifest, ManifestFile
+from eldric.data.manifest import Manifest, ManifestFile, Reference
 from eldric.data.model import StoredModel
 from eldric.data.names import check_id, id_of, stored_names
 from eldric.data.store import ModelStore, Report
 from eldric.engine.errors import InvalidModel
-from eldric.errors import AlreadyExists, InvalidRequest, NotEnoughSpace, NotFound
+from eldric.errors import DataLoss, InvalidRequest, NotEnoughSpace, NotFound
 
 log = logging.getLogger(__name__)
 
-MODES = ("copy", "move")
+MODES = ("copy", "move", "link", "reference")
 
 
 class Importer:
@@ -32,27 +32,38 @@ class Importer:
     def run(self, path: str, model: str, mode: str, report: Report) -> StoredModel:
         """Imports the file at `path` (one of a split set: the whole set) as `model`; "" takes the file's name.
 
-        Hard links where that is possible, else copies; mode "move" then removes the given files. report is called
-        with "copying" or "hashing", bytes done and bytes in all; when it raises, nothing is left behind.
-        Raises NotFound, AlreadyExists, InvalidRequest, InvalidModel, NotEnoughSpace, NotReady.
+        Mode "copy" (the default) hard links where that is possible, else copies; "move" then removes the given files;
+        "reference" leaves them where they lie; "link" hard links or, where that is not possible, references.
+        report is called with "copying" or "hashing", bytes done and bytes in all; when it raises, nothing is left
+        behind. Raises NotFound, AlreadyExists, InvalidRequest, InvalidModel, NotEnoughSpace, NotReady.
         """
         mode = mode or "copy"
         if mode not in MODES:
-            raise InvalidRequest(f"mode is {mode!r}, modes are {' and '.join(MODES)}")
+            raise InvalidRequest(f"mode is {mode!r}, modes are {', '.join(MODES)}")
         source = _source(path)
-        header = _read_header(source)
         model = check_id(model) if model else id_of(source.name)
+        with self._store.claims.take(model):
+            return self.take(source, model, mode, report, str(source))
+
+    def take(self, source: Path, model: str, mode: str, report: Report, origin: str, sha256: str = "") -> StoredModel:
+        """Like `run`, for a file that is there and a name that the caller holds. origin: noted as where it is from.
+        sha256: what a single file must have. Raises DataLoss when it has another."""
+        if mode not in MODES:
+            raise InvalidRequest(f"mode is {mode!r}, modes are {', '.join(MODES)}")
+        header = _read_header(source)
         sources = header.model.paths
         if mode == "move":
             self._check_movable(sources)
-        with self._store.claim(model):
-            self._check_free(model, sources if mode == "move" else ())
-            with self._store.staging() as folder:
-                files = _Transfer(sources, folder, report).run(stored_names(model, len(sources)))
-                read_header(folder / files[0].name)  # what was brought in is sound too
-                imported_at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-                Manifest("gguf", tuple(files), str(source), imported_at).save(folder)
-                self._store.publish(folder, model)
+        self._check_free(model, sources if mode == "move" else ())
+        with self._store.staging() as folder:
+            files = _Transfer(sources, folder, mode, report).run(stored_names(model, len(sources)))
+            if sha256 and files[0].sha256 != sha256:
+                raise DataLoss(f"{source} has the SHA-256 {files[0].sha256}, it should have {sha256}")
+            brought = read_header(folder / files[0].name)  # what was brought in is sound too
+            header_sha256 = brought.sha256 if any(file.reference for file in files) else ""
+            imported_at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+            Manifest("gguf", tuple(files), origin, imported_at, header_sha256).save(folder)
+            self._store.publish(folder, model)
         if mode == "move":
             _remove(sources)
         log.info("event=model_imported id=%s files=%d bytes=%d", model, len(files), header.model.size_bytes)
@@ -61,11 +72,11 @@ class Importer:
     def _check_free(self, model: str, moved: Sequence[Path]) -> None:
         """Raises AlreadyExists for a name in use. Files put there by hand may be moved in under their own name."""
         existing = self._store.find(model)
-        if existing is None:
-            return
-        own = [existing.path(number).resolve() for number in range(len(existing.files))]
-        if existing.imported or own != [path.resolve() for path in moved]:
-            raise AlreadyExists(f"the model store has a model {model!r}: remove it first, or give another name")
+        if existing is not None and not existing.imported:
+            own = [existing.path(number).resolve() for number in range(len(existing.files))]
+            if own == [path.resolve() for path in moved]:
+                return
+        self._store.check_free(model)
 
     def _check_movable(self, sources: Sequence[Path]) -> None:
         for path in sources:
@@ -79,11 +90,12 @@ class Importer:
 class _Transfer:
     """Brings the bytes of one model's files into a folder, and hashes them on the way."""
 
-    def __init__(self, sources: Sequence[Path], folder: Path, report: Report) -> None:
+    def __init__(self, sources: Sequence[Path], folder: Path, mode: str, report: Report) -> None:
         self._sources = [source.resolve() for source in sources]  # link(2) does not follow symbolic links
         self._before = [source.stat() for source in self._sources]
         self._sizes = [status.st_size for status in self._before]
         self._folder = folder
+        self._mode = mode
         self._report = report
         self._done = 0
         self._phase = "hashing"
@@ -93,22 +105,34 @@ class _Transfer:
         files = []
         for number, name in enumerate(names):
             source, target = self._sources[number], self._folder / name
-            sums = self._bring(number, source, target)
+            sums, referenced = self._bring(number, source, target)
             before, after = self._before[number], source.stat()
             if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
                 raise InvalidModel("the file changed while it was imported", source)
-            files.append(ManifestFile(name, before.st_size, sums.sha256, sums.blocks))
+            reference = Reference(str(source), before.st_mtime_ns) if referenced else None
+            files.append(ManifestFile(name, before.st_size, sums.sha256, sums.blocks, reference))
         return files
 
-    def _bring(self, number: int, source: Path, target: Path) -> checksums.FileSums:
-        if checksums.try_link(source, target) or checksums.try_clone(source, target):
+    def _bring(self, number: int, source: Path, target: Path) -> tuple[checksums.FileSums, bool]:
+        """Sums of a file that was brought in, and whether it is a reference only."""
+        own = self._mode != "reference" and (checksums.try_link(source, target) or checksums.try_clone(source, target))
+        if own or self._mode in ("reference", "link"):
+            if not own:
+                self._refer(source, target)
             self._phase = "hashing"
             self._progress(0)
-            return checksums.sums_of(target, self._progress)
+            return checksums.sums_of(target, self._progress), not own
         self._phase = "copying"
         self._check_space(number)
         self._progress(0)
-        return checksums.copy_with_sums(source, target, self._progress)
+        return checksums.copy_with_sums(source, target, self._progress), False
+
+    def _refer(self, source: Path, target: Path) -> None:
+        try:
+            str(source).encode()
+        except UnicodeEncodeError:
+            raise InvalidRequest(f"{str(source)!r} cannot be referenced: its name is not UTF-8") from None
+        target.symlink_to(source)
 
     def _progress(self, nbytes: int) -> None:
         self._done += nbytes

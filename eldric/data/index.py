@@ -11,7 +11,7 @@ from pathlib import Path
 
 from eldric.data.checksums import FileSums
 from eldric.data.header import ModelHeader, read_header
-from eldric.data.manifest import NAME, BrokenManifest, Manifest, UnknownVersion
+from eldric.data.manifest import NAME, BrokenManifest, Manifest, Reference, UnknownVersion
 from eldric.data.model import StoredFile, StoredModel
 from eldric.data.names import check_id, id_of, is_later_part
 from eldric.data.sums import Sums
@@ -20,6 +20,10 @@ from eldric.engine.gguf import part_paths
 from eldric.errors import DataLoss, EldricError, InvalidRequest, NotReady
 
 log = logging.getLogger(__name__)
+
+
+#: What to do about a file that changed where it lies.
+_AGAIN = "remove the model from the store and add it again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +45,7 @@ class Index:
         self._folder = folder  # without links
         self._sums = sums
         self._headers: dict[str, tuple[object, ModelHeader | InvalidModel]] = {}
+        self._manifests: dict[str, tuple[object, Manifest]] = {}
         self._lock = threading.Lock()
         self._warned: set[str] = set()
 
@@ -51,6 +56,8 @@ class Index:
         with self._lock:
             for gone in self._headers.keys() - places.keys():
                 del self._headers[gone]
+            for gone in self._manifests.keys() - places.keys():
+                del self._manifests[gone]
         return [model for model in models if model is not None]
 
     def find(self, model: str) -> StoredModel | None:
@@ -97,9 +104,13 @@ class Index:
         header: ModelHeader | None = None
         error: EldricError | None = None
         try:
-            files = self._imported_files(place.name) if place.imported else self._files_by_hand(place.name)
+            manifest = self._manifest(place.name) if place.imported else None
+            files = self._imported_files(place.name, manifest) if manifest else self._files_by_hand(place.name)
             _check_files(files)
-            header = self._header(model, files)
+            found = self._header(model, files)
+            if manifest and manifest.header_sha256 not in ("", found.sha256):
+                raise DataLoss(f"its header changed since it was referenced: {_AGAIN}")
+            header = found
         except FileNotFoundError:
             return None
         except UnknownVersion as reason:
@@ -110,11 +121,20 @@ class Index:
             error = DataLoss(f"{model}: {reason.filename or place.name} cannot be read: {reason.strerror}")
         return StoredModel(model, self._folder, tuple(file for file, _ in files), place.imported, header, error)
 
-    def _imported_files(self, name: str) -> _Files:
-        manifest = Manifest.load(self._folder / name)
+    def _manifest(self, name: str) -> Manifest:
+        """The manifest of a folder, from the cache while it has not changed: that of a large model takes time."""
+        version = _version(os.stat(self._folder / name / NAME))
+        known = self._manifests.get(name)
+        if known is None or known[0] != version:
+            known = version, Manifest.load(self._folder / name)
+            with self._lock:
+                self._manifests[name] = known
+        return known[1]
+
+    def _imported_files(self, name: str, manifest: Manifest) -> _Files:
         paths = [Path(name, file.name) for file in manifest.files]
         return [
-            (StoredFile(path, file.size_bytes, file.sums), self._status(path))
+            (StoredFile(path, file.size_bytes, file.sums), self._status(path, file.reference))
             for path, file in zip(paths, manifest.files, strict=True)
         ]
 
@@ -130,16 +150,22 @@ class Index:
             raise FileNotFoundError(name)
         return files
 
-    def _status(self, path: Path) -> os.stat_result | None:
-        """Status of a file of the store; None if it is missing. Raises DataLoss for what is none, or lies elsewhere."""
+    def _status(self, path: Path, reference: Reference | None = None) -> os.stat_result | None:
+        """Status of a file of the store; None if it is missing. Raises DataLoss for what is none, or lies elsewhere,
+        unless it is referenced there and did not change."""
         try:
             real = (self._folder / path).resolve(strict=True)
             status = real.stat()
         except FileNotFoundError:
+            if reference:
+                raise DataLoss(f"the file {reference.path}, which it refers to, is missing") from None
             return None
         except RuntimeError:
             raise DataLoss(f"{path} is a link to itself") from None
-        if not real.is_relative_to(self._folder):
+        if reference:
+            if str(real) != reference.path or status.st_mtime_ns != reference.modified_ns:
+                raise DataLoss(f"{reference.path} changed since it was referenced: {_AGAIN}")
+        elif not real.is_relative_to(self._folder):
             raise DataLoss(f"{path} is a link out of the model store: import the file that it points to")
         if not stat.S_ISREG(status.st_mode):
             raise DataLoss(f"{path} is not a file")

@@ -32,7 +32,8 @@ class Ended(Unavailable):
 class Job(Generic[Result]):
     """One piece of work in a thread. Use it as a context: leaving the block ends the work, if it has not ended."""
 
-    def __init__(self, executor: Executor, work: Work[Result], waits: bool) -> None:
+    def __init__(self, executor: Executor, work: Work[Result], waits: bool, on_end: Callable[[], None]) -> None:
+        self._on_end = on_end
         self._loop = asyncio.get_running_loop()
         self._news = asyncio.Event()
         self._latest = Update("waiting", 0, 0) if waits else None
@@ -63,8 +64,9 @@ class Job(Generic[Result]):
         return await asyncio.shield(self.future)
 
     def end(self) -> None:
-        """Asks the work to end: its next report raises Ended."""
+        """Asks the work to end: its next report raises Ended, and what it waits for may be cut off."""
         self._ended.set()
+        self._on_end()
 
     def _run(self, work: Work[Result]) -> Result:
         self._check()
@@ -102,13 +104,13 @@ class Jobs:
         self._jobs: set[Job[Any]] = set()
         self._closing = False
 
-    def start(self, work: Work[Result]) -> Job[Result]:
-        """Starts work. Raises QueueIsFull, Unavailable after close."""
+    def start(self, work: Work[Result], on_end: Callable[[], None] = lambda: None) -> Job[Result]:
+        """Starts work. on_end: called when nobody waits for it. Raises QueueIsFull, Unavailable after close."""
         if self._closing:
             raise Unavailable("the data worker is ending")
         if len(self._jobs) >= self._limit:
             raise QueueIsFull(f"{len(self._jobs)} imports and checks are in progress: try again later", 10.0)
-        job = Job(self._executor, work, waits=len(self._jobs) >= self._running)
+        job = Job(self._executor, work, len(self._jobs) >= self._running, on_end)
         self._jobs.add(job)
         job.future.add_done_callback(lambda _: self._jobs.discard(job))
         return job

@@ -9,8 +9,10 @@ from typing import Any
 from eldric.data.config import DataConfig
 from eldric.data.content import content_route
 from eldric.data.export import exports_of
+from eldric.data.hub import Hub
 from eldric.data.jobs import Jobs
 from eldric.data.metrics import DataMetrics
+from eldric.data.peer import Peers
 from eldric.data.service import ModelStoreService
 from eldric.data.store import ModelStore
 from eldric.errors import EldricError
@@ -37,7 +39,9 @@ class DataWorker:
         self.node = Node(config.node, identity)
         metrics = DataMetrics(self.node.metrics)
         self._jobs = Jobs(config.jobs, config.queue)
-        self._service = ModelStoreService(self.store, self._jobs, metrics)
+        self._service = ModelStoreService(
+            self.store, self._jobs, metrics, Hub(config.hub), Peers(lambda: self.node.identity), config.ollama
+        )
         self._service.exports = partial(exports_of, self.store.folder, config.nfs)
         self._problem = ""
         self._refreshing: asyncio.Task[None] | None = None

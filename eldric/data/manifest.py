@@ -26,16 +26,28 @@ class UnknownVersion(BrokenManifest):
 
 
 @dataclass(frozen=True, slots=True)
+class Reference:
+    """A file that stays where it lies; its name in the model's folder is a link to it.
+
+    path: absolute and without links. modified_ns: its time of change at import.
+    """
+
+    path: str
+    modified_ns: int
+
+
+@dataclass(frozen=True, slots=True)
 class ManifestFile:
     """One file of a model. name: in the model's folder. sha256, and those of its blocks: lower-case hex, at import.
 
-    blocks is empty in a manifest that was written before there were any.
+    blocks is empty in a manifest that was written before there were any. reference: None for a file of the store's own.
     """
 
     name: str
     size_bytes: int
     sha256: str
     blocks: tuple[str, ...] = ()
+    reference: Reference | None = None
 
     @property
     def sums(self) -> FileSums:
@@ -44,12 +56,16 @@ class ManifestFile:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """A model of a store. source: where it was imported from, for people. imported_at: ISO 8601, UTC."""
+    """A model of a store. source: the path or URI that it was imported from. imported_at: ISO 8601, UTC.
+
+    header_sha256: of a model that is served by reference, what tells its header from another; else empty.
+    """
 
     format: str
     files: tuple[ManifestFile, ...]
     source: str
     imported_at: str
+    header_sha256: str = ""
 
     def save(self, folder: Path) -> None:
         """Writes the manifest atomically and durably. Raises OSError."""
@@ -89,6 +105,7 @@ class Manifest:
             files=tuple(_file(entry, document.get("block_bytes")) for entry in files),
             source=_text(document, "source"),
             imported_at=_text(document, "imported_at"),
+            header_sha256=_text({"header_sha256": "", **document}, "header_sha256"),
         )
 
 
@@ -103,7 +120,16 @@ def _file(entry: Any, block_bytes: Any) -> ManifestFile:
     if not _SHA256.fullmatch(sha256):
         raise BrokenManifest(f"its manifest gives {name} a SHA-256 that is none")
     blocks = _blocks(entry.get("blocks", []), name, size) if block_bytes == BLOCK_BYTES else ()
-    return ManifestFile(name, size, sha256, blocks)
+    return ManifestFile(name, size, sha256, blocks, _reference(entry.get("reference"), name))
+
+
+def _reference(entry: Any, name: str) -> Reference | None:
+    if entry is None:
+        return None
+    path, modified_ns = (entry.get("path"), entry.get("modified_ns")) if isinstance(entry, dict) else (None, None)
+    if not isinstance(path, str) or not path.startswith("/") or "\0" in path or type(modified_ns) is not int:
+        raise BrokenManifest(f"its manifest does not say where {name} lies")
+    return Reference(path, modified_ns)
 
 
 def _blocks(blocks: Any, name: str, size: int) -> tuple[str, ...]:

@@ -2,15 +2,21 @@
 
 import asyncio
 import contextlib
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from eldric.data.convert import model_blocks, model_info, model_metadata, model_tensors
+from eldric.data.convert import model_blocks, model_info, model_metadata, model_tensors, resolved_source
+from eldric.data.http_client import Hangup
+from eldric.data.hub import Hub
 from eldric.data.importer import Importer
-from eldric.data.jobs import Jobs
+from eldric.data.jobs import Jobs, Work
 from eldric.data.metrics import DataMetrics
 from eldric.data.model import StoredModel
+from eldric.data.peer import Peers
+from eldric.data.puller import Puller, Resolved
 from eldric.data.reader import Reader, all_ranges, header_range, layer_ranges, pieces
 from eldric.data.store import ModelStore
 from eldric.engine.shard import ByteRange
@@ -29,9 +35,12 @@ Result = TypeVar("Result")
 class ModelStoreService(model_store_pb2_grpc.ModelStoreServicer):
     """Serves a store. File work runs in threads: short reads in their own, imports and checks as jobs."""
 
-    def __init__(self, store: ModelStore, jobs: Jobs, metrics: DataMetrics) -> None:
+    def __init__(
+        self, store: ModelStore, jobs: Jobs, metrics: DataMetrics, hub: Hub, peers: Peers, ollama: Path | None
+    ) -> None:
         self._store, self._jobs, self._metrics = store, jobs, metrics
         self._importer = Importer(store)
+        self._puller = Puller(store, self._importer, hub, peers, ollama)
         #: Where the store's folder can be mounted from now.
         self.exports: Callable[[], list[stage_pb2.NfsExport]] = list
         #: Models at the last look.
@@ -80,16 +89,30 @@ class ModelStoreService(model_store_pb2_grpc.ModelStoreServicer):
                 total_bytes = 0  # only the first chunk has it
 
     async def Import(self, request: pb.ImportRequest, context: Any) -> AsyncIterator[pb.ImportEvent]:
-        phase = ""
-        work = lambda report: self._importer.run(request.path, request.id, request.mode, report)  # noqa: E731
-        with self._count_import(), self._jobs.start(work) as job:
+        if bool(request.path) == bool(request.source):
+            raise InvalidRequest("name a path or a source, one of them")
+        phase, hangup = "", Hangup()
+        resolved: deque[Resolved] = deque()
+        with self._count_import(), self._jobs.start(self._import(request, resolved, hangup), hangup.end) as job:
             async for update in job.updates():
+                while resolved:
+                    yield pb.ImportEvent(phase=phase, resolved=resolved_source(resolved.popleft()))
                 phase = update.phase
                 yield pb.ImportEvent(phase=phase, done_bytes=update.done_bytes, total_bytes=update.total_bytes)
             model = await job.result()
+        while resolved:
+            yield pb.ImportEvent(phase=phase, resolved=resolved_source(resolved.popleft()))
         await self.refresh()
         size = model.size_bytes
         yield pb.ImportEvent(phase=phase, done_bytes=size, total_bytes=size, model=model_info(model))
+
+    def _import(self, request: pb.ImportRequest, resolved: deque[Resolved], hangup: Hangup) -> Work[StoredModel]:
+        """The work of an import, in a thread. What its source turned out to be is put into `resolved`."""
+        if request.source:
+            return lambda report: self._puller.run(
+                request.source, request.id, request.mode, report, resolved.append, hangup
+            )
+        return lambda report: self._importer.run(request.path, request.id, request.mode, report)
 
     async def Remove(self, request: pb.RemoveModelRequest, context: Any) -> pb.RemoveModelResponse:
         await self._in_thread(self._store.remove, request.id)

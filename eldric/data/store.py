@@ -2,7 +2,8 @@
 
     FOLDER/ID/         an imported model: ID.gguf (or the parts of a split set) and manifest.json
     FOLDER/*.gguf      models that somebody put there by hand; a split set counts as one
-    FOLDER/.eldric/    imports in progress, what is being removed, sums of files that were put there by hand
+    FOLDER/.eldric/    imports in progress, downloads that go on when they are asked for again (partial/), what is being
+                       removed, sums of files that were put there by hand
 
 An import appears by one rename, so what is listed is whole. Everything here blocks: call it from a thread.
 """
@@ -12,15 +13,18 @@ import errno
 import logging
 import os
 import shutil
-import threading
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from eldric.data import checksums
+from eldric.data.claims import Claims
 from eldric.data.index import Index
 from eldric.data.locks import locked
+from eldric.data.manifest import BrokenManifest, Manifest
 from eldric.data.model import StoredFile, StoredModel
+from eldric.data.names import check_id
+from eldric.data.partials import Partials
 from eldric.data.sums import Sums
 from eldric.errors import AlreadyExists, DataLoss, EldricError, NotEnoughSpace, NotFound, NotReady
 
@@ -48,8 +52,8 @@ class ModelStore:
         self._incoming, self._removed, self._lock_path = own / "incoming", own / "removed", own / "lock"
         self._sums = Sums(own / "sums.json")
         self._index = Index(self.folder, self._sums)
-        self._claims: set[str] = set()
-        self._claims_lock = threading.Lock()
+        #: Names that imports of this process hold, and downloads that are not complete.
+        self.claims, self.partials = Claims(), Partials(own / "partial")
 
     def list(self) -> list[StoredModel]:
         """All models by name, damaged ones too. Raises NotReady when the folder cannot be read."""
@@ -66,8 +70,24 @@ class ModelStore:
             raise NotFound(f"the model store has no model {model!r}")
         return found
 
+    def source_of(self, model: str) -> str:
+        """Where an imported model came from; empty where that is not known."""
+        try:
+            return Manifest.load(self.folder / check_id(model)).source
+        except (OSError, BrokenManifest):
+            return ""
+
+    def check_free(self, model: str) -> None:
+        """Raises AlreadyExists for a name in use."""
+        if self.find(model) is not None:
+            raise AlreadyExists(f"the model store has a model {model!r}: remove it first, or give another name")
+
     def remove(self, model: str) -> None:
-        """Removes a model and its files at once; who has them open reads on. Raises NotFound, NotReady."""
+        """Removes a model and its files at once; who has them open reads on. Of one that is not complete, what has
+        come goes. Raises NotFound, NotReady."""
+        if self.find(model) is None and self.partials.remove(model):
+            log.info("event=partial_download_removed id=%s", model)
+            return
         found = self.get(model)
         with self.write_errors():
             if found.imported:
@@ -107,23 +127,11 @@ class ModelStore:
                 for left in [*_children(self._incoming), *_children(self._removed)]:
                     log.info("event=cleaned_up path=%s", left)
                     shutil.rmtree(left, ignore_errors=True)
+                self.partials.clean()
         except FileNotFoundError:
             return  # nobody has imported anything here
         except OSError as error:
             log.info("event=clean_up_skipped reason=%r", str(error))
-
-    @contextlib.contextmanager
-    def claim(self, model: str) -> Iterator[None]:
-        """Holds a name for one import. Raises AlreadyExists when it is taken, or held by another import."""
-        with self._claims_lock:
-            if model in self._claims:
-                raise AlreadyExists(f"a model is being imported as {model!r} right now")
-            self._claims.add(model)
-        try:
-            yield
-        finally:
-            with self._claims_lock:
-                self._claims.remove(model)
 
     @contextlib.contextmanager
     def staging(self) -> Iterator[Path]:

@@ -15,7 +15,7 @@ from eldric.data import checksums
 from eldric.data.importer import Importer
 from eldric.data.store import ModelStore
 from eldric.engine.errors import InvalidModel
-from eldric.errors import AlreadyExists, InvalidRequest, NotEnoughSpace, NotFound, NotReady
+from eldric.errors import AlreadyExists, DataLoss, InvalidRequest, NotEnoughSpace, NotFound, NotReady
 from tests.models import SmallLlama, storyteller, write_small_llama
 from tests.stores import as_unknown_architecture, ignore
 
@@ -255,6 +255,66 @@ def test_a_split_set_that_lacks_a_part_is_refused(store: ModelStore, tmp_path: P
     assert nothing_is_left(store)
 
 
+def test_a_referenced_file_is_served_where_it_lies(store: ModelStore, tmp_path: Path) -> None:
+    first = write_small_llama(tmp_path / "parts.gguf", SmallLlama(), split_tensors=8)
+    parts = sorted(tmp_path.glob("parts-*.gguf"))
+    model = Importer(store).run(str(first), "seen", "reference", ignore)
+    assert [(model.folder / file.path).readlink() for file in model.files] == parts
+    assert model.problem == "" and all(file.sums.blocks for file in model.files)
+    store.verify("seen", ignore)
+    store.remove("seen")
+    assert sorted(tmp_path.glob("parts-*.gguf")) == parts
+    assert store.list() == []
+
+
+def rewritten(path: Path) -> None:
+    path.write_bytes(path.read_bytes())
+
+
+def replaced(path: Path) -> None:
+    path.rename(path.with_suffix(".old"))
+    write_small_llama(path, SmallLlama(seed=1))
+
+
+def replaced_by_a_link(path: Path) -> None:
+    path.rename(path.with_suffix(".old"))
+    path.symlink_to(path.with_suffix(".old"))
+
+
+def header_changed(path: Path) -> None:
+    """In a way that neither size nor time of change tell."""
+    times = path.stat()
+    data = bytearray(path.read_bytes())
+    key = b"llama.context_length"
+    data[data.index(key) + len(key) + 4] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+@pytest.mark.parametrize(
+    ("harm", "words"),
+    [
+        (rewritten, "changed since it was referenced: remove the model"),
+        (replaced, "changed since it was referenced"),
+        (replaced_by_a_link, "changed since it was referenced"),
+        (header_changed, "header changed since it was referenced"),
+        (Path.unlink, "which it refers to, is missing"),
+    ],
+)
+def test_a_referenced_file_that_changed_is_noticed(
+    store: ModelStore, source: Path, harm: Callable[[Path], None], words: str
+) -> None:
+    Importer(store).run(str(source), "seen", "reference", ignore)
+    harm(source)
+    again = ModelStore(store.folder)
+    assert words in again.get("seen").problem
+    with pytest.raises(DataLoss, match=words):
+        _ = again.get("seen").sound_header
+    with pytest.raises(DataLoss):
+        again.verify("seen", ignore)
+    again.remove("seen")
+
+
 @pytest.mark.parametrize("model", ["../escape", "/escape", "..", ".hidden", "a/b", "x-00001-of-00002"])
 def test_a_name_that_leads_elsewhere_is_refused(store: ModelStore, source: Path, model: str) -> None:
     with pytest.raises(InvalidRequest):
@@ -282,8 +342,8 @@ def test_what_is_no_readable_file_is_refused(store: ModelStore, tmp_path: Path, 
             importer.run(str(path), "x", "copy", ignore)
     with pytest.raises(InvalidRequest, match="cannot be read"):
         importer.run(f"/{'x' * 300}", "x", "copy", ignore)
-    with pytest.raises(InvalidRequest, match="modes are copy and move"):
-        importer.run(str(source), "x", "link", ignore)
+    with pytest.raises(InvalidRequest, match="modes are copy, move, link, reference"):
+        importer.run(str(source), "x", "steal", ignore)
     assert nothing_is_left(store)
 
 
