@@ -217,7 +217,7 @@ def data(
     if context.invoked_subcommand is not None:
         return
     if folder is None or models is None:
-        raise typer.BadParameter(f"missing option '{'--folder' if folder is None else '--models'}'")
+        context.fail(f"missing option '{'--folder' if folder is None else '--models'}'")
     from eldric.data.config import DataConfig
     from eldric.data.main import run
     from eldric.nfs.address import NfsAddress
