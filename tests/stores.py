@@ -43,11 +43,9 @@ def as_unknown_architecture(path: Path, source: Path) -> Path:
     return path
 
 
-def data_config(folder: Path, controller: str = "127.0.0.1:1") -> DataConfig:
-    """A data worker named "store" on free ports, its store in folder/models; by default nobody is its controller."""
-    node = NodeConfig(
-        "data", "store", folder / "node", http_port=0, grpc_port=0, controllers=(controller,), drain_s=1.0
-    )
+def data_config(folder: Path, controller: str = "127.0.0.1:1", name: str = "store") -> DataConfig:
+    """A data worker on free ports, its store in folder/models; by default nobody is its controller."""
+    node = NodeConfig("data", name, folder / "node", http_port=0, grpc_port=0, controllers=(controller,), drain_s=1.0)
     return DataConfig(node, folder / "models", jobs=1, queue=1)
 
 
@@ -85,14 +83,14 @@ class Served:
 
 
 @contextlib.asynccontextmanager
-async def serving(folder: Path) -> AsyncIterator[Served]:
-    """A data worker whose store is folder/models."""
-    authority = Authority.create("test")
-    worker = DataWorker(data_config(folder), authority.issue_identity("data", "store"))
+async def serving(folder: Path, authority: Authority | None = None, name: str = "store") -> AsyncIterator[Served]:
+    """A data worker whose store is folder/models; of a cluster of its own, unless its authority is given."""
+    authority = authority or Authority.create("test")
+    worker = DataWorker(data_config(folder, name=name), authority.issue_identity("data", name))
     await worker.node.start()
     operator = authority.issue_identity("client", "tester")
     async with (
-        channel(worker.node.grpc_address, operator, "data", "store") as connection,
+        channel(worker.node.grpc_address, operator, "data", name) as connection,
         httpx.AsyncClient(base_url=worker.node.http_url, verify=operator.client_context(), timeout=10) as http,
     ):
         yield Served(worker, authority, store_calls(connection), http)

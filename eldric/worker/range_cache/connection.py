@@ -125,6 +125,8 @@ class Connection:
             self._http.close()
             if isinstance(error, EldricError):
                 raise
+            if isinstance(error, ssl.SSLCertVerificationError):
+                raise NotReady(f"its certificate is not that of this data worker: {error.verify_message}") from error
             if isinstance(error, OSError | http.client.HTTPException):
                 raise Unavailable(str(error) or type(error).__name__) from error
             raise

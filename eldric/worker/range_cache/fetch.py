@@ -117,12 +117,12 @@ class Fetch:
 
     def _serve(self, place: Place, connection: Connection) -> None:
         """One thread's work for one data worker."""
-        pause_s, buffer = 0.0, memoryview(bytearray())
+        buffer = memoryview(bytearray())
         try:
-            while (span := self._take(place, pause_s)) is not None:
+            while (span := self._take(place)) is not None:
                 if len(buffer) < len(span.extent):
                     buffer = memoryview(bytearray(len(span.extent)))
-                pause_s = self._fetch(place, connection, span, buffer)
+                self._fetch(place, connection, span, buffer)
         except EldricError as error:  # of the cache: nobody can help
             self._fail(error)
         except Exception as error:
@@ -131,14 +131,13 @@ class Fetch:
         finally:
             connection.close()
 
-    def _take(self, place: Place, pause_s: float) -> Span | None:
-        """The next span for a data worker, after a pause; None when there is nothing left to do for it."""
-        not_before = time.monotonic() + pause_s
+    def _take(self, place: Place) -> Span | None:
+        """The next span for a data worker, once it may be asked; None when there is nothing left to do for it."""
         with self._changed:
             while True:
                 if self._stop or not self._open or self._error is not None or place.problem is not None:
                     return None
-                wait_s = not_before - time.monotonic()
+                wait_s = place.not_before - time.monotonic()
                 if wait_s <= 0:
                     for span in self._todo:
                         if not any(place.node_id in self._barred.get(_key(piece), ()) for piece in span.pieces):
@@ -146,8 +145,8 @@ class Fetch:
                             return span
                 self._changed.wait(wait_s if wait_s > 0 else None)
 
-    def _fetch(self, place: Place, connection: Connection, span: Span, buffer: memoryview) -> float:
-        """Returns how long to leave the data worker alone, in seconds. What did not come goes back to the queue."""
+    def _fetch(self, place: Place, connection: Connection, span: Span, buffer: memoryview) -> None:
+        """What does not come goes back to the queue."""
         left, begin = deque(span.pieces), span.extent.start
         steps = connection.ranges(self._source, span.file, span.extent, buffer[: len(span.extent)])
         try:
@@ -155,7 +154,8 @@ class Fetch:
                 try:
                     filled = next(steps)
                 except EldricError as error:
-                    return self._failed(place, error)
+                    self._failed(place, error)
+                    return
                 while left and begin + filled >= left[0].extent.stop:
                     piece = left[0]
                     self._settle(place, piece, buffer[piece.extent.start - begin : piece.extent.stop - begin])
@@ -167,7 +167,6 @@ class Fetch:
                     self._todo.appendleft(Span(tuple(left)))
                 self._look_for_hope()
                 self._changed.notify_all()
-        return 0.0
 
     def _settle(self, place: Place, piece: Piece, data: memoryview) -> None:
         """Compare and write a piece, or ask for it again."""
@@ -207,11 +206,11 @@ class Fetch:
             self._todo.append(Span((again,)))
             self._total_bytes += len(again.extent) - len(piece.extent)
 
-    def _failed(self, place: Place, error: EldricError) -> float:
+    def _failed(self, place: Place, error: EldricError) -> None:
         with self._changed:
             if self._stop:
-                return 0.0  # it was we who ended it
-            pause_s = place.failed(error, time.monotonic())
+                return  # it was we who ended it
+            place.failed(error, time.monotonic())
             given_up = place.problem is not None
         self._metrics.failures.labels(place.node_id, reason_of(error)).inc()
         log.log(
@@ -219,7 +218,6 @@ class Fetch:
             "event=fetch_retry source=%s model=%s given_up=%s error=%r",
             *(place.node_id, self._source.model, given_up, error.message),
         )
-        return pause_s
 
     def _look_for_hope(self) -> None:
         """Ends the fetch when nobody is left who could give what is missing. With the lock held."""

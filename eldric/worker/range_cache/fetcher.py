@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from eldric.engine.errors import LoadCancelled
 from eldric.engine.gguf import ModelFile
 from eldric.engine.shard import ByteRange
-from eldric.errors import DataLoss, EldricError, NotReady
+from eldric.errors import DataLoss, EldricError, NotReady, QueueIsFull, Unavailable
 from eldric.security import Identity
 from eldric.v1 import model_store_pb2, stage_pb2
 from eldric.worker.range_cache.cache import RangeCache
@@ -142,19 +142,23 @@ class RangeFetcher:
             log.warning("event=no_block_sums model=%s: it is fetched without comparing its blocks", source.model)
             return {}
         tls = self._identity().client_context()
-        places = [Place(place.node_id) for place in source.places]
+        places = {place.node_id: Place(place.node_id) for place in source.places}
+        left = list(source.places)
         for number in range(_SUM_ROUNDS):
-            for place, address in zip(places, source.places, strict=True):
+            for address in tuple(left):
                 if cancelled():
                     raise LoadCancelled("loading was cancelled before it fetched anything")
                 try:
                     with contextlib.closing(Connection(address, tls)) as connection:
                         return _checks(source, connection.blocks(source.model))
                 except EldricError as error:
-                    place.problem = error
-                    log.info("event=no_sums source=%s round=%d error=%r", place.node_id, number, error.message)
-            time.sleep(_SUM_PAUSE_S * (number + 1))
-        raise all_given_up(source.model, places)
+                    places[address.node_id].problem = error
+                    log.info("event=no_sums source=%s round=%d error=%r", address.node_id, number, error.message)
+                    if not isinstance(error, Unavailable | QueueIsFull):
+                        left.remove(address)
+            if left:
+                time.sleep(_SUM_PAUSE_S * (number + 1))
+        raise all_given_up(source.model, list(places.values()))
 
 
 def _checks(source: stage_pb2.ModelSource, blocks: model_store_pb2.ModelBlocks) -> dict[int, list[Check]]:

@@ -15,30 +15,31 @@ MOST_WRONG = 3
 
 @dataclass(slots=True)
 class Place:
-    """One data worker. `problem`: why it is asked no more, while None it is."""
+    """One data worker. It is asked from `not_before` on, until there is a `problem`: then no more."""
 
     node_id: str
     failures: int = 0  # since the last success
     wrong: int = 0
     failing_since: float | None = None
+    not_before: float = 0.0
     problem: EldricError | None = None
     draws: random.Random = field(default_factory=random.Random)
 
     def succeeded(self) -> None:
         self.failures, self.failing_since = 0, None
 
-    def failed(self, error: EldricError, now: float) -> float:
-        """Take note of a failure. Returns how many seconds to leave it alone; jitter keeps callers apart."""
+    def failed(self, error: EldricError, now: float) -> None:
+        """Take note of a failure, and leave it alone for a while; jitter keeps callers apart."""
         self.failures += 1
         self.failing_since = now if self.failing_since is None else self.failing_since
         patience_s = BUSY_S if isinstance(error, QueueIsFull) else UNREACHABLE_S
         self.wrong += isinstance(error, DataLoss)
         if isinstance(error, NotReady) or self.wrong >= MOST_WRONG or now - self.failing_since >= patience_s:
             self.problem = error
-        jitter = 1 + self.draws.random() / 2
+        pause_s = min(FIRST_PAUSE_S * 2 ** min(self.failures - 1, 10), LONGEST_PAUSE_S)
         if isinstance(error, QueueIsFull):
-            return error.retry_after_s * jitter
-        return float(min(FIRST_PAUSE_S * 2 ** min(self.failures - 1, 10), LONGEST_PAUSE_S)) * jitter
+            pause_s = error.retry_after_s
+        self.not_before = now + pause_s * (1 + self.draws.random() / 2)
 
 
 def reason_of(error: EldricError) -> str:

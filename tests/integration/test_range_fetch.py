@@ -1,0 +1,427 @@
+"""Byte ranges come from real data workers over mutual TLS: exactly what is missing, whoever dies or lies meanwhile."""
+
+import asyncio
+import hashlib
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from eldric.engine.errors import LoadCancelled
+from eldric.engine.gguf import ModelFile
+from eldric.engine.shard import ByteRange, LayerRange, shard_of
+from eldric.engine.spec import spec_of
+from eldric.errors import DataLoss, InvalidRequest, NotReady, Unavailable
+from eldric.security import Authority
+from eldric.v1 import stage_pb2
+from eldric.worker.range_cache import fetch as fetch_module
+from eldric.worker.range_cache import places as places_module
+from eldric.worker.range_cache import spans as spans_module
+from eldric.worker.range_cache.connection import Connection
+from eldric.worker.range_cache.extents import Extent
+from tests.models import SmallLlama, write_small_llama
+from tests.replicas import MODEL, Fetching, Handler, big_model, fetching, filled_store, liar, replica
+from tests.stores import serving
+
+pytestmark = pytest.mark.timeout(60)
+
+BLOCK = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def authority() -> Authority:
+    return Authority.create("test")
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return big_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory: pytest.TempPathFactory, path: Path) -> tuple[Path, stage_pb2.ModelSource]:
+    """A filled store's folder, and the source of its model."""
+    folder = tmp_path_factory.mktemp("store")
+    return folder, filled_store(folder, path)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gives up soon."""
+    monkeypatch.setattr(places_module, "UNREACHABLE_S", 1.0)
+
+
+def at(source: stage_pb2.ModelSource, *places: stage_pb2.ModelPlace) -> stage_pb2.ModelSource:
+    made = stage_pb2.ModelSource()
+    made.CopyFrom(source)
+    made.places.extend(places)
+    return made
+
+
+def ranges_of(path: Path, start: int, stop: int) -> tuple[ByteRange, ...]:
+    with ModelFile.open(path) as model:
+        return shard_of(model, spec_of(model), LayerRange(start, stop)).ranges
+
+
+def bring(
+    worker: Fetching,
+    source: stage_pb2.ModelSource,
+    path: Path,
+    layers: tuple[int, int],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> tuple[int, int]:
+    """Fetch a stage's ranges; they must be the file's. Returns the last (done, total) that was told."""
+    told = (0, 0)
+
+    def note(done: int, total: int) -> None:
+        nonlocal told
+        told = (done, total)
+        progress(done, total)
+
+    model, entry = worker.fetcher.open(source, cancelled)
+    try:
+        ranges = ranges_of(path, *layers)
+        worker.fetcher.fetch(entry, source, ranges, note, cancelled)
+        data, copies = path.read_bytes(), [copy.read_bytes() for copy in entry.paths]
+        assert copies[0][: model.header_bytes] == data[: model.header_bytes]
+        for part in ranges:
+            span = slice(part.offset, part.offset + part.length)
+            assert copies[part.file][span] == data[span]
+    finally:
+        model.close()
+        entry.close()
+    return told
+
+
+async def test_a_shard_is_fetched_once_and_another_split_fetches_what_is_new(
+    planned: tuple[Path, stage_pb2.ModelSource], path: Path, authority: Authority, tmp_path: Path
+) -> None:
+    folder, source = planned
+    worker = fetching(tmp_path / "cache", authority)
+    async with serving(folder, authority, "a") as served:
+        place = stage_pb2.ModelPlace(node_id="data/a", http_url=served.worker.node.http_url)
+        done, total = await asyncio.to_thread(bring, worker, at(source, place), path, (2, 4))
+        shard = sum(part.length for part in ranges_of(path, 2, 4))
+        assert shard <= done == total <= 1.02 * shard
+        header = source.files[0].header_bytes
+        assert shard + header <= worker.fetched_bytes("data/a") <= 1.02 * shard + header
+        assert await asyncio.to_thread(bring, worker, at(source, place), path, (2, 4)) == (0, 0)
+        before = worker.fetched_bytes("data/a")
+        await asyncio.to_thread(bring, worker, at(source, place), path, (3, 6))
+        new = sum(part.length for part in ranges_of(path, 4, 6))
+        assert worker.fetched_bytes("data/a") - before <= 1.02 * new
+    assert await asyncio.to_thread(bring, worker, source, path, (2, 6)) == (0, 0), "a warm cache asks nobody"
+
+
+async def test_a_split_set_comes_in_parts(authority: Authority, tmp_path: Path) -> None:
+    first = write_small_llama(tmp_path / "parts.gguf", SmallLlama(layers=4), split_tensors=12)
+    source = filled_store(tmp_path / "a", first, "parts")
+    assert len(source.files) > 2 and all(file.header_bytes and file.blocks_sha256 for file in source.files)
+    worker = fetching(tmp_path / "cache", authority)
+    async with serving(tmp_path / "a", authority, "a") as served:
+        place = stage_pb2.ModelPlace(node_id="data/a", http_url=served.worker.node.http_url)
+        model, entry = await asyncio.to_thread(worker.fetcher.open, at(source, place), lambda: False)
+        ranges = shard_of(model, spec_of(model), LayerRange(1, 3)).ranges
+        fetch = worker.fetcher.fetch
+        await asyncio.to_thread(fetch, entry, at(source, place), ranges, lambda a, b: None, lambda: False)
+        for part in ranges:
+            span = slice(part.offset, part.offset + part.length)
+            true = (first.parent / Path(source.files[part.file].path).name).read_bytes()
+            assert entry.paths[part.file].read_bytes()[span] == true[span]
+        model.close()
+        entry.close()
+
+
+async def test_a_data_worker_that_is_killed_midway_is_replaced_by_the_other(
+    planned: tuple[Path, stage_pb2.ModelSource],
+    path: Path,
+    authority: Authority,
+    tmp_path: Path,
+    quick: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(spans_module, "SPAN_BYTES", BLOCK)
+    _, source = planned
+    for name in ("a", "b"):
+        filled_store(tmp_path / name, path)
+    worker = fetching(tmp_path / "cache", authority)
+    async with replica(tmp_path / "a", authority, "a") as one, replica(tmp_path / "b", authority, "b") as other:
+        killed_at: list[tuple[int, int]] = []
+
+        def kill(done: int, total: int) -> None:
+            if not killed_at and worker.fetched_bytes("data/a") > BLOCK:
+                one.kill()
+                killed_at.append((done, total))
+
+        await asyncio.to_thread(bring, worker, at(source, one.place, other.place), path, (0, 8), kill)
+    assert killed_at and killed_at[0][0] < killed_at[0][1], "it was killed midway"
+    assert worker.failures("data/a", "unreachable") and not worker.failures("data/b", "unreachable")
+    assert worker.fetched_bytes("data/a") and worker.fetched_bytes("data/b")
+
+
+async def test_a_corrupted_block_is_named_and_fetched_elsewhere(
+    planned: tuple[Path, stage_pb2.ModelSource],
+    path: Path,
+    authority: Authority,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    folder, source = planned
+    filled_store(tmp_path / "b", path)
+    rotten = tmp_path / "b" / "models" / source.files[0].path
+    data = bytearray(rotten.read_bytes())
+    data[7 * BLOCK + 5] ^= 1
+    rotten.unlink()
+    rotten.write_bytes(data)
+    worker = fetching(tmp_path / "cache", authority)
+    async with serving(folder, authority, "a") as good, serving(tmp_path / "b", authority, "b") as bad:
+        places = [
+            stage_pb2.ModelPlace(node_id=f"data/{name}", http_url=served.worker.node.http_url)
+            for name, served in (("b", bad), ("a", good))
+        ]
+        alone = fetching(tmp_path / "other", authority)
+        with pytest.raises(DataLoss, match=r"block 7 of big/big\.gguf is damaged on data/b"):
+            await asyncio.to_thread(bring, alone, at(source, places[0]), path, (0, 8))
+        assert alone.failures("data/b", "corrupt") == 1
+        assert any("corrupt_block source=data/b" in r.message and "block 7" in r.message for r in caplog.records)
+        # What came before stays; the rest, and the block, come from the other one.
+        kept = alone.fetched_bytes("data/b")
+        await asyncio.to_thread(bring, alone, at(source, *places), path, (0, 8))
+        assert alone.fetched_bytes("data/a") + alone.fetched_bytes("data/b") <= 1.02 * source.files[0].size_bytes
+        assert kept
+        await asyncio.to_thread(bring, worker, at(source, *places), path, (0, 8))
+
+
+def corrupt(handler: Handler, start: int, stop: int) -> None:
+    handler.begin(start, stop)
+    handler.wfile.write(bytes(stop - start))
+
+
+def endless(handler: Handler, start: int, stop: int) -> None:
+    handler.begin(start, stop, 1 << 60)
+    while True:
+        handler.wfile.write(bytes(1 << 16))
+
+
+def chunked(handler: Handler, start: int, stop: int) -> None:
+    handler.send_response(206)
+    handler.send_header("ETag", f'"{handler.etag}"')
+    handler.send_header("Content-Range", f"bytes {start}-{stop - 1}/{len(handler.data)}")
+    handler.send_header("Transfer-Encoding", "chunked")
+    handler.end_headers()
+    while True:
+        handler.wfile.write(b"10000\r\n" + bytes(1 << 16) + b"\r\n")
+
+
+def short(handler: Handler, start: int, stop: int) -> None:
+    handler.begin(start, stop)
+    handler.wfile.write(handler.data[start : start + (stop - start) // 2])
+    handler.close_connection = True
+
+
+def other_range(handler: Handler, start: int, stop: int) -> None:
+    handler.begin(start + 1, stop + 1)
+    handler.wfile.write(handler.data[start + 1 : stop + 1])
+
+
+def whole_file(handler: Handler, start: int, stop: int) -> None:
+    handler.send_response(200)
+    handler.send_header("ETag", f'"{handler.etag}"')
+    handler.send_header("Content-Length", str(len(handler.data)))
+    handler.end_headers()
+    handler.wfile.write(handler.data)
+
+
+def other_file(handler: Handler, start: int, stop: int) -> None:
+    handler.etag = "0" * 64
+    handler.begin(start, stop)
+    handler.wfile.write(handler.data[start:stop])
+
+
+def garbage(handler: Handler, start: int, stop: int) -> None:
+    handler.wfile.write(b"SSH-2.0-nothing\r\n\r\n" * 10)
+    handler.close_connection = True
+
+
+LIES = [
+    (corrupt, "corrupt"),
+    (endless, "wrong_answer"),
+    (chunked, "wrong_answer"),
+    (short, "unreachable"),
+    (other_range, "wrong_answer"),
+    (whole_file, "wrong_answer"),
+    (other_file, "refused"),
+    (garbage, "unreachable"),
+]
+
+
+@pytest.mark.parametrize(("lie", "reason"), LIES, ids=[lie.__name__ for lie, _ in LIES])
+async def test_a_lying_data_worker_is_noticed_and_costs_nothing(
+    lie: Callable[[Handler, int, int], None],
+    reason: str,
+    planned: tuple[Path, stage_pb2.ModelSource],
+    path: Path,
+    authority: Authority,
+    tmp_path: Path,
+    quick: None,
+) -> None:
+    folder, source = planned
+    worker = fetching(tmp_path / "cache", authority)
+    with liar(authority, "liar", source, path.read_bytes(), lie) as lying:
+        async with serving(folder, authority, "a") as served:
+            honest = stage_pb2.ModelPlace(node_id="data/a", http_url=served.worker.node.http_url)
+            await asyncio.to_thread(bring, worker, at(source, lying.place, honest), path, (0, 8))
+            assert lying.requests and worker.failures("data/liar", reason)
+        alone = fetching(tmp_path / "alone", authority)
+        with pytest.raises((DataLoss, Unavailable, NotReady), match="data/liar"):
+            await asyncio.to_thread(bring, alone, at(source, lying.place), path, (0, 8))
+
+
+async def test_block_sums_that_are_not_those_of_the_plan_are_refused(
+    planned: tuple[Path, stage_pb2.ModelSource], path: Path, authority: Authority, tmp_path: Path
+) -> None:
+    folder, source = planned
+    lied = at(source)
+    lied.files[0].blocks_sha256 = hashlib.sha256(b"other sums").digest()
+    async with serving(folder, authority, "a") as served:
+        lied.places.add(node_id="data/a", http_url=served.worker.node.http_url)
+        with pytest.raises(DataLoss, match=r"block sums of big/big\.gguf are not those of the model that was planned"):
+            await asyncio.to_thread(bring, fetching(tmp_path, authority), lied, path, (2, 4))
+
+
+async def test_a_busy_data_worker_is_asked_again_when_it_says(
+    planned: tuple[Path, stage_pb2.ModelSource], path: Path, authority: Authority, tmp_path: Path
+) -> None:
+    times: list[float] = []
+
+    def busy(handler: Handler, start: int, stop: int) -> None:
+        times.append(time.monotonic())
+        if len(times) <= 1:
+            handler.refuse(503, Retry_After="1")
+            return
+        handler.begin(start, stop)
+        handler.wfile.write(handler.data[start:stop])
+
+    _, source = planned
+    with liar(authority, "busy", source, path.read_bytes(), busy) as server:
+        plain = at(source, server.place)
+        for file in plain.files:
+            file.blocks_sha256 = b""  # this one serves content alone
+        worker = fetching(tmp_path, authority)
+        await asyncio.to_thread(bring, worker, plain, path, (2, 4))
+    assert worker.failures("data/busy", "busy") >= 1
+    assert times[1] - times[0] >= 1.0
+
+
+async def test_cancelling_ends_a_fetch_that_stands_still_and_what_came_stays(
+    planned: tuple[Path, stage_pb2.ModelSource], path: Path, authority: Authority, tmp_path: Path
+) -> None:
+    stuck, release = threading.Event(), threading.Event()
+
+    def stall(handler: Handler, start: int, stop: int) -> None:
+        handler.begin(start, stop)
+        half = start + (stop - start) // 2
+        handler.wfile.write(handler.data[start : stop if stop <= header else half])
+        if stop > header:
+            stuck.set()
+            release.wait(20)
+
+    _, source = planned
+    header = source.files[0].header_bytes
+    worker = fetching(tmp_path, authority)
+    with liar(authority, "slow", source, path.read_bytes(), stall) as server:
+        plain = at(source, server.place)
+        plain.files[0].blocks_sha256 = b""
+        began = time.monotonic()
+        with pytest.raises(LoadCancelled, match="bytes were fetched"):
+            await asyncio.to_thread(
+                bring, worker, plain, path, (0, 8), cancelled=lambda: stuck.is_set() and time.monotonic() > began + 0.5
+            )
+        assert time.monotonic() - began < 5
+        release.set()
+    again = worker.cache.open(source)
+    assert again.have()[0].covers(Extent(0, header)) and again.have()[0].nbytes > header
+    again.close()
+
+
+async def test_a_killed_worker_goes_on_where_it_was(
+    planned: tuple[Path, stage_pb2.ModelSource],
+    path: Path,
+    authority: Authority,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What was noted at the moment of a kill is what the next process finds: the notes are written while it fetches."""
+    folder, source = planned
+    monkeypatch.setattr(fetch_module, "NOTE_S", 0.0)
+    worker = fetching(tmp_path, authority)
+    noted: list[int] = []
+
+    def look(done: int, total: int) -> None:
+        seen = worker.cache.open(source)
+        noted.append(seen.have()[0].nbytes)
+        seen.close()
+
+    async with serving(folder, authority, "a") as served:
+        place = stage_pb2.ModelPlace(node_id="data/a", http_url=served.worker.node.http_url)
+        await asyncio.to_thread(bring, worker, at(source, place), path, (0, 8), look)
+    assert any(source.files[0].header_bytes < each < 0.9 * source.files[0].size_bytes for each in noted)
+    assert noted == sorted(noted)
+
+
+async def test_two_workers_of_a_machine_fetch_a_model_once(
+    planned: tuple[Path, stage_pb2.ModelSource], path: Path, authority: Authority, tmp_path: Path
+) -> None:
+    folder, source = planned
+    workers = [fetching(tmp_path, authority, name) for name in ("w1", "w2")]
+    async with serving(folder, authority, "a") as served:
+        place = stage_pb2.ModelPlace(node_id="data/a", http_url=served.worker.node.http_url)
+        await asyncio.gather(*(asyncio.to_thread(bring, worker, at(source, place), path, (0, 8)) for worker in workers))
+    fetched = sum(worker.fetched_bytes("data/a") for worker in workers)
+    assert fetched <= 1.01 * source.files[0].size_bytes
+
+
+async def test_only_this_very_data_worker_of_this_cluster_is_believed(
+    planned: tuple[Path, stage_pb2.ModelSource], path: Path, authority: Authority, tmp_path: Path, quick: None
+) -> None:
+    folder, source = planned
+    async with serving(folder, authority, "a") as served:
+        url = served.worker.node.http_url
+        wrong_name = at(source, stage_pb2.ModelPlace(node_id="data/b", http_url=url))
+        with pytest.raises(NotReady, match="its certificate is not that of this data worker"):
+            await asyncio.to_thread(bring, fetching(tmp_path / "1", authority), wrong_name, path, (0, 8))
+        stranger = fetching(tmp_path / "2", Authority.create("other"))
+        with pytest.raises(NotReady, match="its certificate is not that of this data worker"):
+            await asyncio.to_thread(
+                bring, stranger, at(source, stage_pb2.ModelPlace(node_id="data/a", http_url=url)), path, (0, 8)
+            )
+
+
+@pytest.mark.parametrize(
+    ("node_id", "url"),
+    [
+        ("data/a", "http://127.0.0.1:8892"),
+        ("data/a", "https://127.0.0.1"),
+        ("data/a", "https://:1"),
+        ("data/a", "https://h:99999"),
+        ("data/a", "file:///etc/passwd"),
+        ("worker/a", "https://127.0.0.1:1"),
+        ("data/", "https://127.0.0.1:1"),
+        ("", ""),
+    ],
+)
+def test_a_place_that_is_no_data_worker_behind_tls_is_refused(node_id: str, url: str, authority: Authority) -> None:
+    tls = authority.issue_identity("worker", "w1").client_context()
+    with pytest.raises(InvalidRequest, match="no data worker with an https address"):
+        Connection(stage_pb2.ModelPlace(node_id=node_id, http_url=url), tls)
+
+
+def test_a_model_without_a_place_cannot_be_fetched(
+    planned: tuple[Path, stage_pb2.ModelSource], path: Path, authority: Authority, tmp_path: Path
+) -> None:
+    _, source = planned
+    with pytest.raises(Unavailable, match=f"no data worker gives '{MODEL}': none holds it"):
+        bring(fetching(tmp_path, authority), source, path, (0, 8))
