@@ -115,10 +115,12 @@ class World:
         await asyncio.gather(*(node.stop() for node in self._nodes))
         await self._ends.aclose()
 
-    async def add_workers(self, *names: str, memory_bytes: int = 16 * GIB) -> None:
+    async def add_workers(self, *names: str, memory_bytes: int = 16 * GIB, **settings: Any) -> None:
+        """settings: further arguments of FakeWorker."""
         for name in names:
             folder = issue(self.authority, self.folder, "worker", name)
-            worker = self.workers[name] = FakeWorker(folder, self.address, name, memory_bytes=memory_bytes)
+            worker = FakeWorker(folder, self.address, name, memory_bytes=memory_bytes, **settings)
+            self.workers[name] = worker
             self._nodes.append(worker.node)
         await asyncio.gather(*(self.workers[name].start() for name in names))
 

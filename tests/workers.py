@@ -5,7 +5,7 @@ Usage, as a process of its own: python -m tests.workers FOLDER CONTROLLER NAME
 
 import asyncio
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,9 +38,21 @@ class Gate:
 class FakeWorker(stage_pb2_grpc.StageServicer):
     """One worker. Tests read what it was asked, hold its calls at gates, and make them fail."""
 
-    def __init__(self, folder: Path, controller: str, name: str, *, memory_bytes: int = 16 * GIB) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        controller: str,
+        name: str,
+        *,
+        memory_bytes: int = 16 * GIB,
+        transports: Sequence[str] = ("zmq",),
+        host: str = "",
+    ) -> None:
         """The folder holds its identity."""
         self.name = name
+        self.transports, self.host = transports, host
+        self.unopened: dict[str, str] = {}  # schemes that it cannot open, and why
+        self.unreachable: dict[str, str] = {}  # schemes by which it does not reach the next stage, and why
         self.stages: dict[Key, stage_pb2.StageStatus] = {}
         self.calls: list[tuple[str, object]] = []
         self.gates: dict[str, Gate] = {}
@@ -97,16 +109,48 @@ class FakeWorker(stage_pb2_grpc.StageServicer):
             self.stages.pop(key, None)
             raise
         status.state = stage_pb2.LOADED
-        status.endpoint.CopyFrom(_endpoint(self.name, request))
+        scheme = request.transport or "zmq"
+        problem = self.unopened.get(scheme, "")
+        status.endpoint.CopyFrom(_endpoint(self.name, request.index, "zmq" if problem else scheme))
+        status.sender_scheme, status.sender_key = status.endpoint.scheme, status.endpoint.public_key
         status.memory.CopyFrom(common_pb2.MemoryUse(mapped_bytes=request.memory_limit_bytes // 2))
-        yield stage_pb2.LoadEvent(loaded=stage_pb2.Loaded(endpoint=status.endpoint, memory=status.memory))
+        loaded = stage_pb2.Loaded(endpoint=status.endpoint, memory=status.memory, transport_problem=problem)
+        yield stage_pb2.LoadEvent(loaded=loaded)
+
+    async def OpenLinks(self, request: stage_pb2.OpenLinksRequest, context: object) -> stage_pb2.OpenLinksResponse:
+        self.calls.append(("OpenLinks", request))
+        await self._arrive("OpenLinks")
+        status = self._stage(request.pipeline_id, request.epoch, request.index)
+        if request.receive not in self.unopened:
+            status.endpoint.CopyFrom(_endpoint(self.name, request.index, request.receive))
+        if request.send not in self.unopened:
+            status.sender_scheme = request.send
+            status.sender_key = _endpoint(self.name, request.index, request.send).public_key
+        return stage_pb2.OpenLinksResponse(
+            endpoint=status.endpoint,
+            sender_scheme=status.sender_scheme,
+            sender_key=status.sender_key,
+            receive_problem=self.unopened.get(request.receive, ""),
+            send_problem=self.unopened.get(request.send, ""),
+        )
 
     async def Connect(self, request: stage_pb2.ConnectRequest, context: object) -> stage_pb2.ConnectResponse:
         self.calls.append(("Connect", request))
         await self._arrive("Connect")
-        status = self.stages.get((request.pipeline_id, request.epoch, request.index))
-        if status is None:
-            raise NotFound(f"{self.name} holds no stage {request.index}")
+        status = self._stage(request.pipeline_id, request.epoch, request.index)
+        if request.HasField("next") and (problem := self.unreachable.get(status.sender_scheme)):
+            status.state, status.message, status.round = stage_pb2.BROKEN, problem, request.round
+            return stage_pb2.ConnectResponse(problem=problem)
+        if request.HasField("next"):
+            status.link.CopyFrom(
+                stage_pb2.LinkStatus(
+                    to_stage=request.next_index,
+                    transport=status.sender_scheme,
+                    encryption="curve",
+                    fallback=request.fallback,
+                    frames=7,
+                )
+            )
         status.state, status.message, status.round = stage_pb2.SERVING, "", request.round
         self.member.beat_now()
         return stage_pb2.ConnectResponse()
@@ -135,6 +179,12 @@ class FakeWorker(stage_pb2_grpc.StageServicer):
         raise NotFound(f"{self.name} computes nothing")
         yield
 
+    def _stage(self, pipeline_id: str, epoch: int, index: int) -> stage_pb2.StageStatus:
+        status = self.stages.get((pipeline_id, epoch, index))
+        if status is None:
+            raise NotFound(f"{self.name} holds no stage {index}")
+        return status
+
     async def _arrive(self, method: str) -> None:
         if method in self.gates:
             await self.gates[method].passed()
@@ -142,7 +192,9 @@ class FakeWorker(stage_pb2_grpc.StageServicer):
             raise self.failures[method]
 
     def _resources(self) -> registry_pb2.Resources:
-        return registry_pb2.Resources(cores=1, memory_bytes=self.memory_bytes, transports=["zmq"])
+        return registry_pb2.Resources(
+            cores=1, memory_bytes=self.memory_bytes, transports=self.transports, host=self.host
+        )
 
     def _beat(self) -> heartbeat_pb2.BeatRequest:
         used = sum(status.memory.mapped_bytes for status in self.stages.values())
@@ -162,10 +214,9 @@ class FakeWorker(stage_pb2_grpc.StageServicer):
                 self.stages.pop(key, None)
 
 
-def _endpoint(name: str, request: stage_pb2.LoadRequest) -> common_pb2.TensorEndpoint:
-    return common_pb2.TensorEndpoint(
-        scheme="zmq", address=f"zmq://{name}:{request.index}", public_key=f"key-{name}-{request.index}"
-    )
+def _endpoint(name: str, index: int, scheme: str) -> common_pb2.TensorEndpoint:
+    key = f"key-{name}-{index}" if scheme == "zmq" else f"{scheme}-key-{name}-{index}"
+    return common_pb2.TensorEndpoint(scheme=scheme, address=f"{scheme}://{name}:{index}", public_key=key)
 
 
 def issue(authority: Authority, folder: Path, kind: str, name: str) -> Path:
