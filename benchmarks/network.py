@@ -47,6 +47,7 @@ class Network:
     _switch: "subprocess.Popen[bytes]"
     _namespaces: dict[str, int]
     _groups: dict[str, Path] = field(default_factory=dict)
+    _hidden: dict[str, list[Path]] = field(default_factory=dict)
     _made: int = 0  # groups
 
     def command(self, host: str, command: Sequence[str]) -> list[str]:
@@ -54,10 +55,16 @@ class Network:
 
         The process that it starts becomes the command: its pid and exit code are the command's own.
         """
-        entering = ["nsenter", f"--net={self._path(host)}", "--", *command]
-        if host not in self._groups:
-            return entering
-        return ["sh", "-c", 'echo $$ > "$0" && exec "$@"', str(self._groups[host] / "cgroup.procs"), *entering]
+        made = ["nsenter", f"--net={self._path(host)}", "--"]
+        if host in self._groups:
+            made = ["sh", "-c", 'echo $$ > "$0" && exec "$@"', str(self._groups[host] / "cgroup.procs"), *made]
+        for folder in self._hidden.get(host, ()):
+            made += ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs tmpfs "$0" && exec "$@"', str(folder)]
+        return [*made, *command]
+
+    def hide(self, host: str, folder: Path) -> None:
+        """What is started on a host from now on sees an empty folder there, and what it mounts is seen by it alone."""
+        self._hidden.setdefault(host, []).append(folder)
 
     def limit_memory(self, host: str, nbytes: int) -> None:
         """All that is started on a host from now on shares so much memory, page cache included.

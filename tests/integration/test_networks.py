@@ -115,6 +115,16 @@ def test_memory_of_a_host_is_limited(net: Network) -> None:
     assert memory_groups.peak_bytes(group) > 60 << 20
 
 
+def test_hidden_folder_is_empty_there_and_nowhere_else(net: Network, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    net.hide("here", tmp_path)
+    listed = [
+        subprocess.run(net.command(host, ["ls", str(tmp_path)]), capture_output=True, text=True, check=True).stdout
+        for host in ("here", "there")
+    ]
+    assert listed == ["", "file\n"]
+
+
 def test_nothing_is_left_of_a_network_whose_owner_was_killed() -> None:
     owner = subprocess.Popen([sys.executable, "-c", OWNER], stdout=subprocess.PIPE, text=True)
     assert owner.stdout is not None
