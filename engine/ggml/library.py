@@ -2,7 +2,8 @@
 
 Searched in this order: the folder that ELDRIC_GGML_DIR names; an installed llama-cpp-python, which its user may have
 built for CUDA, Metal, ROCm or Vulkan; the package transcribe-cpp-native, a dependency. A ggml that is built with
-loadable backends carries one library per CPU variant, of which the best that runs here is taken.
+loadable backends carries one library per CPU variant, of which the best that runs here is taken, or the one that
+ELDRIC_GGML_VARIANT names: workers of unlike processors then compute the same bits.
 """
 
 import ctypes
@@ -45,8 +46,11 @@ class Device:
 class Library:
     """A ggml that is loaded into the process, with its functions bound in `api`. One per folder; never unloaded."""
 
-    def __init__(self, folder: Path) -> None:
-        """Raises LibraryError if the folder holds no ggml, or one of another version or struct layout."""
+    def __init__(self, folder: Path, variant: str = "") -> None:
+        """`variant`: of the CPU, such as "haswell"; empty for the best.
+
+        Raises LibraryError if the folder holds no ggml or not that variant, or one of another version or struct layout.
+        """
         self.folder = folder
         try:
             base = ctypes.CDLL(str(self._file("ggml-base")))
@@ -60,7 +64,7 @@ class Library:
         self.version: str = self.api.ggml_version().decode()
         _check_version(self.version, str(folder))
         check_layout(self.api, f"ggml {self.version} in {folder}")
-        self._load_cpu()
+        self._load_cpu(variant)
         self._accelerators_loaded = False
 
     def devices(self, accelerators: bool = True) -> tuple[Device, ...]:
@@ -108,18 +112,24 @@ class Library:
         base = self._file("ggml-base")
         return sorted(path for path in self.folder.glob(f"{_PREFIX}ggml-*{_SUFFIX}") if path != base)
 
-    def _load_cpu(self) -> None:
-        """Register the CPU variant that scores best here, unless the library has its CPU backend built in."""
+    def _load_cpu(self, wanted: str) -> None:
+        """Register the wanted CPU variant, or else the one that scores best here; none if the backend is built in."""
         scores: list[tuple[int, Path]] = []
         for path in self._backends():
             if path.name.startswith(f"{_PREFIX}ggml-cpu"):
                 variant = ctypes.CDLL(str(path))
                 if function := getattr(variant, "ggml_backend_score", None):
                     scores.append((function(), path))
+        if wanted:
+            known = {_variant(path): score for score, path in scores if score > 0}
+            if wanted not in known:
+                listed = ", ".join(sorted(known)) or "none"
+                raise LibraryError(f"ELDRIC_GGML_VARIANT is {wanted!r}; of {self.folder} run here: {listed}")
+            scores = [each for each in scores if _variant(each[1]) == wanted]
         best, path = max(scores, default=(0, self.folder))
         self.cpu_variant = ""  # as its file is named, such as "zen4"; empty when the library has only one
         if best > 0:
-            self.cpu_variant = path.stem.rpartition("cpu-")[2]
+            self.cpu_variant = _variant(path)
             log.debug("cpu_variant=%s score=%d", path.name, best)
             self.api.ggml_backend_load(str(path).encode())
         if not any(device.kind == "cpu" for device in self.devices(accelerators=False)):
@@ -143,14 +153,16 @@ class Library:
 def find_library(environment: Mapping[str, str] = os.environ) -> Library:
     """The first usable ggml. Raises LibraryError that says where was looked and what was wrong there.
 
-    A folder named by ELDRIC_GGML_DIR is taken or refused; nothing else is tried then.
+    A folder named by ELDRIC_GGML_DIR is taken or refused; nothing else is tried then. A variant named by
+    ELDRIC_GGML_VARIANT must be in the folder and run on this processor.
     """
+    variant = environment.get("ELDRIC_GGML_VARIANT", "")
     if chosen := environment.get("ELDRIC_GGML_DIR"):
-        return load_library(Path(chosen).resolve())
+        return load_library(Path(chosen).resolve(), variant)
     problems = []
     for folder in _installed():
         try:
-            return load_library(folder)
+            return load_library(folder, variant)
         except LibraryError as error:
             log.warning("unusable_ggml=%s reason=%s", folder, error)
             problems.append(str(error))
@@ -159,9 +171,14 @@ def find_library(environment: Mapping[str, str] = os.environ) -> Library:
 
 
 @functools.cache
-def load_library(folder: Path) -> Library:
+def load_library(folder: Path, variant: str) -> Library:
     """The ggml in a folder, loaded once in the life of the process."""
-    return Library(folder)
+    return Library(folder, variant)
+
+
+def _variant(path: Path) -> str:
+    """ "zen4" for libggml-cpu-zen4.so."""
+    return path.stem.rpartition("cpu-")[2]
 
 
 def _installed() -> Iterator[Path]:

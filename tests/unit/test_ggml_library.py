@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -88,6 +89,29 @@ def test_llama_cpp_python_is_preferred_when_it_is_usable(tmp_path: Path) -> None
         check=True,
     )
     assert result.stdout.strip() == str(folder)
+
+
+def loaded_with(variant: str) -> subprocess.CompletedProcess[str]:
+    """Loads ggml in a process of its own: a process has one variant for life."""
+    code = "from eldric.engine.ggml.library import find_library; print(find_library().cpu_variant)"
+    environment = {**os.environ, "ELDRIC_GGML_VARIANT": variant}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+
+
+def test_the_named_cpu_variant_is_taken_though_another_scores_better() -> None:
+    best = find_library().cpu_variant
+    if not best:
+        pytest.skip("this platform's ggml has one CPU backend")
+    plain = "x64" if platform.machine() == "x86_64" else best
+    assert loaded_with(plain).stdout.strip() == plain
+    assert loaded_with("").stdout.strip() == best
+
+
+def test_a_cpu_variant_that_is_not_there_is_refused_with_those_that_are() -> None:
+    refused = loaded_with("abacus")
+    assert refused.returncode == 1
+    assert f"ELDRIC_GGML_VARIANT is 'abacus'; of {find_library().folder} run here: " in refused.stderr
+    assert find_library().cpu_variant in refused.stderr
 
 
 def test_no_library_at_all_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
