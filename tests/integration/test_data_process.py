@@ -104,13 +104,20 @@ asyncio.run(run(data_config(Path(sys.argv[1]))))
 
 
 @contextlib.asynccontextmanager
-async def data_process(folder: Path, authority: Authority) -> AsyncIterator[tuple[asyncio.subprocess.Process, str]]:
+async def data_process(
+    folder: Path, authority: Authority, **environment: str
+) -> AsyncIterator[tuple[asyncio.subprocess.Process, str]]:
     """A data worker in a process of its own, and its gRPC address."""
     authority.issue_identity("data", "store").save(folder / "node")
     file = folder / "node" / "node.json"
     file.unlink(missing_ok=True)
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", _PROCESS, str(folder), stderr=asyncio.subprocess.DEVNULL
+        sys.executable,
+        "-c",
+        _PROCESS,
+        str(folder),
+        stderr=asyncio.subprocess.DEVNULL,
+        env={**os.environ, **environment},
     )
     try:
         await until(file.exists)
