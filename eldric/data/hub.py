@@ -10,8 +10,7 @@ from typing import Any
 from urllib.parse import quote
 
 import httpx2
-from huggingface_hub import constants
-from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+from huggingface_hub import constants, get_token
 
 from eldric import __version__
 from eldric.data.checksums import FileSums
@@ -35,10 +34,10 @@ class Hub:
 
     def client(self) -> httpx2.Client:
         """Shows HF_TOKEN (or the token of `hf auth login`) to the hub, and to no host that it redirects to."""
-        headers = build_hf_headers(library_name="eldric", library_version=__version__)
-        return httpx2.Client(
-            headers={**headers, "accept-encoding": "identity"}, follow_redirects=True, max_redirects=5, timeout=TIMEOUT
-        )
+        headers = {"user-agent": f"eldric/{__version__}", "accept-encoding": "identity"}
+        if token := get_token():
+            headers["authorization"] = f"Bearer {token}"
+        return httpx2.Client(headers=headers, follow_redirects=True, max_redirects=5, timeout=TIMEOUT)
 
     def find(self, client: httpx2.Client, source: HubSource) -> Remote:
         """The model that a source means. Raises NotFound, PermissionDenied, InvalidRequest, Unavailable, DataLoss,
