@@ -7,7 +7,7 @@ EldricError
 ├── NotFound
 │   └── ModelNotFound       nothing of that name is deployed; what is, is named
 ├── QueueIsFull
-│   └── RouterIsFull        as many generations run as this router takes
+│   └── RouterIsFull        as many generations run, or bytes of requests come, as this router takes
 └── Unavailable
     ├── PipelineLoading     `progress` (0 to 1) of the load
     ├── PipelineLost        a stage is lost, or the head cannot be reached

@@ -9,7 +9,7 @@ from typing import Any, NoReturn, TypeVar
 
 from starlette.requests import Request
 
-from eldric.router.errors import InvalidParameter
+from eldric.router.errors import InvalidParameter, RouterIsFull
 
 Checked = TypeVar("Checked")
 
@@ -25,38 +25,54 @@ MAX_VALUES = 2_000_000
 _STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)', re.DOTALL)
 
 
-async def read_body(
-    request: Request, limit: int, executor: Executor, check: Callable[[dict[str, Any]], Checked]
-) -> Checked:
-    """What `check` makes of the object in a request's body; a large one is parsed and checked in a thread.
+class BodyReader:
+    """Reads the bodies of all requests of a router."""
 
-    Raises InvalidParameter: 413 for a body of more than `limit` bytes, 408 for one that takes too long, 400 for one
-    that is no JSON object. Raises ClientDisconnect.
-    """
-    body = await _read(request, limit)
-    if len(body) <= SMALL_BYTES:
-        return check(parse_object(body))
-    return await asyncio.get_running_loop().run_in_executor(executor, lambda: check(parse_object(body)))
+    def __init__(self, limit_bytes: int, total_bytes: int, executor: Executor) -> None:
+        """limit_bytes: of one body. total_bytes: of all bodies that are being read and parsed."""
+        self._limit = limit_bytes
+        self._total = total_bytes
+        self._executor = executor
+        self.held_bytes = 0
 
+    async def read(self, request: Request, check: Callable[[dict[str, Any]], Checked]) -> Checked:
+        """What `check` makes of the object in a request's body; a large one is parsed and checked in a thread.
 
-async def _read(request: Request, limit: int) -> bytes:
-    declared = request.headers.get("content-length", "0")
-    if declared.isascii() and declared.isdigit() and int(declared[:20]) > limit:
-        _refuse_size(limit)
-    body = bytearray()
-    try:
-        async with asyncio.timeout(READ_TIMEOUT_S):
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > limit:
-                    _refuse_size(limit)
-    except TimeoutError:
-        raise InvalidParameter("The request's body did not arrive in time.", None, "timeout", 408) from None
-    return bytes(body)
+        Raises InvalidParameter: 413 for a body that is too large, 408 for one that takes too long, 400 for one that is
+        no JSON object. Raises RouterIsFull when the bodies of other requests leave no room for it, ClientDisconnect.
+        """
+        body = bytearray()
+        try:
+            await self._read(request, body)
+            if len(body) <= SMALL_BYTES:
+                return check(parse_object(bytes(body)))
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._executor, lambda: check(parse_object(bytes(body))))
+        finally:
+            self.held_bytes -= len(body)
 
+    async def _read(self, request: Request, body: bytearray) -> None:
+        """Appends what comes to `body`, whose bytes are held, all of them, whatever is raised."""
+        declared = request.headers.get("content-length", "0")
+        if declared.isascii() and declared.isdigit() and int(declared[:20]) > self._limit:
+            self._refuse_size()
+        try:
+            async with asyncio.timeout(READ_TIMEOUT_S):
+                async for chunk in request.stream():
+                    if len(body) + len(chunk) > self._limit:
+                        self._refuse_size()
+                    if self.held_bytes + len(chunk) > self._total:
+                        raise RouterIsFull(
+                            f"this router holds request bodies of {self._total} bytes at once, and they are being read"
+                        )
+                    body += chunk
+                    self.held_bytes += len(chunk)
+        except TimeoutError:
+            raise InvalidParameter("The request's body did not arrive in time.", None, "timeout", 408) from None
 
-def _refuse_size(limit: int) -> NoReturn:
-    raise InvalidParameter(f"The request's body is larger than {limit} bytes.", None, "request_too_large", 413)
+    def _refuse_size(self) -> NoReturn:
+        message = f"The request's body is larger than {self._limit} bytes."
+        raise InvalidParameter(message, None, "request_too_large", 413)
 
 
 def parse_object(body: bytes) -> dict[str, Any]:

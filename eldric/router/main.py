@@ -7,6 +7,7 @@ from eldric.node import Node
 from eldric.router.admission import Admission
 from eldric.router.config import RouterConfig
 from eldric.router.generation import Heads
+from eldric.router.http_body import BodyReader
 from eldric.router.inference_service import InferenceService
 from eldric.router.metrics import RouterMetrics
 from eldric.router.openai_api import OpenAiApi
@@ -32,7 +33,8 @@ class Router:
         prompts = Prompts(self.pipelines, self._vocabularies, self._executor)
         heads = Heads(self.node.channels, self.pipelines, metrics)
         completions = Completions(prompts, heads, self._admission)
-        api = OpenAiApi(config, self.pipelines, prompts, completions, self._admission, metrics, self._executor)
+        self.bodies = BodyReader(config.max_body_bytes, config.max_bodies_bytes, self._executor)
+        api = OpenAiApi(self.pipelines, prompts, completions, self._admission, metrics, self.bodies)
         self.node.routes(api.routes())
         self.node.service(
             InferenceService(prompts, heads, self._admission),

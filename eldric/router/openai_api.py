@@ -4,7 +4,6 @@ and /detokenize."""
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from concurrent.futures import Executor
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -14,9 +13,8 @@ from starlette.routing import BaseRoute, Route
 
 from eldric.event_stream import ClientGone
 from eldric.router.admission import Admission
-from eldric.router.config import RouterConfig
 from eldric.router.errors import InvalidParameter, ModelNotFound
-from eldric.router.http_body import read_body
+from eldric.router.http_body import BodyReader
 from eldric.router.metrics import RouterMetrics
 from eldric.router.openai_errors import ApiError, api_error
 from eldric.router.openai_generation import Body, Completions
@@ -38,21 +36,19 @@ class OpenAiApi:
 
     def __init__(
         self,
-        config: RouterConfig,
         pipelines: Pipelines,
         prompts: Prompts,
         completions: Completions,
         admission: Admission,
         metrics: RouterMetrics,
-        executor: Executor,
+        bodies: BodyReader,
     ) -> None:
-        self._limit = config.max_body_bytes
+        self._bodies = bodies
         self._pipelines = pipelines
         self._prompts = prompts
         self._completions = completions
         self._admission = admission
         self._metrics = metrics
-        self._executor = executor
 
     def routes(self) -> list[BaseRoute]:
         return [
@@ -103,7 +99,7 @@ class OpenAiApi:
     ) -> Response:
         arrived = time.perf_counter()
         stack.enter_context(self._admission.admit())
-        body = await read_body(request, self._limit, self._executor, check)
+        body = await self._bodies.read(request, check)
         return await self._completions.answer(request, self._name(body.model), body, arrived, stack)
 
     def _name(self, asked: str | None) -> str:
@@ -140,7 +136,7 @@ class OpenAiApi:
 
     async def _tokenize(self, request: Request, stack: AsyncExitStack) -> Response:
         stack.enter_context(self._admission.admit())
-        body = await read_body(request, self._limit, self._executor, TokenizeBody.model_validate)
+        body = await self._bodies.read(request, TokenizeBody.model_validate)
         target = await self._prompts.find(self._name(body.model))
         add_bos = None if body.add_special else False
         tokens: list[Any] = list(await target.tokenize(body.content, special=body.parse_special, add_bos=add_bos))
@@ -151,7 +147,7 @@ class OpenAiApi:
 
     async def _detokenize(self, request: Request, stack: AsyncExitStack) -> Response:
         stack.enter_context(self._admission.admit())
-        body = await read_body(request, self._limit, self._executor, DetokenizeBody.model_validate)
+        body = await self._bodies.read(request, DetokenizeBody.model_validate)
         target = await self._prompts.find(self._name(body.model))
         return JSONResponse({"content": await target.detokenize(body.tokens)})
 

@@ -12,6 +12,7 @@ import pytest
 
 from eldric import node, web
 from eldric.errors import QueueIsFull, Unavailable
+from eldric.names import split_address
 from eldric.v1 import inference_pb2
 from tests.fake_cluster import FakeCluster, client_of, fake_cluster, http_of, silent, speak, until
 
@@ -225,6 +226,25 @@ async def test_a_body_over_the_limit_is_413(tmp_path: Path) -> None:
     async with fake_cluster(tmp_path, max_body_bytes=1000) as cluster, http_of(cluster) as http:
         answer = await http.post("/v1/completions", json={"prompt": "x" * 2000})
         assert (answer.status_code, answer.json()["error"]["code"]) == (413, "request_too_large")
+
+
+async def test_bodies_that_are_too_much_together_are_429_until_there_is_room(tmp_path: Path) -> None:
+    limits: dict[str, Any] = {"max_body_bytes": 100_000, "max_bodies_bytes": 150_000}
+    async with fake_cluster(tmp_path, **limits) as cluster, http_of(cluster) as http:
+        host, port = split_address(cluster.url.removeprefix("http://"))
+        _, slow = await asyncio.open_connection(host, port)
+        slow.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100000\r\n\r\n" + b" " * 99_000)
+        await until(lambda: cluster.router.bodies.held_bytes == 99_000)
+        answer = await http.post("/v1/completions", json={"prompt": "x" * 60_000})
+        assert (answer.status_code, answer.json()["error"]["type"]) == (429, "rate_limit_error")
+        assert int(answer.headers["retry-after"]) >= 1
+        small = await http.post("/v1/completions", json={"prompt": "A"})
+        assert small.status_code == 200
+        slow.close()
+        await until(lambda: cluster.router.bodies.held_bytes == 0)
+        assert (
+            await http.post("/v1/completions", json={"prompt": "x" * 60_000})
+        ).status_code == 400  # no context for it
 
 
 async def test_the_http_port_serves_nothing_of_the_cluster(cluster: FakeCluster) -> None:

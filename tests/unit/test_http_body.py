@@ -11,8 +11,8 @@ import pytest
 from starlette.requests import Request
 
 from eldric.router import http_body
-from eldric.router.errors import InvalidParameter
-from eldric.router.http_body import parse_object, read_body
+from eldric.router.errors import InvalidParameter, RouterIsFull
+from eldric.router.http_body import BodyReader, parse_object
 
 
 def request_of(chunks: Iterable[bytes], headers: dict[str, str] | None = None) -> Request:
@@ -29,7 +29,7 @@ def request_of(chunks: Iterable[bytes], headers: dict[str, str] | None = None) -
 
 async def read(chunks: Iterable[bytes], limit: int = 1000, headers: dict[str, str] | None = None) -> Any:
     with ThreadPoolExecutor(1) as executor:
-        return await read_body(request_of(chunks, headers), limit, executor, lambda body: body)
+        return await BodyReader(limit, limit, executor).read(request_of(chunks, headers), lambda body: body)
 
 
 async def test_a_body_comes_in_pieces() -> None:
@@ -61,8 +61,38 @@ async def test_a_body_that_does_not_come_is_not_waited_for(monkeypatch: pytest.M
 
     request = Request({"type": "http", "method": "POST", "path": "/", "headers": []}, receive)
     with ThreadPoolExecutor(1) as executor, pytest.raises(InvalidParameter) as caught:
-        await read_body(request, 100, executor, lambda body: body)
+        await BodyReader(100, 100, executor).read(request, lambda body: body)
     assert caught.value.http_code == 408
+
+
+def slow_request(first: bytes, rest: asyncio.Future[bytes]) -> Request:
+    """A request whose body begins with `first` and ends with what `rest` brings."""
+
+    async def pieces() -> Any:
+        yield {"type": "http.request", "body": first, "more_body": True}
+        yield {"type": "http.request", "body": await rest, "more_body": False}
+
+    messages = pieces()
+    return Request({"type": "http", "method": "POST", "path": "/", "headers": []}, lambda: anext(messages))
+
+
+async def test_all_bodies_together_are_bounded_and_room_comes_back() -> None:
+    with ThreadPoolExecutor(1) as executor:
+        bodies = BodyReader(100, 150, executor)
+        rest: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        slow = asyncio.ensure_future(bodies.read(slow_request(b'{"a": "' + b"x" * 90, rest), lambda body: body))
+        while bodies.held_bytes != 97:
+            await asyncio.sleep(0)
+        with pytest.raises(RouterIsFull, match="request bodies of 150 bytes") as caught:
+            await bodies.read(request_of([b"x" * 40, b"x" * 20]), lambda body: body)
+        assert caught.value.retry_after_s > 0
+        assert bodies.held_bytes == 97  # what had come of the refused one is given back
+        assert await bodies.read(request_of([b'{"b": 1}']), lambda body: body) == {"b": 1}
+        with pytest.raises(InvalidParameter):
+            await bodies.read(request_of([b"{"]), lambda body: body)
+        rest.set_result(b'"}')
+        assert await slow == {"a": "x" * 90}
+        assert bodies.held_bytes == 0
 
 
 @pytest.mark.parametrize(

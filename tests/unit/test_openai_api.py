@@ -4,7 +4,6 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -13,15 +12,14 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 from starlette.applications import Starlette
 
-from eldric.config import NodeConfig
 from eldric.engine.chat import ChatTemplate
 from eldric.engine.gguf import ModelFile
 from eldric.engine.tokenizer import Tokenizer
 from eldric.errors import NotReady, QueueIsFull
 from eldric.router.admission import Admission
-from eldric.router.config import RouterConfig
 from eldric.router.errors import PipelineLost
 from eldric.router.generation import Delta, Event, Finished, Heads, Job, Started, Token
+from eldric.router.http_body import BodyReader
 from eldric.router.metrics import RouterMetrics
 from eldric.router.openai_api import OpenAiApi
 from eldric.router.openai_generation import Completions
@@ -64,19 +62,18 @@ class Face:
         self.runner = asyncio.Runner()
         self.executor = ThreadPoolExecutor(1)
         self.heads = Talker()
-        node = NodeConfig("router", "r", Path(), http_port=0, controllers=("127.0.0.1:1",))
-        config = RouterConfig(node, max_requests=200, max_body_bytes=100_000)
         pipelines = Pipelines()
         ready = pipeline_pb2.PipelineInfo(id="1", name="p", model="m", state=pipeline_pb2.READY)
         ready.options.context = 64
         pipelines.update(ready)
         self.draining = False
         self.runner.run(asyncio.sleep(0))
-        self.admission = Admission(config.max_requests, lambda: self.draining)
+        self.admission = Admission(200, lambda: self.draining)
         metrics = RouterMetrics(CollectorRegistry(), lambda: self.admission.active)
         prompts = Prompts(pipelines, cast(Vocabularies, OneVocabulary()), self.executor)
+        bodies = BodyReader(100_000, 100_000, self.executor)
         completions = Completions(prompts, cast(Heads, self.heads), self.admission)
-        api = OpenAiApi(config, pipelines, prompts, completions, self.admission, metrics, self.executor)
+        api = OpenAiApi(pipelines, prompts, completions, self.admission, metrics, bodies)
         self.app = Starlette(routes=api.routes())
 
     def call(self, method: str, path: str, body: bytes = b"") -> tuple[int, dict[str, str], bytes]:
