@@ -77,16 +77,17 @@ class Connections:
         """To the routers in turn. Raises Unavailable when none is up."""
         return await self._one_of(registry_pb2.ROUTER)
 
-    async def data_worker(self) -> grpc.aio.Channel:
-        return await self._one_of(registry_pb2.DATA)
+    async def data_worker(self, *, steady: bool = False) -> grpc.aio.Channel:
+        """To the data workers in turn; steady: always to the first by name. Raises Unavailable when none is up."""
+        return await self._one_of(registry_pb2.DATA, steady)
 
-    async def _one_of(self, kind: "registry_pb2.NodeKind.ValueType") -> grpc.aio.Channel:
+    async def _one_of(self, kind: "registry_pb2.NodeKind.ValueType", steady: bool = False) -> grpc.aio.Channel:
         asked_at, found = self._nodes.get(kind, (0.0, []))
         if not found or time.monotonic() - asked_at > _NODES_S:
             found = [node for node in await self.nodes(kind) if node.state == registry_pb2.UP]
             self._nodes[kind] = time.monotonic(), found
         if not found:
             raise Unavailable(f"the cluster has no {_TITLES[kind]} that is up")
-        self._turn += 1
-        node = found[self._turn % len(found)]
+        self._turn += not steady
+        node = min(found, key=lambda each: each.name) if steady else found[self._turn % len(found)]
         return self._channels.to(node.grpc_address, registry_pb2.NodeKind.Name(kind).lower(), node.name)

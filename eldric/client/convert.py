@@ -162,6 +162,22 @@ def model(info: model_store_pb2.ModelInfo) -> types.ModelInfo:
     )
 
 
+def import_event(event: model_store_pb2.ImportEvent) -> types.PullEvent:
+    if event.HasField("model"):
+        return model(event.model)
+    if event.HasField("resolved"):
+        resolved = event.resolved
+        return types.ResolvedSource(
+            source=resolved.source,
+            name=resolved.id,
+            quantization=resolved.quantization,
+            files=tuple((file.name, file.size_bytes) for file in resolved.files),
+            size_bytes=sum(file.size_bytes for file in resolved.files),
+            kept_bytes=resolved.kept_bytes,
+        )
+    return types.ImportProgress(event.phase, event.done_bytes, event.total_bytes)
+
+
 def model_details(metadata: model_store_pb2.ModelMetadata) -> types.ModelDetails:
     return types.ModelDetails(
         info=model(metadata.info),

@@ -1,6 +1,7 @@
 """The model store, through the cluster's data worker."""
 
-from collections.abc import AsyncIterator
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator
 from pathlib import Path
 
 from eldric.client import convert, types
@@ -34,25 +35,49 @@ class Models:
         self, path: Path | str, name: str = "", mode: str = "copy"
     ) -> AsyncIterator[types.ImportProgress | types.ModelInfo]:
         """Take a GGUF file of the data worker's machine into the store: progress, then the model. Closing the iterator
-        leaves nothing of it behind."""
-        stub = await self._stub()
+        leaves nothing of it behind.
+
+        mode: "copy" (hard link, else copy), "move", "link" (hard link, else reference) or "reference" (the file is
+        served from where it lies).
+        """
         request = model_store_pb2.ImportRequest(path=str(path), id=name, mode=mode)
-        with self._connections.calling(_DATA_WORKER):
-            call = stub.Import(request)
-            try:
-                async for event in call:
-                    if event.HasField("model"):
-                        yield convert.model(event.model)
-                    else:
-                        yield types.ImportProgress(event.phase, event.done_bytes, event.total_bytes)
-            finally:
-                call.cancel()
+        async with contextlib.aclosing(self._import(request)) as events:
+            async for event in events:
+                if not isinstance(event, types.ResolvedSource):
+                    yield event
 
     async def add(self, path: Path | str, name: str = "", mode: str = "copy") -> types.ModelInfo:
         async for event in self.add_events(path, name, mode):
             if isinstance(event, types.ModelInfo):
                 return event
         raise Unavailable("the data worker ended the import without a word")
+
+    def pull_events(self, source: str, name: str = "", mode: str = "") -> AsyncGenerator[types.PullEvent, None]:
+        """Bring a model from elsewhere into the store: what the source turned out to be, progress, then the model.
+
+        source: hf://OWNER/REPOSITORY[:QUANTIZATION], ollama://NAME[:TAG] or eldric://HOST:PORT/NAME; ModelStore.Import
+        says all of it. name: in the store; empty: that of the source. mode: of an Ollama store only, see `add_events`.
+        Closing the iterator stops it: what has come is kept, and the same call goes on from there.
+        """
+        return self._import(model_store_pb2.ImportRequest(source=source, id=name, mode=mode))
+
+    async def pull(self, source: str, name: str = "", mode: str = "") -> types.ModelInfo:
+        """See `pull_events`."""
+        async for event in self.pull_events(source, name, mode):
+            if isinstance(event, types.ModelInfo):
+                return event
+        raise Unavailable("the data worker ended the pull without a word")
+
+    async def _import(self, request: model_store_pb2.ImportRequest) -> AsyncGenerator[types.PullEvent, None]:
+        """Always at the same data worker while it is up: a pull goes on where it was."""
+        stub = model_store_pb2_grpc.ModelStoreStub(await self._connections.data_worker(steady=True))
+        with self._connections.calling(_DATA_WORKER):
+            call = stub.Import(request)
+            try:
+                async for event in call:
+                    yield convert.import_event(event)
+            finally:
+                call.cancel()
 
     async def remove(self, name: str) -> None:
         stub = await self._stub()

@@ -177,6 +177,14 @@ class SyncModels:
     ) -> Events[types.ImportProgress | types.ModelInfo]:
         return self._client._iterate(self._models.add_events(path, name, mode))
 
+    def pull(self, source: str, name: str = "", mode: str = "") -> types.ModelInfo:
+        """See Models.pull_events."""
+        return self._client._run(self._models.pull(source, name, mode))
+
+    def pull_events(self, source: str, name: str = "", mode: str = "") -> Events[types.PullEvent]:
+        """See Models.pull_events."""
+        return self._client._iterate(self._models.pull_events(source, name, mode))
+
     def remove(self, name: str) -> None:
         self._client._run(self._models.remove(name))
 

@@ -150,6 +150,21 @@ class ImportProgress:
 
 
 @dataclass(frozen=True, slots=True)
+class ResolvedSource:
+    """What a source of models turned out to be. kept_bytes: what an earlier try had brought already."""
+
+    source: str  # in full
+    name: str  # in the store
+    quantization: str
+    files: tuple[tuple[str, int], ...]  # name at the source, size in bytes
+    size_bytes: int
+    kept_bytes: int
+
+
+PullEvent = ResolvedSource | ImportProgress | ModelInfo
+
+
+@dataclass(frozen=True, slots=True)
 class Token:
     """A generated token; `logprob` and `top` (id, logprob) are there when logprobs were asked for."""
 
