@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from typing import Any
 
 import httpx
@@ -43,7 +44,15 @@ def test_status(cluster: Cluster) -> None:
         assert is_alive(stage["pid"])
         assert stage["memory_bytes"] > 0
         assert stage["step_ms"] >= 0
-    assert cluster.cli("status", STORY, "--json").json["pipelines"] == [pipeline]
+        link = stage["link"]
+        assert link["to_stage"] == (stage["index"] + 1) % 3
+        assert link["transport"] and link["encryption"] != "none" and not link["fallback"] and not link["closed"]
+        assert link["frames"] >= 0 and link["bytes"] >= 0 and link["queue_frames"] >= 0 and link["queue_bytes"] >= 0
+        assert link["round_trip_ms"] < 1000
+    (again,) = cluster.cli("status", STORY, "--json").json["pipelines"]
+    for each in (*stages, *again["stages"]):
+        del each["link"]["round_trip_ms"]  # it is measured again and again
+    assert again == pipeline
 
 
 def test_workers(cluster: Cluster) -> None:
@@ -185,7 +194,8 @@ def test_a_join_token(cli: Cli) -> None:
 
 
 def test_tables_for_people(cli: Cli) -> None:
-    assert "zmq, encrypted" in cli("status").out
+    status = cli("status").out
+    assert re.search(r"^0 > 1 +worker-2 +(zmq +curve|shm +one host) ", status, re.MULTILINE), status
     assert "worker-3" in cli("workers").out
     assert "router" in cli("ps").out
     assert "story" in cli("models", "ls").out

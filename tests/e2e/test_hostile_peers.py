@@ -29,7 +29,7 @@ GARBAGE = [
 
 @pytest.fixture
 async def live(cluster: Cluster, tmp_path: Path) -> AsyncIterator[LiveCluster]:
-    async with endless_on(cluster.folder, tmp_path) as made:
+    async with endless_on(cluster.folder, tmp_path, transport="zmq") as made:
         yield made
 
 

@@ -100,7 +100,8 @@ async def deploy(world: World, workers: Sequence[str], **fields: Any) -> pipelin
 async def tokens(world: World, info: pipeline_pb2.PipelineInfo) -> list[int]:
     """What the pipeline generates greedily."""
     caller = world.authority.issue_identity("router", "tester")
-    request = inference_pb2.GenerateRequest(model=info.name, max_tokens=12, sampling={"temperature": 0.0})
+    request = inference_pb2.GenerateRequest(model=info.name, max_tokens=12)
+    request.sampling.temperature = 0.0
     request.tokens.ids.extend(range(10, 40))
     async with channel(info.head_address, caller, "worker", info.head_node.removeprefix("worker/")) as connection:
         stub: Any = InferenceStub(connection)
