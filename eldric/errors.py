@@ -12,7 +12,8 @@ EldricError
 │   ├── StaleEpoch                                the caller speaks of an older epoch
 │   └── VersionMismatch                           protocol versions differ; both are named
 ├── Unavailable             UNAVAILABLE           a peer is gone or still loading; retryable
-│   └── PipelineDegraded                          a stage is lost
+│   ├── PipelineDegraded                          a stage is lost
+│   └── Busy                                      too many do this at once; `retry_after_s` says when to come again
 ├── DataLoss                DATA_LOSS             bytes are not those that were promised
 ├── Unauthenticated         UNAUTHENTICATED       a token or certificate is missing or wrong
 ├── PermissionDenied        PERMISSION_DENIED     this caller may not do this
@@ -80,6 +81,12 @@ class Unavailable(EldricError):
 
 class PipelineDegraded(Unavailable):
     pass
+
+
+class Busy(Unavailable):
+    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class DataLoss(EldricError):

@@ -26,7 +26,7 @@ from eldric.data.convert import model_metadata
 from eldric.data.importer import Importer
 from eldric.data.main import run
 from eldric.data.store import ModelStore
-from eldric.security import Authority
+from eldric.security import Authority, Identity
 from eldric.v1 import stage_pb2
 from eldric.worker.range_cache.cache import RangeCache
 from eldric.worker.range_cache.fetcher import RangeFetcher
@@ -181,6 +181,8 @@ class Fetching:
 
     fetcher: RangeFetcher
     cache: RangeCache
+    identity: Identity
+    counts: FetchMetrics
     metrics: CollectorRegistry
 
     def failures(self, source: str, reason: str) -> float:
@@ -195,7 +197,8 @@ def fetching(folder: Path, authority: Authority, name: str = "w1", limit_bytes: 
     """The fetcher of a worker, with its cache in `folder`."""
     identity = authority.issue_identity("worker", name)
     cache, registry = RangeCache(folder, limit_bytes), CollectorRegistry()
-    return Fetching(RangeFetcher(cache, lambda: identity, FetchMetrics(registry, cache.nbytes)), cache, registry)
+    counts = FetchMetrics(registry, cache.nbytes)
+    return Fetching(RangeFetcher(cache, lambda: identity, counts), cache, identity, counts, registry)
 
 
 if __name__ == "__main__":

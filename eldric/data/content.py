@@ -4,6 +4,7 @@ import asyncio
 import base64
 import os
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 
 from prometheus_client import Counter
 from starlette.datastructures import MutableHeaders
@@ -14,23 +15,28 @@ from starlette.types import Message, Receive, Scope, Send
 
 from eldric.data.byte_ranges import satisfiable
 from eldric.data.model import StoredModel
+from eldric.data.transfers import Transfers
 from eldric.errors import InvalidRequest, NotFound
 from eldric.security.access import authorise
 from eldric.web import http_caller
 
 #: The call whose callers may have a model's bytes.
 _METHOD = "/eldric.v1.ModelStore/Pull"
+#: Longest that a caller may take to read a piece, in seconds; then its connection is closed.
+STALL_S = 30.0
 
 
-def content_route(find: Callable[[str], Awaitable[StoredModel]], served_bytes: Counter) -> Route:
+def content_route(find: Callable[[str], Awaitable[StoredModel]], served_bytes: Counter, transfers: Transfers) -> Route:
     """The route; find: gives a model by name or raises NotFound.
 
     `?file=N` picks a file of a split set, counted from 0. Range (several too) answers 206 or 416, If-Range and
-    If-None-Match hold ETag, which is the file's SHA-256 where it is known.
+    If-None-Match hold ETag, which is the file's SHA-256 where it is known. Too many at once are answered 503, with
+    Retry-After.
     """
 
     async def content(request: Request) -> Response:
-        authorise(_METHOD, http_caller(request))
+        caller = http_caller(request)
+        authorise(_METHOD, caller)
         number = _file_number(request)
         model = await find(request.path_params["id"])
         path = model.path(number)
@@ -40,7 +46,8 @@ def content_route(find: Callable[[str], Awaitable[StoredModel]], served_bytes: C
         except FileNotFoundError:
             raise NotFound(f"the model store has no model {model.id!r} any more") from None
         headers = _digests(model.files[number].sha256)
-        response = _Content(path, headers, status, served_bytes)
+        turn = transfers.turn(caller.node_id if caller is not None else "")
+        response = _Content(path, headers, status, served_bytes, turn)
         if _is_known(request, response.headers["etag"]):
             return Response(status_code=304, headers={"etag": response.headers["etag"]})
         return response
@@ -49,12 +56,17 @@ def content_route(find: Callable[[str], Awaitable[StoredModel]], served_bytes: C
 
 
 class _Content(FileResponse):
-    """A file in larger pieces than usual, counted."""
+    """A file in larger pieces than usual, counted, sent when its turn has come."""
 
     chunk_size = 1 << 20
 
     def __init__(
-        self, path: os.PathLike[str], headers: dict[str, str], status: os.stat_result, served_bytes: Counter
+        self,
+        path: os.PathLike[str],
+        headers: dict[str, str],
+        status: os.stat_result,
+        served_bytes: Counter,
+        turn: AbstractAsyncContextManager[None],
     ) -> None:
         name = os.path.basename(path)
         super().__init__(
@@ -62,11 +74,13 @@ class _Content(FileResponse):
         )
         self._size_bytes = status.st_size
         self._served_bytes = served_bytes
+        self._turn = turn
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def counted(message: Message) -> None:
             self._served_bytes.inc(len(message.get("body", b"")))
-            await send(message)
+            async with asyncio.timeout(STALL_S):  # nobody may keep a turn without reading
+                await send(message)
 
         scope = {**scope, "headers": list(scope["headers"])}
         headers = MutableHeaders(scope=scope)
@@ -76,7 +90,11 @@ class _Content(FileResponse):
                 del headers["range"]
             else:
                 headers["range"] = field
-        await super().__call__(scope, receive, counted)
+        if scope["method"] == "HEAD":
+            await super().__call__(scope, receive, counted)
+            return
+        async with self._turn:
+            await super().__call__(scope, receive, counted)
 
 
 def _file_number(request: Request) -> int:

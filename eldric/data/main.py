@@ -15,6 +15,7 @@ from eldric.data.metrics import DataMetrics
 from eldric.data.peer import Peers
 from eldric.data.service import ModelStoreService
 from eldric.data.store import ModelStore
+from eldric.data.transfers import Transfers
 from eldric.errors import EldricError
 from eldric.member import Member
 from eldric.node import Node
@@ -50,7 +51,9 @@ class DataWorker:
             model_store_pb2_grpc.add_ModelStoreServicer_to_server,
             model_store_pb2.DESCRIPTOR.services_by_name["ModelStore"],
         )
-        self.node.routes([content_route(self._service.find, metrics.served_bytes.labels("content"))])
+        transfers = Transfers(config.transfers, config.waiting_transfers)
+        metrics.watch(transfers)
+        self.node.routes([content_route(self._service.find, metrics.served_bytes.labels("content"), transfers)])
         self.node.health(self._look)
         self.node.on_start(self._start)
         self.node.on_drain(self._drain)

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from eldric.data.model import StoredModel
+from eldric.data.transfers import Transfers
 
 
 class DataMetrics:
@@ -30,12 +31,20 @@ class DataMetrics:
             registry=registry,
         )
         self.stored_bytes = Gauge("eldric_data_stored_bytes", "Bytes of all models.", registry=registry)
+        self._transfers = Gauge(
+            "eldric_data_transfers", "Transfers over HTTP, running or waiting.", ["state"], registry=registry
+        )
         for call in ("pull", "content"):
             self.served_bytes.labels(call)
         for outcome in ("ok", "failed"):
             self.imports.labels(outcome)
         for outcome in ("sound", "damaged", "failed"):
             self.verifications.labels(outcome)
+
+    def watch(self, transfers: Transfers) -> None:
+        """Shows how many transfers run and wait, whenever somebody looks."""
+        self._transfers.labels("running").set_function(lambda: transfers.running)
+        self._transfers.labels("waiting").set_function(lambda: transfers.waiting)
 
     def saw(self, models: Iterable[StoredModel]) -> None:
         """Takes over what the store holds now."""
