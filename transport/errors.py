@@ -9,7 +9,7 @@ TransportError              .status names a gRPC code, so that services map it w
 ├── InvalidAddress          the text is no address of this transport
 ├── ListenFailed            the address cannot be listened on
 ├── TransportClosed         the transport was closed
-└── UnknownTransport        no transport of that scheme is installed, or two ends have none in common
+└── UnknownTransport        no transport of that scheme is installed, or it cannot work here
 """
 
 
@@ -75,6 +75,6 @@ class TransportClosed(TransportError):
 
 
 class UnknownTransport(TransportError):
-    """No transport of that scheme is installed, or two ends have none in common. Names what there is."""
+    """No transport of that scheme is installed, or it cannot work here. Says why, and names what there is."""
 
     status = "FAILED_PRECONDITION"

@@ -1,4 +1,4 @@
-"""Which transports are installed, and which one two ends take.
+"""Which transports are installed. Which one a link takes is for the controller to say, from what its ends offer.
 
 A package adds one with an entry point in the group `eldric.transports`: the name is the scheme, the object a subclass
 of eldric.transport.base.Transport. Nothing is imported before it is asked for.
@@ -14,7 +14,6 @@ GROUP = "eldric.transports"
 
 #: Best first. A scheme that is not named here comes after "zmq" and before "relay".
 PREFERENCE = ("shm", "ucx", "zmq", "", "relay")
-SAME_HOST = frozenset({"shm"})  # needs both ends on one machine
 UNENCRYPTED = frozenset({"ucx"})  # has no encryption of its own: for networks that the operator trusts
 SAME_PROCESS = frozenset({"inproc"})  # needs both ends in one process; never offered to others
 
@@ -29,15 +28,6 @@ def by_preference(schemes: Iterable[str]) -> tuple[str, ...]:
     unnamed = PREFERENCE.index("")
     ranks = {scheme: rank for rank, scheme in enumerate(PREFERENCE)}
     return tuple(sorted(set(schemes), key=lambda scheme: (ranks.get(scheme, unnamed), scheme)))
-
-
-def agree(a: Iterable[str], b: Iterable[str], *, same_host: bool = False) -> str:
-    """The best scheme that two ends have in common. Raises UnknownTransport when there is none. Pure."""
-    a, b = tuple(a), tuple(b)
-    common = [scheme for scheme in by_preference(set(a) & set(b)) if same_host or scheme not in SAME_HOST]
-    if not common:
-        raise UnknownTransport(f"no transport in common: one end has {_listed(a)}, the other {_listed(b)}")
-    return common[0]
 
 
 def load(scheme: str) -> type[Transport]:

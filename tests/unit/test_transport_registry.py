@@ -1,4 +1,4 @@
-"""Which transport two ends take, and how a third party adds one."""
+"""Which transports there are, in which order, and how a third party adds one."""
 
 import sys
 from collections.abc import Iterator
@@ -68,25 +68,6 @@ def test_builtin_transports_are_installed() -> None:
     assert "inproc" not in registry.offers()  # of no use to another process
 
 
-@pytest.mark.parametrize(
-    ("a", "b", "same_host", "best"),
-    [
-        (["zmq"], ["zmq"], False, "zmq"),
-        (["relay", "zmq", "ucx"], ["zmq", "ucx"], False, "ucx"),
-        (["zmq", "relay"], ["relay", "ucx"], False, "relay"),
-        (["zmq", "shm"], ["shm", "zmq"], False, "zmq"),
-        (["zmq", "shm"], ["shm", "zmq"], True, "shm"),
-        (["relay", "pigeon"], ["pigeon", "relay"], False, "pigeon"),
-        (["zmq", "pigeon"], ["pigeon", "zmq"], False, "zmq"),
-    ],
-)
-def test_two_ends_agree_on_the_best_that_both_have(a: list[str], b: list[str], same_host: bool, best: str) -> None:
-    assert registry.agree(a, b, same_host=same_host) == best
-    assert registry.agree(b, a, same_host=same_host) == best
-
-
-def test_nothing_in_common_names_both_ends() -> None:
-    with pytest.raises(UnknownTransport, match="one end has zmq, the other ucx, relay"):
-        registry.agree(["zmq"], ["relay", "ucx"])
-    with pytest.raises(UnknownTransport, match="one end has none"):
-        registry.agree([], ["zmq"])
+def test_the_best_comes_first_and_third_parties_before_the_relay() -> None:
+    best_first = ("shm", "ucx", "zmq", "owl", "pigeon", "relay")
+    assert registry.by_preference(["relay", "pigeon", "zmq", "owl", "ucx", "shm", "zmq"]) == best_first
