@@ -1,5 +1,6 @@
 """Files of an NFS server, read without the kernel: every call has a deadline, and a lost server is found again."""
 
+import contextlib
 import errno
 import os
 import threading
@@ -17,7 +18,8 @@ from eldric.nfs.address import NfsAddress
 #: Longest wait for one answer of the server, and for a connection, in seconds.
 CALL_S = 2.0
 CONNECT_S = 2.0
-#: After a connection that failed, calls fail at once for so long.
+CLOSE_S = 0.5
+#: After a call that got no answer, others fail at once for so long, in seconds: they need not all wait.
 RETRY_S = 0.5
 #: Protocol versions that are tried, best first.
 VERSIONS = ("4.1", "4.0")
@@ -44,7 +46,7 @@ class Remote:
         self.address = address
         self._lock = threading.Lock()
         self._generation = 0
-        self._failed_at = float("-inf")
+        self._silent_until = float("-inf")
         self._client: nfs_rs.Client | None = None
         self._use()
 
@@ -76,10 +78,12 @@ class Remote:
         return self._call(attempt)
 
     def close(self) -> None:
-        with self._lock:
-            if self._client is not None:
-                self._client.close()
-            self._client = None
+        """Says good-bye to the server; one that does not answer is not waited for."""
+        client, self._client = self._client, None
+        if client is not None:
+            leaving = threading.Thread(target=_close, args=(client,), daemon=True)
+            leaving.start()
+            leaving.join(CLOSE_S)
 
     def _call(self, attempt: Callable[[nfs_rs.Client, int], T]) -> T:
         """Once, and a second time over a new connection if the server forgot the first one."""
@@ -88,6 +92,7 @@ class Remote:
             try:
                 return attempt(client, generation)
             except nfs_rs.NfsTimeoutError as error:
+                self._silent_until = time.monotonic() + RETRY_S
                 raise OSError(errno.EIO, f"{self.address} does not answer") from error
             except nfs_rs.NfsError as error:
                 if isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)):
@@ -99,13 +104,13 @@ class Remote:
 
     def _use(self) -> tuple[nfs_rs.Client, int]:
         with self._lock:
+            if time.monotonic() < self._silent_until:
+                raise OSError(errno.EIO, f"{self.address} does not answer")
             if self._client is None:
-                if time.monotonic() - self._failed_at < RETRY_S:
-                    raise OSError(errno.EIO, f"{self.address} does not answer")
                 try:
                     self._client = _connect(self.address)
                 except nfs_rs.NfsError as error:
-                    self._failed_at = time.monotonic()
+                    self._silent_until = time.monotonic() + RETRY_S
                     raise OSError(errno.EIO, f"{self.address}: {error}") from error
                 self._generation += 1
             return self._client, self._generation
@@ -126,6 +131,11 @@ def _connect(address: NfsAddress) -> nfs_rs.Client:
         connect_timeout=CONNECT_S,
         operation_timeout=CALL_S,
     )
+
+
+def _close(client: nfs_rs.Client) -> None:
+    with contextlib.suppress(nfs_rs.NfsError):
+        client.close()
 
 
 def _identity(info: nfs_rs.FileInfo) -> tuple[int, int, int]:
