@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PROTOS := $(wildcard protos/eldric/v1/*.proto)
 
-.PHONY: setup demo test check fmt bench protos clean
+.PHONY: setup programs demo test check fmt bench protos clean
 
 setup: $(READY)
 
@@ -13,6 +13,12 @@ $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
+
+# Programs of some tests that pip does not have: an NFS server and FUSE's library. Without them those tests are skipped.
+PROGRAMS := nfs-ganesha nfs-ganesha-vfs fuse3 iproute2
+programs:
+	command -v ganesha.nfsd && command -v fusermount3 && command -v ss || { \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends $(PROGRAMS); }
 
 demo: $(READY)
 	$(BIN)/python -m eldric.cli.demo
