@@ -23,6 +23,7 @@ class RelayTransport(ZmqTransport):
     """See the module. `options.relay` is the node's tunnel; an end without one listens and connects directly."""
 
     scheme = "relay"
+    ends_at_peer = False
 
     def __init__(self, pipeline_id: str, stage: int, options: TransportOptions | None = None) -> None:
         given = options or TransportOptions()

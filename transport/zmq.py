@@ -9,6 +9,7 @@ way, LinkGrants (one part) the other.
 import logging
 import time
 from collections.abc import Collection
+from typing import ClassVar
 
 import zmq
 
@@ -34,6 +35,7 @@ class ZmqTransport(Transport):
     """
 
     scheme = "zmq"
+    ends_at_peer: ClassVar[bool] = True  # whether a link's TCP connection does, so that its round trip is the link's
 
     def __init__(self, pipeline_id: str, stage: int, options: TransportOptions | None = None) -> None:
         super().__init__(pipeline_id, stage, options)
@@ -81,6 +83,8 @@ class ZmqTransport(Transport):
         hello = frame_pb2.LinkHello(
             protocol_version=PROTOCOL_VERSION, pipeline_id=self.pipeline_id, from_stage=self.stage
         )
+        if not self.ends_at_peer:
+            connection.descriptor = -1
         link = ZmqLink(peer, socket, connection, hello, self.encode)
         link.confirm(self.epoch)
         self._links.append(link)
