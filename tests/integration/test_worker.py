@@ -35,6 +35,7 @@ from eldric.v1 import (
 )
 from tests.fake_cluster import FakeRegistry
 from tests.models import smollm2, storyteller
+from tests.newer import newer
 from tests.rings import PIPELINE, even, ring, source_of, table_of
 
 pytestmark = pytest.mark.timeout(60)
@@ -278,6 +279,26 @@ async def test_a_stage_that_its_controller_does_not_want_is_unloaded(worker: Wor
         async with asyncio.timeout(5):
             while worker.controller.beats[-1].stages or worker.controller.beats[-1].memory_used_bytes:
                 await asyncio.sleep(0.05)
+
+
+async def test_a_newer_controller_does_no_harm(worker: WorkerProcess) -> None:
+    """What it asks for, and what it answers to beats, has fields that this worker does not know."""
+    want = heartbeat_pb2.WantedStage(pipeline_id="p1", epoch=1, index=0)
+    worker.controller.wanted.append(newer(want))
+    async with worker.channel("controller") as connection:
+        stub: Any = stage_pb2_grpc.StageStub(connection)
+        async for event in stub.Load(newer(load_request(storyteller()))):
+            last = event
+        assert last.HasField("loaded")
+        await stub.Connect(newer(stage_pb2.ConnectRequest(pipeline_id="p1", epoch=1)))
+        (stage,) = (await stub.Status(newer(stage_pb2.StageStatusRequest()))).stages
+        assert stage.state == stage_pb2.SERVING
+        begun = len(worker.controller.beats)
+        async with asyncio.timeout(5):
+            while len(worker.controller.beats) < begun + 5:  # more answers than a stage that is not wanted lives
+                await asyncio.sleep(0.05)
+        assert worker.controller.beats[-1].stages[0].state == stage_pb2.SERVING
+        assert (await stub.Unload(newer(stage_pb2.UnloadRequest(pipeline_id="p1")))).unloaded == 1
 
 
 async def test_callers_may_do_what_their_kind_may(worker: WorkerProcess) -> None:
