@@ -2,7 +2,6 @@
 
 from typing import TypeVar
 
-from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
 M = TypeVar("M", bound=Message)
@@ -17,7 +16,7 @@ def newer(message: M) -> M:
     made = type(message)()
     made.CopyFrom(message)
     for field, value in made.ListFields():
-        if field.type != FieldDescriptor.TYPE_MESSAGE or field.message_type.GetOptions().map_entry:
+        if field.message_type is None or field.message_type.GetOptions().map_entry:
             continue
         for each in value if isinstance(value, list) or hasattr(value, "add") else [value]:
             each.CopyFrom(newer(each))

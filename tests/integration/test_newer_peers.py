@@ -41,7 +41,7 @@ async def test_a_newer_worker_registers_and_beats(tmp_path: Path) -> None:
             answer = await registry.Register(newer(registry_pb2.RegisterRequest(node=node)))
             assert answer.protocol == PROTOCOL
             beat = heartbeat_pb2.BeatRequest(node_id="worker/w9", incarnation=7, sequence=1, memory_used_bytes=5)
-            beat.stages.add(pipeline_id="p", epoch=1, state=99).dropped_frames["bored"] = 3  # type: ignore[arg-type]
+            beat.stages.add(pipeline_id="p", epoch=1, state=99).dropped_frames["bored"] = 3
             call: Any = HeartbeatStub(connection).Beat()
             await call.write(newer(beat))
             assert (await asyncio.wait_for(call.read(), 5)).sequence == 1
