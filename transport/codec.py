@@ -2,11 +2,11 @@
 
 Decoding makes views, never copies, of the payload. Everything that comes from a peer is checked here, but for who sent
 it (filter.py): what passes has known kinds, numbers in range, and a payload of the length that its dimensions and
-element type say. This runs for every token, so checks look at whole columns of runs, not at one run after the other.
+element type say. This runs for every token, so nothing is looked at twice.
 """
 
 import math
-from collections.abc import Sequence
+from typing import NamedTuple
 
 from google.protobuf.message import DecodeError
 
@@ -37,6 +37,18 @@ _DTYPES = {int(dtype): dtype for dtype in FrameDtype}
 _HIDDEN, _BYTES = FrameKind.HIDDEN, FrameDtype.BYTES  # looking a member up costs more than the rest of a check
 
 
+class _Runs(NamedTuple):
+    """Runs that were checked."""
+
+    runs: tuple[Run, ...]
+    numbers: list[int]  # the same as they travel
+    rows: int  # tokens of all
+
+
+#: Those of the last frame that came: a stage passes most of them on as they are. Replaced whole, so by any thread.
+_passing = _Runs((), [], 0)
+
+
 def stamp(pipeline_id: str, epoch: int, from_stage: int) -> bytes:
     """The serialized fields that all frames of a link share; `encode_header` puts them in front.
 
@@ -62,9 +74,11 @@ def encode_header(header: Header, stamped: bytes, serial: int, payload_bytes: in
             shape=header.shape,
         )
         if header.runs:
-            runs = [+number for run in header.runs for number in run]  # `+`: the field takes no bool
-            rows = _count_rows(runs)
-            message.runs.extend(runs)
+            known = _passing
+            if header.runs is not known.runs:
+                known = _flatten(header.runs)
+            rows = known.rows
+            message.runs.extend(known.numbers)
         if header.has_extras:
             _encode_extras(header, message.extras)
     except (ValueError, TypeError) as error:  # a number that does not fit its field
@@ -103,7 +117,7 @@ def decode_frame(message: frame_pb2.FrameHeader, payload: memoryview) -> Frame:
         step=message.step,
         lane=message.lane,
         dtype=dtype,
-        shape=tuple(message.shape),
+        shape=tuple(message.shape[:]),
         pipeline_id=message.pipeline_id,
         epoch=message.epoch,
         from_stage=message.from_stage,
@@ -112,10 +126,9 @@ def decode_frame(message: frame_pb2.FrameHeader, payload: memoryview) -> Frame:
     rows = 0
     numbers = message.runs[:]
     if numbers:
-        rows = _count_rows(numbers)
-        each = iter(numbers)
-        quadruples = zip(each, each, each, map(bool, each), strict=True)
-        header.runs = tuple([_new_tuple(Run, quadruple) for quadruple in quadruples])
+        global _passing
+        _passing = known = _parse_runs(numbers)
+        header.runs, rows = known.runs, known.rows
     if message.HasField("extras"):
         _decode_extras(message.extras, header)
     _check_payload(header, payload.nbytes, rows)
@@ -156,16 +169,39 @@ def _decode_extras(extras: frame_pb2.FrameExtras, header: Header) -> None:
     _check_extras(header)
 
 
-def _count_rows(numbers: Sequence[int]) -> int:
-    """Tokens of all runs. numbers: slot, position, count and logits of each, one after the other; at least one."""
+def _parse_runs(numbers: list[int]) -> _Runs:
+    """numbers: slot, position, count and logits of each run, one after the other; at least one."""
     if len(numbers) % 4 or len(numbers) > 4 * MAX_RUNS:
         raise CorruptFrame(f"{len(numbers)} numbers of runs, not 4 for each of at most {MAX_RUNS}")
-    counts = numbers[2::4]
-    if max(numbers[0::4]) > MAX_INDEX or max(numbers[3::4]) > 1:
-        raise CorruptFrame(f"a run's slot is {max(numbers[0::4])}, at most {MAX_INDEX}, or its logits are no flag")
-    if min(counts) < 1 or max(numbers[1::4]) + max(counts) > MAX_POSITION:
-        raise CorruptFrame(f"runs of {min(counts)} to {max(counts)} tokens up to position {max(numbers[1::4])}")
-    return sum(counts)
+    runs = []
+    rows = 0
+    each = iter(numbers)
+    for slot, position, count, logits in zip(each, each, each, each, strict=True):
+        if slot > MAX_INDEX or logits > 1 or count < 1 or position + count > MAX_POSITION:
+            raise _bad_run(slot, position, count, logits)
+        rows += count
+        runs.append(_new_tuple(Run, (slot, position, count, logits == 1)))
+    return _Runs(tuple(runs), numbers, rows)
+
+
+def _flatten(runs: tuple[Run, ...]) -> _Runs:
+    """The reverse, with the same checks."""
+    if len(runs) > MAX_RUNS:
+        raise CorruptFrame(f"{4 * len(runs)} numbers of runs, at most 4 for each of {MAX_RUNS}")
+    numbers: list[int] = []
+    rows = 0
+    for slot, position, count, logits in runs:
+        if slot > MAX_INDEX or logits > 1 or count < 1 or position + count > MAX_POSITION:
+            raise _bad_run(slot, position, count, logits)
+        rows += count
+        numbers += (slot, position, count, +logits)  # `+`: the field takes no bool
+    return _Runs(runs, numbers, rows)
+
+
+def _bad_run(slot: int, position: int, count: int, logits: int) -> CorruptFrame:
+    return CorruptFrame(
+        f"a run's slot is {slot}, its logits {logits}; or runs of {count} tokens up to position {position}"
+    )
 
 
 def _check_extras(header: Header) -> None:

@@ -3,8 +3,11 @@
 import os
 import time
 from collections.abc import Callable
+from typing import TypeVar
 
 _BLEND = 8  # the usual wait is a mean in which the last wait counts 1 / _BLEND
+
+Found = TypeVar("Found")
 
 if hasattr(os, "sched_yield"):
     give_way = os.sched_yield
@@ -29,21 +32,22 @@ class Spinner:
         self._usual_s = 0.0
         self._began = 0.0
 
-    def wait(self, ready: Callable[[], object], deadline: float | None) -> bool:
-        """Whether `ready` came true. False: sleep, then call `slept`. deadline: of time.monotonic, None: no bound."""
+    def wait(self, look: Callable[[], Found | None], deadline: float | None) -> Found | None:
+        """What `look` found. None: sleep, then call `slept`. deadline: of time.monotonic, None: no bound."""
         self._began = began = now = time.monotonic()
         if self._usual_s >= self._spin_s:
-            return False
+            return None
         end = began + self._spin_s
         if deadline is not None and deadline < end:
             end = deadline
         while now < end:
-            if ready():
+            found = look()
+            if found:
                 self._note(now - began)
-                return True
+                return found
             give_way()
             now = time.monotonic()
-        return False
+        return None
 
     def slept(self) -> None:
         """A sleep that followed `wait` is over."""

@@ -22,7 +22,10 @@ class SendWindow:
     @property
     def open(self) -> bool:
         """Whether one more frame may be sent, of any size."""
-        return self.frames_under_way < self.window_frames and self.sent_bytes - self.taken_bytes < self.window_bytes
+        return (
+            self.sent_frames - self.taken_frames < self.window_frames
+            and self.sent_bytes - self.taken_bytes < self.window_bytes
+        )
 
     @property
     def frames_under_way(self) -> int:

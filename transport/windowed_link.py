@@ -64,7 +64,7 @@ class WindowedLink(Link):
         view = memoryview(payload)  # type: ignore[arg-type]  # arrays are buffers, which 3.11's types do not say
         window = self._window
         data = self._encode(header, window.sent_frames + 1, view)
-        if window.sent_frames >= self._look_at or not window.open:
+        if window.sent_frames >= self._look_at:
             self._read_grants()
         if self.closed is None and window.open and self._try_send(data, view):
             return
@@ -75,13 +75,13 @@ class WindowedLink(Link):
         while True:
             if self.closed is not None:
                 raise LinkClosed(f"the link to stage {self.peer.stage} is closed: {self.closed}")
+            self._read_grants()
             if self._window.open and self._try_send(data, view):
                 return
             wait_s = min(SLICE_S, deadline - time.monotonic())
             if wait_s <= 0:
                 raise QueueFull(f"stage {self.peer.stage} took no frame in {timeout} s: {self.stats}")
             self._wait_for_room(wait_s)
-            self._read_grants()
 
     def _read_grants(self) -> None:
         self._take_grants()

@@ -15,7 +15,8 @@ from google.protobuf.message import DecodeError
 from eldric.transport.base import TransportOptions, TransportStats
 from eldric.transport.errors import ListenFailed, PeerLost
 from eldric.transport.filter import DropReason, FrameFilter, Sender
-from eldric.transport.frame import MAX_HEADER_BYTES, MAX_INDEX, PROTOCOL_VERSION, Frame
+from eldric.transport.frame import MAX_HEADER_BYTES, Frame
+from eldric.transport.hello import hello_problem
 from eldric.transport.losses import Losses
 from eldric.transport.spin import Spinner
 from eldric.transport.window import ReceiveWindow
@@ -238,7 +239,7 @@ class ZmqInbox:
         except DecodeError:
             self._filter.drop(DropReason.CORRUPT)
             return
-        problem = self._hello_problem(hello)
+        problem = hello_problem(hello, self._filter.pipeline_id)
         if problem is not None:
             self._refused_hellos += 1
             logger.warning("link refused pipeline=%s: %s", self._filter.pipeline_id, problem)
@@ -265,20 +266,11 @@ class ZmqInbox:
             hello = frame_pb2.LinkHello.FromString(data)
         except DecodeError:
             hello = frame_pb2.LinkHello()
-        if self._hello_problem(hello) is None and hello.from_stage == sender.stage:
+        if hello_problem(hello, self._filter.pipeline_id) is None and hello.from_stage == sender.stage:
             sender.epoch = hello.epoch
             self._tell(sender.routing_id, sender.window.grant())
         else:
             self._filter.drop(DropReason.CORRUPT)
-
-    def _hello_problem(self, hello: frame_pb2.LinkHello) -> str | None:
-        if hello.protocol_version != PROTOCOL_VERSION:
-            return f"protocol version {hello.protocol_version}, this stage speaks {PROTOCOL_VERSION}"
-        if hello.pipeline_id != self._filter.pipeline_id:
-            return f"pipeline {hello.pipeline_id!r}, this is a stage of {self._filter.pipeline_id!r}"
-        if hello.from_stage > MAX_INDEX:
-            return f"stage {hello.from_stage} is out of range"
-        return None
 
     def _enter(self, sender: _Sender) -> None:
         before = self._by_connection.get(sender.connection)

@@ -14,7 +14,7 @@ def looks(spinner: Spinner, until: int | None, deadline: float | None = None) ->
         count += 1
         return count == until
 
-    return spinner.wait(ready, deadline), count
+    return bool(spinner.wait(ready, deadline)), count
 
 
 def test_what_comes_soon_is_found_without_sleeping() -> None:
@@ -47,6 +47,6 @@ def test_long_waits_stop_it_and_short_ones_start_it_again() -> None:
             spinner.slept()
     assert looks(spinner, 1) == (False, 0)
     for _ in range(20):
-        spinner.wait(lambda: False, None)
+        spinner.wait(lambda: None, None)
         spinner.slept()  # something came at once
     assert looks(spinner, 1) == (True, 1)
