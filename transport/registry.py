@@ -4,8 +4,10 @@ A package adds one with an entry point in the group `eldric.transports`: the nam
 of eldric.transport.base.Transport. Nothing is imported before it is asked for.
 """
 
+import os
 from collections.abc import Iterable
 from importlib.metadata import EntryPoint, entry_points
+from importlib.util import find_spec
 
 from eldric.transport.base import Transport, TransportOptions
 from eldric.transport.errors import UnknownTransport
@@ -20,7 +22,7 @@ SAME_PROCESS = frozenset({"inproc"})  # needs both ends in one process; never of
 
 def offers() -> tuple[str, ...]:
     """Schemes that this installation can talk to other processes with, best first."""
-    return by_preference(name for name in _installed() if name not in SAME_PROCESS)
+    return by_preference(name for name in _installed() if name not in SAME_PROCESS and _runs_here(name))
 
 
 def by_preference(schemes: Iterable[str]) -> tuple[str, ...]:
@@ -47,6 +49,15 @@ def load(scheme: str) -> type[Transport]:
 def create(scheme: str, pipeline_id: str, stage: int, options: TransportOptions | None = None) -> Transport:
     """A new transport for one stage of a pipeline. Raises UnknownTransport."""
     return load(scheme)(pipeline_id, stage, options)
+
+
+def _runs_here(scheme: str) -> bool:
+    """Whether this system, and the packages that are installed, have what a transport of Eldric's needs."""
+    if scheme == "shm":
+        return hasattr(os, "memfd_create") and hasattr(os, "eventfd")
+    if scheme == "ucx":
+        return hasattr(os, "eventfd") and find_spec("ucxx") is not None
+    return True
 
 
 def _installed() -> dict[str, EntryPoint]:

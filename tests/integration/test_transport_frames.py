@@ -21,7 +21,7 @@ from eldric.transport.errors import (
 from eldric.transport.frame import FrameDtype, FrameKind, Header, Run
 from tests.transports import QUICK, SHORT, fill, linked, make_transport, numbered, peer_of, receive
 
-pytestmark = pytest.mark.parametrize("scheme", ["zmq", "inproc"])
+pytestmark = pytest.mark.parametrize("scheme", ["zmq", "shm", "inproc"])
 
 
 def test_frames_arrive_whole_and_in_order(scheme: str) -> None:

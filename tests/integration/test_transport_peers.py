@@ -13,7 +13,7 @@ from eldric.transport.errors import (
 )
 from tests.transports import QUICK, SHORT, fill, linked, make_transport, numbered, peer_of, receive
 
-pytestmark = pytest.mark.parametrize("scheme", ["zmq", "inproc"])
+pytestmark = pytest.mark.parametrize("scheme", ["zmq", "shm", "inproc"])
 
 
 def test_closed_sender_is_lost_after_its_frames(scheme: str) -> None:
