@@ -40,12 +40,16 @@ def workers(ctx: typer.Context, incomplete: str) -> list[str]:
     return [f"{before}{comma}{name}" for name in found if name not in before.split(",")]
 
 
-def deployable(ctx: typer.Context, incomplete: str) -> list[str]:
-    """Models of the store, and short names."""
+def pullable(incomplete: str) -> list[str]:
+    """Short names."""
     try:
         from eldric.cli.model_names import short_names
 
-        known = [name for name in short_names() if name.startswith(incomplete)]
+        return sorted(name for name in short_names() if name.startswith(incomplete))
     except Exception:
-        known = []
-    return sorted({*models(ctx, incomplete), *known})
+        return []
+
+
+def deployable(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Models of the store, and short names."""
+    return sorted({*models(ctx, incomplete), *pullable(incomplete)})

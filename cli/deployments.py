@@ -29,7 +29,7 @@ def deploy(
         str,
         typer.Argument(
             metavar="MODEL",
-            help="A model of the store, a short name such as llama-70b, or a GGUF file.",
+            help="A model of the store, a GGUF file, or what `models pull` takes: llama-70b, hf://OWNER/REPOSITORY ...",
             autocompletion=completion.deployable,
         ),
     ],
@@ -83,13 +83,9 @@ def deploy(
     transport: Annotated[
         str,
         option(
-            "--transport",
-            metavar="SCHEME",
-            help="zmq, shm, ucx, relay or another: every link takes it, or the deployment fails. auto: each link takes "
-            "the best that both its workers offer, and the next best where that one fails.",
-            default="auto",
+            "--transport", metavar="SCHEME", help="Of the tensor channels.", default="the best that all workers offer"
         ),
-    ] = "auto",
+    ] = "",
     insecure_tensors: Annotated[
         bool, typer.Option("--insecure-tensors", help="Do not encrypt the tensor channels.")
     ] = False,
@@ -116,7 +112,7 @@ def deploy(
         "kv_type": kv_type,
     }
     with client_of(folder, controller) as client:
-        stored = ensure_in_store(client, model, quiet=as_json)
+        stored = ensure_in_store(client, model, quiet=as_json, pull=not dry_run)
         if dry_run:
             show_plan(client.plan(stored, **settings), as_json)
             return

@@ -1,13 +1,14 @@
-"""What a person may write for a model: its name in the store, a short name, or a file."""
+"""What a person may write for a model: its name in the store, a short name, a file, or where it comes from."""
 
 import tomllib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
 from platformdirs import user_cache_path, user_config_path
 
+from eldric.data.sources import FORMS, HubSource, parse_source
 from eldric.errors import InvalidRequest, NotFound
 
 #: The user's own short names, in the form of short_names.toml.
@@ -36,11 +37,8 @@ class ShortName:
         return plain == wanted or plain.startswith(f"{wanted}-00001-of-")
 
     @property
-    def how_to_get(self) -> str:
-        return (
-            f"`hf download {self.repository} --include '*{self.quantization}*.gguf'`, then "
-            f"`eldric-cli models add FILE --name {self.name}`"
-        )
+    def source(self) -> str:
+        return f"hf://{self.repository}:{self.quantization}"
 
 
 def _plain(name: str) -> str:
@@ -83,13 +81,43 @@ class OnDisk:
     path: Path
 
 
+@dataclass(frozen=True, slots=True)
+class Elsewhere:
+    """It must be pulled first. source: a URI, as the model store takes it. name: in the store; empty: the source's."""
+
+    source: str
+    name: str
+
+
+def to_pull(model: str, quantization: str, table: Mapping[str, ShortName]) -> Elsewhere:
+    """What a short name or a URI means to `models pull`; quantization: another than is meant by itself, or "".
+
+    Raises NotFound for a name that is not in the table, InvalidRequest for a URI that names a quantization already.
+    """
+    if "://" in model:
+        source = parse_source(model)
+        if not quantization:
+            return Elsewhere(model, "")
+        if not isinstance(source, HubSource) or source.file or source.quantization:
+            raise InvalidRequest(f"{model} leaves no choice of a quantization: leave --quant out")
+        return Elsewhere(f"{model}:{quantization}", "")
+    known = table.get(model)
+    if known is None:
+        raise NotFound(f"{model!r} is no short name; pull one of {', '.join(sorted(table))}, or {FORMS}")
+    if not quantization or quantization.lower() == known.quantization.lower():
+        return Elsewhere(known.source, model)
+    return Elsewhere(f"hf://{known.repository}:{quantization}", f"{model}-{quantization.lower()}")
+
+
 def resolve(
-    model: str, stored: Collection[str], table: dict[str, ShortName], folders: Collection[Path]
-) -> Stored | OnDisk:
-    """What a person means: a name of the store comes first, then a file, then a short name, whose model is looked for
-    in the store and in `folders`. Raises NotFound that says how to get what is missing."""
+    model: str, stored: Collection[str], table: Mapping[str, ShortName], folders: Collection[Path]
+) -> Stored | OnDisk | Elsewhere:
+    """What a person means: a name of the store comes first, then a URI, then a file, then a short name, whose model is
+    looked for in the store and in `folders`, and is elsewhere if it is in neither. Raises NotFound, InvalidRequest."""
     if model in stored:
         return Stored(model)
+    if "://" in model:
+        return to_pull(model, "", table)
     path = Path(model).expanduser()
     if path.is_file():
         return OnDisk(path.resolve())
@@ -98,17 +126,17 @@ def resolve(
     known = table.get(model)
     if known is None:
         there = ", ".join(sorted(stored)) or "none"
-        raise NotFound(f"no model {model!r}: the store has {there}; `eldric-cli models add FILE --name NAME` adds one")
+        raise NotFound(
+            f"no model {model!r}: the store has {there}; `eldric-cli models add FILE --name NAME` adds a file, "
+            f"`eldric-cli models pull` gets {', '.join(sorted(table))}, or {FORMS}"
+        )
     for name in sorted(stored):
         if known.is_called(name):
             return Stored(name)
     for file in _gguf_files(folders):
         if known.is_called(file.name):
             return OnDisk(file)
-    raise NotFound(
-        f"{model} is {known.repository}, {known.quantization}, and neither in the store nor on this disk; get it with "
-        f"{known.how_to_get}"
-    )
+    return Elsewhere(known.source, model)
 
 
 def _gguf_files(folders: Collection[Path]) -> Iterator[Path]:

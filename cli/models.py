@@ -6,15 +6,18 @@ from typing import Annotated
 
 import typer
 
-from eldric.cli import options
+from eldric.cli import completion, options, replicate
 from eldric.cli.connect import client_of
+from eldric.cli.model_names import short_names, to_pull
 from eldric.cli.options import option
 from eldric.cli.output import human_bytes, out, print_json, table
 from eldric.cli.progress import Tracker, follow_import
+from eldric.cli.storing import pull_model
 from eldric.data.names import id_of
-from eldric.errors import NotFound
+from eldric.errors import InvalidRequest, NotFound
 
-app = options.new_app(name="models", help="The model store: list, show, add, remove and verify.")
+app = options.new_app(name="models", help="The model store: list, show, pull, add, remove and verify.")
+replicate.register(app)
 
 
 @app.command("ls")
@@ -77,6 +80,7 @@ def show(
         ("problem", info.problem),
         ("files", ", ".join(path for path, _ in details.files)),
         ("SHA-256", ", ".join(details.sha256)),
+        ("data workers", ", ".join(details.data_workers)),
     ):
         if value != "":
             listing.add_row(field, str(value))
@@ -92,11 +96,17 @@ def add(
     ],
     name: Annotated[str, option("--name", metavar="NAME", help="Name in the store. Default: the file's.")] = "",
     move: Annotated[bool, typer.Option("--move", help="Move the file instead of linking or copying it.")] = False,
+    reference: Annotated[
+        bool, typer.Option("--reference", help="Serve the file from where it lies: nothing is copied.")
+    ] = False,
     folder: options.Dir = None,
     controller: options.Controller = None,
     as_json: options.Json = False,
 ) -> None:
     """Take a model file into the store."""
+    if move and reference:
+        raise InvalidRequest("--move and --reference exclude each other")
+    mode = "move" if move else "reference" if reference else "copy"
     with client_of(folder, controller) as client:
         path = file.expanduser()
         if path.exists():
@@ -104,12 +114,41 @@ def add(
         elif client.cluster.folder is not None or not path.is_absolute():
             raise NotFound(f"there is no file {file}")
         named = name or id_of(path.name)
-        with contextlib.closing(client.models.add_events(path, named, "move" if move else "copy")) as events:
+        with contextlib.closing(client.models.add_events(path, named, mode)) as events:
             model = follow_import(events, named, quiet=as_json)
     if as_json:
         print_json({"model": model})
     else:
         out.print(f"{model.name}: {model.architecture}, {model.layers} layers, {human_bytes(model.size_bytes)}")
+
+
+@app.command()
+def pull(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A short name such as llama-70b, hf://OWNER/REPOSITORY[:QUANTIZATION], ollama://NAME[:TAG] or "
+            "eldric://HOST:PORT/NAME.",
+            autocompletion=completion.pullable,
+        ),
+    ],
+    name: Annotated[str, option("--name", metavar="NAME", help="Name in the store. Default: the source's.")] = "",
+    quant: Annotated[
+        str, option("--quant", metavar="QUANTIZATION", help="Such as Q8_0.", default="what the short name means")
+    ] = "",
+    folder: options.Dir = None,
+    controller: options.Controller = None,
+    as_json: options.Json = False,
+) -> None:
+    """Bring a model from elsewhere into the store. Interrupted, it goes on from there when it is asked for again."""
+    wanted = to_pull(model, quant, short_names())
+    with client_of(folder, controller) as client:
+        resolved, info = pull_model(client, wanted.source, name or wanted.name, quiet=as_json)
+    if as_json:
+        print_json({"model": info, "resolved": resolved})
+    else:
+        out.print(f"{info.name}: {info.architecture}, {info.layers} layers, {human_bytes(info.size_bytes)}")
 
 
 @app.command("rm")
@@ -119,7 +158,7 @@ def remove(
     controller: options.Controller = None,
     as_json: options.Json = False,
 ) -> None:
-    """Remove a model from the store."""
+    """Remove a model from the store, or what an interrupted pull left of it."""
     with client_of(folder, controller) as client:
         client.models.remove(name)
     if as_json:

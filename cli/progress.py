@@ -4,24 +4,46 @@ from collections.abc import Iterable
 from types import TracebackType
 from typing import Self
 
-from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    ProgressColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
-from eldric.cli.output import err
-from eldric.client import DeployEvent, ImportProgress, ModelInfo, PipelineInfo, Plan, StageProgress
+from eldric.cli.output import err, human_bytes
+from eldric.client import (
+    DeployEvent,
+    ImportProgress,
+    ModelInfo,
+    PipelineInfo,
+    Plan,
+    PullEvent,
+    ResolvedSource,
+    StageProgress,
+)
 from eldric.errors import Unavailable
 
 
 class Tracker:
     """Lines of progress, each of a number of bytes in a phase."""
 
-    def __init__(self, *, quiet: bool) -> None:
-        self._quiet = quiet
+    def __init__(self, *, quiet: bool, rate: bool = False) -> None:
+        """rate: it takes long: show how fast it goes and when it ends, and beside a terminal a line every 10 %."""
+        self._quiet, self._rate = quiet, rate
         self._live = not quiet and err.is_terminal and not err.is_dumb_terminal
+        speed: tuple[ProgressColumn, ...] = (TransferSpeedColumn(), TimeRemainingColumn()) if rate else ()
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=30),
             DownloadColumn(binary_units=True),
             TextColumn("{task.fields[phase]}"),
+            *speed,
             TimeElapsedColumn(),
             console=err,
             disable=not self._live,
@@ -45,9 +67,11 @@ class Tracker:
             if task is None:
                 task = self._tasks[title] = self._progress.add_task(title, total=None, phase=phase)
             self._progress.update(task, completed=done_bytes, total=total_bytes or None, phase=phase)
-        elif not self._quiet and self._phases.get(title) != phase:
-            self._phases[title] = phase
-            err.print(f"{title}  {phase}")
+        elif not self._quiet:
+            line = f"{phase} {done_bytes * 10 // total_bytes * 10} %" if self._rate and total_bytes else phase
+            if self._phases.get(title) != line:
+                self._phases[title] = line
+                err.print(f"{title}  {line}")
 
     def finish(self, phase: str) -> None:
         """Everything is done: full bars."""
@@ -66,6 +90,32 @@ def follow_import(events: Iterable[ImportProgress | ModelInfo], title: str, *, q
                 return event
             tracker.update(title, event.phase, event.done_bytes, event.total_bytes)
     raise Unavailable("the data worker ended the import without a word")
+
+
+def follow_pull(events: Iterable[PullEvent], seen: list[PullEvent], *, quiet: bool) -> tuple[ResolvedSource, ModelInfo]:
+    """Show what a source turned out to be and a pull's progress; return both ends. Each event is put into `seen`."""
+    resolved = ResolvedSource("", "", "", (), 0, 0)
+    with Tracker(quiet=quiet, rate=True) as tracker:
+        for event in events:
+            seen.append(event)
+            match event:
+                case ResolvedSource():
+                    resolved = event
+                    if not quiet:
+                        err.print(what_it_is(event))
+                case ImportProgress(phase, done, total) if resolved.name:
+                    tracker.update(resolved.name, phase, done, total)
+                case ModelInfo():
+                    tracker.finish("done")
+                    return resolved, event
+    raise Unavailable("the data worker ended the pull without a word")
+
+
+def what_it_is(resolved: ResolvedSource) -> str:
+    """A line about a source: "tale is hf://o/r:Q4_K_M: 2 files, 40.0 GiB, of which 1.0 GiB are here already"."""
+    files = "1 file" if len(resolved.files) == 1 else f"{len(resolved.files)} files"
+    kept = f", of which {human_bytes(resolved.kept_bytes)} are here already" if resolved.kept_bytes else ""
+    return f"{resolved.name} is {resolved.source}: {files}, {human_bytes(resolved.size_bytes)}{kept}"
 
 
 def follow_deploy(events: Iterable[DeployEvent], *, quiet: bool) -> PipelineInfo:

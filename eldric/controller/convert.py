@@ -175,7 +175,7 @@ def order_of(request: pipeline_pb2.DeployRequest, shape: ModelShape) -> Order:
         chunk=given.chunk or DEFAULT_CHUNK,
         lanes=given.lanes,
         threads=given.threads,
-        exact=given.exact if given.HasField("exact") else True,
+        exact=given.exact if given.HasField("exact") else None,
         weights=given.weights or "auto",
         trace=given.trace,
         kv_type=given.kv_type or "f16",

@@ -33,7 +33,9 @@ def test_an_unknown_model(cli: Cli, command: tuple[str, ...]) -> None:
 
 def test_a_model_that_is_nowhere(cli: Cli) -> None:
     assert "models add FILE" in cli("deploy", "nope", code=1).error
-    assert "hf download" in cli("deploy", "llama-70b", code=1).error
+    assert "`eldric-cli models pull llama-70b` gets it" in cli("deploy", "llama-70b", "--dry-run", code=1).error
+    assert "is no short name" in cli("models", "pull", "nope", code=1).error
+    assert "names no source of models" in cli("models", "pull", "http://x/y.gguf", code=1).error
     assert "no file" in cli("deploy", "nope.gguf", code=1).error
     assert "no file" in cli("models", "add", "nope.gguf", code=1).error
 

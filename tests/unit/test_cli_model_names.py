@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from eldric.cli.model_names import OnDisk, ShortName, Stored, model_folders, resolve, short_names
+from eldric.cli.model_names import Elsewhere, OnDisk, ShortName, Stored, model_folders, resolve, short_names, to_pull
+from eldric.data.sources import HubSource, parse_source
 from eldric.errors import InvalidRequest, NotFound
 
 LLAMA = ShortName("llama-70b", "bartowski/Llama-3.3-70B-Instruct-GGUF", "Q4_K_M")
@@ -60,8 +61,7 @@ def test_a_file_comes_before_a_short_name(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_short_name_finds_its_model_in_the_store(stored: str) -> None:
     others = ["Llama-3.3-70B-Instruct-Q8_0", "Llama-3.1-70B-Instruct-Q4_K_M"]
     assert resolve("llama-70b", [*others, stored], TABLE, []) == Stored(stored)
-    with pytest.raises(NotFound):
-        resolve("llama-70b", others, TABLE, [])
+    assert isinstance(resolve("llama-70b", others, TABLE, []), Elsewhere)
 
 
 def test_a_short_name_finds_its_file_on_disk(tmp_path: Path) -> None:
@@ -75,11 +75,41 @@ def test_a_short_name_finds_its_file_on_disk(tmp_path: Path) -> None:
     assert found.path.name == part
 
 
-def test_what_is_missing_says_how_to_get_it() -> None:
-    with pytest.raises(NotFound) as missing:
-        resolve("llama-70b", [], TABLE, [])
-    for words in ("bartowski/Llama-3.3-70B-Instruct-GGUF", "Q4_K_M", "eldric-cli models add FILE --name llama-70b"):
-        assert words in missing.value.message
+def test_a_short_name_that_is_neither_stored_nor_on_disk_is_pulled() -> None:
+    source = "hf://bartowski/Llama-3.3-70B-Instruct-GGUF:Q4_K_M"
+    assert resolve("llama-70b", [], TABLE, []) == Elsewhere(source, "llama-70b")
+    assert isinstance(parse_source(source), HubSource)
+
+
+def test_a_source_is_pulled_as_it_is() -> None:
+    assert resolve("ollama://llama3.2:1b", ["x"], TABLE, []) == Elsewhere("ollama://llama3.2:1b", "")
+    with pytest.raises(InvalidRequest, match="names no source"):
+        resolve("http://example.com/x.gguf", [], TABLE, [])
+
+
+@pytest.mark.parametrize(
+    ("model", "quantization", "expected"),
+    [
+        ("llama-70b", "Q8_0", Elsewhere("hf://bartowski/Llama-3.3-70B-Instruct-GGUF:Q8_0", "llama-70b-q8_0")),
+        ("llama-70b", "q4_k_m", Elsewhere("hf://bartowski/Llama-3.3-70B-Instruct-GGUF:Q4_K_M", "llama-70b")),
+        ("hf://o/r", "Q8_0", Elsewhere("hf://o/r:Q8_0", "")),
+        ("hf://o/r@v1", "Q8_0", Elsewhere("hf://o/r@v1:Q8_0", "")),
+        ("eldric://h:1/x", "", Elsewhere("eldric://h:1/x", "")),
+    ],
+)
+def test_another_quantization_can_be_pulled(model: str, quantization: str, expected: Elsewhere) -> None:
+    assert to_pull(model, quantization, TABLE) == expected
+
+
+@pytest.mark.parametrize("model", ["hf://o/r:Q4_0", "hf://o/r/x.gguf", "ollama://x", "eldric://h:1/x"])
+def test_a_source_without_a_choice_takes_no_other_quantization(model: str) -> None:
+    with pytest.raises(InvalidRequest, match="leave --quant out"):
+        to_pull(model, "Q8_0", TABLE)
+
+
+def test_what_cannot_be_pulled_says_what_can() -> None:
+    with pytest.raises(NotFound, match=r"no short name; pull one of .*llama-70b.*hf://"):
+        to_pull("lama", "", TABLE)
 
 
 def test_an_unknown_name_says_what_there_is() -> None:
