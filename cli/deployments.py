@@ -76,16 +76,22 @@ def deploy(
     ] = 0,
     exact: Annotated[
         bool | None,
-        typer.Option("--exact/--no-exact", help="Tokens that do not depend on the batch.", show_default="where it is cheap"),
+        typer.Option(
+            "--exact/--no-exact", help="Tokens that do not depend on the batch.", show_default="where it is cheap"
+        ),
     ] = None,
     weights: Annotated[str, option("--weights", metavar="HOW", help="auto (default), mapped or repacked.")] = "auto",
     kv_type: Annotated[str, option("--kv-type", metavar="TYPE", help="f16 (default) or f32.")] = "f16",
     transport: Annotated[
         str,
         option(
-            "--transport", metavar="SCHEME", help="Of the tensor channels.", default="the best that all workers offer"
+            "--transport",
+            metavar="SCHEME",
+            help="zmq, shm, ucx, relay or another: every link takes it, or the deployment fails. auto: each link takes "
+            "the best that both its workers offer, and the next best where that one fails.",
+            default="auto",
         ),
-    ] = "",
+    ] = "auto",
     insecure_tensors: Annotated[
         bool, typer.Option("--insecure-tensors", help="Do not encrypt the tensor channels.")
     ] = False,
