@@ -1,25 +1,18 @@
 """Keeps the table of pipelines equal to what the controller knows."""
 
 import asyncio
-import logging
-import random
 from collections.abc import Callable
 
 import grpc
 
-from eldric.channels import call_errors, channel
-from eldric.errors import EldricError
+from eldric.follower import ControllerFollower
 from eldric.node import Node
 from eldric.router.pipelines import Pipelines
 from eldric.v1 import pipeline_pb2, pipeline_pb2_grpc
 
-log = logging.getLogger(__name__)
-
 #: How often the whole list is asked for: the load of heads, and whatever a lost event may have said. Seconds.
 LIST_INTERVAL_S = 2.0
 LIST_TIMEOUT_S = 5.0
-FIRST_PAUSE_S = 0.1
-MAX_PAUSE_S = 2.0
 
 
 class PipelineWatcher:
@@ -30,39 +23,10 @@ class PipelineWatcher:
 
     def __init__(self, node: Node, pipelines: Pipelines, changed: Callable[[pipeline_pb2.PipelineInfo], None]) -> None:
         """`changed` is told of each pipeline that is new or has changed."""
-        self._node = node
         self._pipelines = pipelines
         self._changed = changed
-        self._task: asyncio.Task[None] | None = None
-
-    async def start(self) -> None:
-        self._task = asyncio.create_task(self._follow(), name="pipelines")
-
-    async def stop(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
-
-    async def _follow(self) -> None:
-        controllers = self._node.controllers
-        turn, pause_s = 0, FIRST_PAUSE_S
-        while True:
-            address = controllers[turn % len(controllers)]
-            began = asyncio.get_running_loop().time()
-            try:
-                # A connection of its own each time: a kept one would not try again for as long as it has failed.
-                async with channel(address, self._node.identity, "controller") as connection:
-                    with call_errors(f"controller at {address}"):
-                        await self._session(connection)
-            except EldricError as error:
-                log.warning("event=watch_lost controller=%s error=%r", address, error.message)
-            except Exception:
-                log.exception("event=watch_failed controller=%s", address)
-            if asyncio.get_running_loop().time() - began > MAX_PAUSE_S:
-                pause_s = FIRST_PAUSE_S
-            turn += 1
-            await asyncio.sleep(pause_s * random.uniform(0.8, 1.2))
-            pause_s = min(pause_s * 2, MAX_PAUSE_S)
+        follower = ControllerFollower(node, "pipelines", self._session)
+        self.start, self.stop = follower.start, follower.stop
 
     async def _session(self, connection: grpc.aio.Channel) -> None:
         """Returns or raises when the controller is lost."""
