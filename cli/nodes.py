@@ -203,6 +203,17 @@ def data(
         str,
         option("--nfs", metavar="URL", help="Where the folder can be mounted from, if not by `data export`: nfs://..."),
     ] = "",
+    ollama: Annotated[
+        Path | None,
+        option(
+            "--ollama",
+            metavar="FOLDER",
+            help="An Ollama store to take models from.",
+            default="OLLAMA_MODELS, else where Ollama keeps it",
+            envvar="OLLAMA_MODELS",
+            show_envvar=False,
+        ),
+    ] = None,
     controllers: MaybeControllers = None,
     edge: Edge = "",
     host: Host = "127.0.0.1",
@@ -234,7 +245,7 @@ def data(
         **ports,
     )
     export_at = NfsAddress.parse(nfs) if nfs else None
-    config = DataConfig(node, models.expanduser().resolve(), nfs=export_at)
+    config = DataConfig(node, models.expanduser().resolve(), ollama=_absolute(ollama), nfs=export_at)
     _serve(node, lambda: run(config), quiet=quiet, as_json=as_json)
 
 
