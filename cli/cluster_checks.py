@@ -101,6 +101,10 @@ def check_pipelines(pipelines: Sequence[PipelineInfo]) -> Iterator[Finding]:
             advice = "deploy it with --transport zmq and without --insecure-tensors unless the network is your own"
             yield warning("pipelines", text, advice)
         yield from _check_links(info)
+        for stage in info.stages:
+            if stage.message and stage.state == "serving":
+                text = f"stage {stage.index} of {info.name} on {stage.worker}: {stage.message}"
+                yield warning("pipelines", text, "see to that before the stage has to be loaded again")
     if pipelines and all(info.state != "degraded" for info in pipelines):
         yield ok("pipelines", ", ".join(f"{info.name} {info.state}" for info in pipelines))
 
@@ -138,11 +142,17 @@ def check_health(answers: Mapping[str, str]) -> Iterator[Finding]:
         yield ok("health", f"{len(answers)} nodes say that they are ready")
 
 
-def check_store(folder: str, files: Iterable[tuple[str, int]], sizes: Mapping[str, int | None]) -> Iterator[Finding]:
+def check_store(
+    folder: str, files: Iterable[tuple[str, int]], sizes: Mapping[str, int | None] | str
+) -> Iterator[Finding]:
     """Whether this machine sees the model store where the data worker has it.
 
-    files: what there is, with its size in bytes; sizes: what is seen here, None if it is missing.
+    files: what there is, with its size in bytes; sizes: what is seen here, None if it is missing; or why nothing is.
     """
+    if isinstance(sizes, str):
+        advice = "see to its file server; until then workers here fetch over HTTP, or do not load"
+        yield problem("model store", sizes, advice)
+        return
     wanted = dict(files)
     missing = [path for path in wanted if sizes.get(path) is None]
     wrong = [path for path in wanted if path not in missing and sizes[path] != wanted[path]]

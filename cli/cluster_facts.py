@@ -19,7 +19,9 @@ from eldric.cli.log_files import last_lines
 from eldric.cli.processes import OUTPUT
 from eldric.client import AsyncClient, Cluster, ModelDetails, NodeInfo, PipelineInfo, Plan, Worker
 from eldric.errors import EldricError
+from eldric.nfs.mountinfo import remote_mount
 from eldric.security import Identity
+from eldric.worker.mounted.process import Silent, look
 
 T = TypeVar("T")
 
@@ -143,8 +145,18 @@ def certificates(folders: Iterable[Path]) -> dict[str, tuple[datetime.datetime, 
     return found
 
 
-def store_sizes(details: ModelDetails) -> dict[str, int | None]:
-    """Sizes of a model's files as this machine sees them, in bytes; None for what is not there."""
+def store_sizes(details: ModelDetails) -> dict[str, int | None] | str:
+    """Sizes of a model's files as this machine sees them, in bytes; None for what is not there. Or why none is seen."""
+    if details.files and (mount := remote_mount(Path(details.folder))):
+        where = f"{details.folder} is on the mount {mount.point} ({mount.source}), which"
+        try:
+            look([(Path(details.folder, details.files[0][0]), 0)], CALL_S)
+        except Silent:
+            return f"{where} does not answer"
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            return f"{where} fails: {error.strerror}"
     sizes: dict[str, int | None] = {}
     for path, _ in details.files:
         try:

@@ -124,6 +124,7 @@ class StageCollector(Collector):
         slots = GaugeMetricFamily("eldric_slots_used", "Slots taken", labels=["pipeline"])
         queued = GaugeMetricFamily("eldric_queue_length", "Generations that wait for a slot", labels=["pipeline"])
         memory = GaugeMetricFamily("eldric_stage_memory_bytes", "Memory held", labels=[*labels, "kind"])
+        locked = GaugeMetricFamily("eldric_stage_locked_bytes", "Mapped weights that are locked", labels=labels)
         dropped = CounterMetricFamily("eldric_dropped_frames", "Frames dropped", labels=[*labels, "reason"])
         refused = CounterMetricFamily("eldric_refused_links", "Connections refused at the tensor port", labels=labels)
         links = LinkFamilies()
@@ -133,6 +134,7 @@ class StageCollector(Collector):
             steps.add_metric(at, status.steps)
             for kind in ("mapped", "repacked", "kv", "compute"):
                 memory.add_metric([*at, kind], getattr(status.memory, f"{kind}_bytes"))
+            locked.add_metric(at, status.memory.locked_bytes)
             for reason, count in status.dropped_frames.items():
                 dropped.add_metric([*at, reason], count)
             refused.add_metric(at, status.refused_links)
@@ -140,4 +142,4 @@ class StageCollector(Collector):
             if status.index == 0:
                 slots.add_metric([status.name], status.slots_used)
                 queued.add_metric([status.name], status.queued)
-        yield from (step, steps, slots, queued, memory, dropped, refused, *links.families)
+        yield from (step, steps, slots, queued, memory, locked, dropped, refused, *links.families)

@@ -209,6 +209,9 @@ WORKERS = [
 def test_pipelines() -> None:
     assert levels(cluster_checks.check_pipelines([])) == []
     assert levels(cluster_checks.check_pipelines([PIPELINE])) == [OK]
+    silent = replace(PIPELINE, stages=(replace(STAGES[0], message="the mount /mnt/m does not answer"),))
+    (warned, _) = cluster_checks.check_pipelines([silent])
+    assert warned.level is WARNING and "stage 0 of tale on w1: the mount /mnt/m" in warned.message
     degraded = replace(PIPELINE, state="degraded", message="worker w2 is lost")
     found = list(cluster_checks.check_pipelines([PIPELINE, degraded]))
     assert levels(found) == [PROBLEM]
@@ -260,6 +263,11 @@ def test_health() -> None:
 )
 def test_model_store(seen: dict[str, int | None], expected: list[Level]) -> None:
     assert levels(cluster_checks.check_store("store", [("a", 3), ("b", 4)], seen)) == expected
+
+
+def test_a_store_on_a_mount_that_hangs_is_a_problem() -> None:
+    (found,) = cluster_checks.check_store("/mnt/m", [("a", 3)], "/mnt/m is on the mount /mnt, which does not answer")
+    assert found.level is PROBLEM and "does not answer" in found.message
 
 
 def test_certificates() -> None:

@@ -13,7 +13,7 @@ from eldric.nfs.address import NFS_PORT, NfsAddress
 from eldric.nfs.mountinfo import Mount, folders_of, mounts, remote_mount
 from eldric.nfs.mounting import OwnMounts
 from eldric.v1 import stage_pb2
-from eldric.worker.mounted.process import Child, Silent
+from eldric.worker.mounted.process import Silent, look
 from eldric.worker.source import open_model, path_in
 
 log = logging.getLogger(__name__)
@@ -92,11 +92,7 @@ class Mounts:
             raise NotReady(self.problems[mount.point])
         files = [(path_in(folder, each.path), each.header_bytes or _SOME_HEADER_BYTES) for each in source.files]
         try:
-            child = Child("look", {"files": [(str(path), header) for path, header in files]})
-            try:
-                child.line(LOOK_S)
-            finally:
-                child.close()
+            look(files, LOOK_S)
         except Silent:
             raise NotReady(f"the mount {mount.point} ({mount.source}) does not answer within {LOOK_S:.0f} s") from None
         except OSError as error:
