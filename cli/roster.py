@@ -23,7 +23,7 @@ class NodeEntry:
     @property
     def folder(self) -> str:
         """Its folder, below the cluster's."""
-        return self.name if self.kind == "worker" else self.kind
+        return self.name if self.kind in ("worker", "data") else self.kind
 
     def option(self, name: str) -> str | None:
         """The value of an option, if it is given."""

@@ -24,7 +24,7 @@ class Connections:
 
     def __init__(self, cluster: Cluster, timeout_s: float) -> None:
         self._addresses = cluster.controllers
-        self._timeout_s = timeout_s
+        self.timeout_s = timeout_s
         identity = cluster.identity()
         self._channels = ChannelPool(lambda: identity)
         self._controller = ""
@@ -70,7 +70,7 @@ class Connections:
         """The nodes that the controller knows now."""
         stub = registry_pb2_grpc.RegistryStub(await self.controller())
         with self.calling("the controller"):
-            answer = await stub.List(registry_pb2.ListNodesRequest(kind=kind), timeout=self._timeout_s)
+            answer = await stub.List(registry_pb2.ListNodesRequest(kind=kind), timeout=self.timeout_s)
         return list(answer.nodes)
 
     async def router(self) -> grpc.aio.Channel:

@@ -178,7 +178,7 @@ def import_event(event: model_store_pb2.ImportEvent) -> types.PullEvent:
     return types.ImportProgress(event.phase, event.done_bytes, event.total_bytes)
 
 
-def model_details(metadata: model_store_pb2.ModelMetadata) -> types.ModelDetails:
+def model_details(metadata: model_store_pb2.ModelMetadata, data_workers: tuple[str, ...]) -> types.ModelDetails:
     return types.ModelDetails(
         info=model(metadata.info),
         hidden_size=metadata.hidden_size,
@@ -190,6 +190,7 @@ def model_details(metadata: model_store_pb2.ModelMetadata) -> types.ModelDetails
         files=tuple((file.path, file.size_bytes) for file in metadata.source.files),
         sha256=tuple(metadata.sha256),
         header=dict(metadata.header),
+        data_workers=data_workers,
     )
 
 

@@ -1,4 +1,4 @@
-"""The model store, through the cluster's data worker."""
+"""The model store: the cluster's data workers together."""
 
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator
@@ -6,7 +6,8 @@ from pathlib import Path
 
 from eldric.client import convert, types
 from eldric.client.connections import Connections
-from eldric.errors import Unavailable
+from eldric.client.replicas import Replicas
+from eldric.errors import DataLoss, NotFound, Unavailable
 from eldric.v1 import model_store_pb2, model_store_pb2_grpc
 
 _DATA_WORKER = "the data worker"
@@ -17,19 +18,29 @@ class Models:
 
     def __init__(self, connections: Connections) -> None:
         self._connections = connections
-
-    async def _stub(self) -> "model_store_pb2_grpc.ModelStoreAsyncStub":
-        return model_store_pb2_grpc.ModelStoreStub(await self._connections.data_worker())
+        self._replicas = Replicas(connections)
 
     async def list(self) -> list[types.ModelInfo]:
-        stub = await self._stub()
-        with self._connections.calling(_DATA_WORKER):
-            return [convert.model(info) for info in (await stub.List(model_store_pb2.ListModelsRequest())).models]
+        """The models of all data workers, each once."""
+        return await self._replicas.models()
 
     async def show(self, name: str) -> types.ModelDetails:
-        stub = await self._stub()
-        with self._connections.calling(_DATA_WORKER):
-            return convert.model_details(await stub.Metadata(model_store_pb2.ModelRequest(id=name)))
+        """What the first data worker that holds it says of it, and who holds it."""
+        holders = await self._replicas.holders(name)
+        return convert.model_details(holders[0][1], tuple(store.name for store, _ in holders))
+
+    def replicate_events(
+        self, name: str, to: str = "", copies: int = 2
+    ) -> AsyncGenerator[types.ReplicaProgress | types.ModelReplicas, None]:
+        """Copy a model to more data workers; see Replicas.replicate_events."""
+        return self._replicas.replicate_events(name, to, copies)
+
+    async def replicate(self, name: str, to: str = "", copies: int = 2) -> types.ModelReplicas:
+        """See `replicate_events`."""
+        async for event in self.replicate_events(name, to, copies):
+            if isinstance(event, types.ModelReplicas):
+                return event
+        raise Unavailable("the copies ended without a word")
 
     async def add_events(
         self, path: Path | str, name: str = "", mode: str = "copy"
@@ -80,17 +91,29 @@ class Models:
                 call.cancel()
 
     async def remove(self, name: str) -> None:
-        stub = await self._stub()
-        with self._connections.calling(_DATA_WORKER):
-            await stub.Remove(model_store_pb2.RemoveModelRequest(id=name))
+        """Remove a model from every data worker that holds it, or the rest of an interrupted pull. Raises NotFound."""
+        missing: list[NotFound] = []
+        stores = await self._replicas.stores()
+        for store in stores:
+            try:
+                with self._connections.calling(f"data worker {store.name}"):
+                    await store.calls.Remove(model_store_pb2.RemoveModelRequest(id=name))
+            except NotFound as error:
+                missing.append(error)
+        if len(missing) == len(stores):
+            raise missing[0]
 
     async def verify_events(self, name: str) -> AsyncIterator[types.ImportProgress]:
-        """Compare the files with their checksums. Raises DataLoss, which names the file that differs."""
-        stub = await self._stub()
-        with self._connections.calling(_DATA_WORKER):
-            call = stub.Verify(model_store_pb2.ModelRequest(id=name))
+        """Compare the files with their checksums, on every data worker that holds them. Raises DataLoss, which names
+        the data worker and the file that differs."""
+        for store in await self._replicas.with_name(name):
             try:
-                async for event in call:
-                    yield types.ImportProgress("verifying", event.done_bytes, event.total_bytes)
-            finally:
-                call.cancel()
+                with self._connections.calling(f"data worker {store.name}"):
+                    call = store.calls.Verify(model_store_pb2.ModelRequest(id=name))
+                    try:
+                        async for event in call:
+                            yield types.ImportProgress("verifying", event.done_bytes, event.total_bytes)
+                    finally:
+                        call.cancel()
+            except DataLoss as error:
+                raise DataLoss(f"data worker {store.name}: {error.message}") from None

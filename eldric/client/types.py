@@ -140,6 +140,25 @@ class ModelDetails:
     files: tuple[tuple[str, int], ...]  # path below the folder, size in bytes
     sha256: tuple[str, ...]
     header: Mapping[str, str]
+    data_workers: tuple[str, ...] = ()  # names of those that hold it
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaProgress:
+    """How far a copy of a model to a data worker is."""
+
+    data_worker: str
+    phase: str
+    done_bytes: int
+    total_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelReplicas:
+    """Who holds a model: names of data workers."""
+
+    model: str
+    data_workers: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)

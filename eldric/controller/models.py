@@ -9,6 +9,7 @@ from eldric.controller.config import ControllerConfig
 from eldric.controller.nodes import NodeState
 from eldric.controller.registry import Node
 from eldric.errors import EldricError, NotFound, NotReady
+from eldric.replicas import is_same
 from eldric.v1 import model_store_pb2, model_store_pb2_grpc, stage_pb2
 
 log = logging.getLogger(__name__)
@@ -126,15 +127,3 @@ def _places(source: stage_pb2.ModelSource, answers: Answers) -> list[stage_pb2.M
                 "event=other_model source=%s model=%s: its files differ from the planned", node.id, source.model
             )
     return places
-
-
-def is_same(one: stage_pb2.ModelSource, other: stage_pb2.ModelSource) -> bool:
-    """Whether two sources are the same files: header and sizes, and the sums of the files where both are known."""
-    return (
-        one.header_sha256 == other.header_sha256
-        and len(one.files) == len(other.files)
-        and all(
-            a.size_bytes == b.size_bytes and (a.sha256 == b.sha256 or not a.sha256 or not b.sha256)
-            for a, b in zip(one.files, other.files, strict=True)
-        )
-    )

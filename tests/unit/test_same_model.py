@@ -1,6 +1,6 @@
 """Which data workers count as holding the files that were planned."""
 
-from eldric.controller.models import is_same
+from eldric.replicas import is_same
 from eldric.v1 import stage_pb2
 
 

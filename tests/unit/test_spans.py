@@ -6,7 +6,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eldric.worker.range_cache.extents import Extent, Extents
-from eldric.worker.range_cache.spans import EXTRA_SHARE, SPAN_BYTES, Check, Piece, plan_pieces, plan_spans
+from eldric.worker.range_cache.spans import (
+    EXTRA_SHARE,
+    LEAST_SPAN_BYTES,
+    SPAN_BYTES,
+    Check,
+    Piece,
+    plan_pieces,
+    plan_spans,
+    span_bytes,
+)
 
 MIB = 1 << 20
 
@@ -74,7 +83,7 @@ def test_spans_are_contiguous_of_one_file_and_bounded() -> None:
         [Extents([Extent(4 * MIB, 5 * MIB)]), Extents()],
         {0: blocks(20 * MIB), 1: blocks(3 * MIB)},
     )
-    spans = plan_spans(pieces)
+    spans = plan_spans(pieces, SPAN_BYTES)
     assert [piece for span in spans for piece in span.pieces] == pieces
     for span in spans:
         assert len(span.extent) == sum(len(piece.extent) for piece in span.pieces) <= SPAN_BYTES
@@ -84,5 +93,12 @@ def test_spans_are_contiguous_of_one_file_and_bounded() -> None:
 
 def test_a_piece_longer_than_a_span_is_one_request() -> None:
     header = Check(Extent(0, 2 * SPAN_BYTES), b"", "the header")
-    (span,) = plan_spans(plan_pieces({0: [header.extent]}, [Extents()], {0: [header]}))
+    (span,) = plan_spans(plan_pieces({0: [header.extent]}, [Extents()], {0: [header]}), SPAN_BYTES)
     assert span.extent == header.extent
+
+
+def test_spans_of_little_are_short_so_that_every_connection_gets_some() -> None:
+    assert span_bytes(16 * MIB, 4) == MIB == LEAST_SPAN_BYTES
+    assert span_bytes(80 * MIB, 8) == 80 * MIB // 32
+    assert span_bytes(10_000 * MIB, 8) == SPAN_BYTES
+    assert span_bytes(10, 0) == LEAST_SPAN_BYTES

@@ -7,6 +7,7 @@ data worker that fails go back to the queue, and a piece that it gave wrong is a
 
 import hashlib
 import logging
+import random
 import ssl
 import threading
 import time
@@ -21,7 +22,7 @@ from eldric.worker.range_cache.entry import CachedModel
 from eldric.worker.range_cache.extents import Extent
 from eldric.worker.range_cache.metrics import FetchMetrics
 from eldric.worker.range_cache.places import Place, all_given_up, reason_of
-from eldric.worker.range_cache.spans import Piece, Span, plan_spans
+from eldric.worker.range_cache.spans import Piece, Span, plan_spans, span_bytes
 
 log = logging.getLogger(__name__)
 
@@ -56,10 +57,10 @@ class Fetch:
         progress gets (bytes done, bytes of all pieces). Raises LoadCancelled, Unavailable, NotReady, DataLoss,
         NotEnoughSpace.
         """
-        self._todo.extend(plan_spans(pieces))
-        self._open = sum(len(span.pieces) for span in self._todo)
-        self._total_bytes = sum(len(span.extent) for span in self._todo)
+        pieces = list(pieces)
+        self._open, self._total_bytes = len(pieces), sum(len(piece.extent) for piece in pieces)
         connections = self._connect(tls)
+        self._todo.extend(plan_spans(pieces, span_bytes(self._total_bytes, len(connections))))
         threads = [threading.Thread(target=self._serve, args=each, daemon=True) for each in connections]
         for thread in threads:
             thread.start()
@@ -81,12 +82,14 @@ class Fetch:
             raise self._error
 
     def _connect(self, tls: ssl.SSLContext) -> list[tuple[Place, Connection]]:
+        """In random order: no data worker comes first to all workers."""
         made = []
         for place, address in zip(self._places, self._source.places, strict=True):
             try:
                 made += [(place, Connection(address, tls)) for _ in range(CONNECTIONS)]
             except InvalidRequest as error:
                 place.problem = error
+        random.shuffle(made)
         with self._changed:
             self._look_for_hope()
         return made

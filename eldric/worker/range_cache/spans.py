@@ -14,8 +14,8 @@ from eldric.worker.range_cache.extents import Extent, Extents
 
 #: Most bytes that are fetched beyond those that are wanted, so that blocks can be compared, of the wanted ones.
 EXTRA_SHARE = 0.01
-#: Most bytes of one request: a data worker gives way to others after so many.
-SPAN_BYTES = 8 << 20
+#: Most bytes of one request, and the least that are worth one: a data worker gives way to others after so many.
+SPAN_BYTES, LEAST_SPAN_BYTES = 8 << 20, 1 << 20
 #: Most bytes of a piece that no sum belongs to.
 PIECE_BYTES = 1 << 20
 
@@ -87,17 +87,22 @@ def plan_pieces(
     return sorted(exact, key=lambda piece: (piece.file, piece.extent.start))
 
 
-def plan_spans(pieces: Iterable[Piece]) -> list[Span]:
-    """Sorted pieces as requests of at most SPAN_BYTES, or of one piece that is longer."""
+def plan_spans(pieces: Iterable[Piece], most_bytes: int) -> list[Span]:
+    """Sorted pieces as requests of at most so many bytes, or of one piece that is longer."""
     spans: list[list[Piece]] = []
     for piece in pieces:
         last = spans[-1] if spans else []
         follows = last and last[-1].file == piece.file and last[-1].extent.stop == piece.extent.start
-        if follows and piece.extent.stop - last[0].extent.start <= SPAN_BYTES:
+        if follows and piece.extent.stop - last[0].extent.start <= most_bytes:
             last.append(piece)
         else:
             spans.append([piece])
     return [Span(tuple(each)) for each in spans]
+
+
+def span_bytes(total_bytes: int, connections: int) -> int:
+    """Most bytes of a span, so that each connection gets some of the whole, and nobody waits long for the last one."""
+    return max(LEAST_SPAN_BYTES, min(SPAN_BYTES, total_bytes // (4 * max(1, connections))))
 
 
 def _by_check(missing: Iterable[Extent], checks: Sequence[Check]) -> list[tuple[Check | None, list[Extent]]]:
