@@ -1,6 +1,7 @@
 """Loads a stage: opens the model's file, maps the shard, opens the tensor endpoint, makes the compute thread."""
 
 import asyncio
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -27,8 +28,10 @@ from eldric.worker.models import Models, OpenModel
 from eldric.worker.mounted.mounts import MountedFile, Mounts
 from eldric.worker.mounted.read_ahead import ReadAhead
 from eldric.worker.range_cache.fetcher import RangeFetcher
-from eldric.worker.resources import compute_threads, memory_budget
+from eldric.worker.resources import compute_threads, lockable_bytes, memory_budget
 from eldric.worker.wiring import Rewired, Wirer, Wiring
+
+log = logging.getLogger(__name__)
 
 DEFAULT_CONTEXT = 4096
 DEFAULT_SLOTS = 4
@@ -181,11 +184,24 @@ class StageLoader:
     def _bring_in(self, plan: LoadPlan, tell: Callable[[str, int, int], None], cancelled: Callable[[], bool]) -> Stage:
         ranges = shard_of(plan.model, plan.spec, plan.layers).ranges
         plan.opened.fetch(ranges, partial(tell, "fetching"), cancelled)
-        mapping = partial(tell, "mapping")
+        mapping, config = partial(tell, "mapping"), self._stage_config(plan)
         if plan.opened.mounted is None:
-            return Stage.load(plan.model, self._stage_config(plan), mapping, cancelled)
+            return Stage.load(plan.model, config, mapping, cancelled)
         with ReadAhead(plan.model.paths, ranges, cancelled) as reader:
-            return Stage.load(plan.model, self._stage_config(plan), mapping, cancelled, reader)
+            stage = Stage.load(plan.model, config, mapping, cancelled, reader)
+        if self._config.lock != "off" and stage.memory.locked < stage.memory.mapped:
+            log.warning(
+                "event=not_locked locked_bytes=%d mapped_bytes=%d: an evicted page must be read again; "
+                "raise the limit of locked memory (ulimit -l, LimitMEMLOCK=)",
+                stage.memory.locked,
+                stage.memory.mapped,
+            )
+        return stage
+
+    def _locks(self, plan: LoadPlan) -> bool:
+        """Whether weights are locked. A limit that not all of them fit is left to others, such as keys and RDMA."""
+        wanted = self._config.lock == "on" or (self._config.lock == "auto" and plan.opened.mounted is not None)
+        return wanted and plan.estimate.weights <= lockable_bytes()
 
     def _stage_config(self, plan: LoadPlan) -> StageConfig:
         options = plan.options
@@ -201,7 +217,7 @@ class StageLoader:
             weights=_choice("weights", options.weights, WEIGHTS_MODES),
             kv_type=_choice("kv_type", options.kv_type, KV_TYPES),
             repack_budget_bytes=self._repack_budget(plan),
-            lock=self._config.lock == "on" or (self._config.lock == "auto" and plan.opened.mounted is not None),
+            lock=self._locks(plan),
         )
 
     def _repack_budget(self, plan: LoadPlan) -> int:

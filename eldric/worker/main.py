@@ -1,5 +1,6 @@
 """A worker process: its node, its stages and its membership."""
 
+import resource
 import sys
 
 from eldric.member import Member
@@ -77,4 +78,6 @@ class Worker:
 async def run(config: WorkerConfig) -> None:
     """Serve until a signal ends the process."""
     sys.setswitchinterval(SWITCH_INTERVAL_S)
+    _, most = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    resource.setrlimit(resource.RLIMIT_MEMLOCK, (most, most))  # weights are locked as far as it goes
     await Worker(config).node.run()

@@ -1,5 +1,8 @@
 """What this machine can give, as it is registered."""
 
+import os
+import resource
+import sys
 from pathlib import Path
 
 import psutil
@@ -30,6 +33,12 @@ def machine_memory_bytes() -> int:
 def memory_budget(config: WorkerConfig) -> int:
     """Memory that stages may use in all, in bytes."""
     return config.memory_bytes or machine_memory_bytes()
+
+
+def lockable_bytes() -> int:
+    """Memory that this process may lock, in bytes."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    return sys.maxsize if limit == resource.RLIM_INFINITY or os.geteuid() == 0 else limit
 
 
 def compute_threads(config: WorkerConfig) -> int:
