@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 import httpx2
 
 from eldric.data.checksums import BLOCK_BYTES, FileSums, Hasher, write_all
-from eldric.data.http_client import RETRYABLE, Hangup, error_of, reason
+from eldric.data.http_client import RETRYABLE, error_of, reason
 from eldric.data.remote import RemoteFile
 from eldric.errors import DataLoss, Unavailable
 
@@ -30,10 +30,8 @@ Progress = Callable[[str, int], None]
 class Fetch:
     """One file on its way. What has come stays in `path` whatever happens, unless it turned out wrong."""
 
-    def __init__(
-        self, client: httpx2.Client, extensions: Mapping[str, Any], hangup: Hangup, progress: Progress
-    ) -> None:
-        self._client, self._extensions, self._hangup, self._progress = client, extensions, hangup, progress
+    def __init__(self, client: httpx2.Client, extensions: Mapping[str, Any], progress: Progress) -> None:
+        self._client, self._extensions, self._progress = client, extensions, progress
         self._hasher, self._have = Hasher(), 0
         self._bad_blocks: dict[int, int] = {}
 
@@ -79,10 +77,7 @@ class Fetch:
         """Fetches until the end, or until the connection breaks, and says why."""
         headers = {"range": f"bytes={self._have}-"} if self._have else {}
         try:
-            with (
-                self._client.stream("GET", file.url, headers=headers, extensions=dict(self._extensions)) as response,
-                self._hangup.watching(response),
-            ):
+            with self._client.stream("GET", file.url, headers=headers, extensions=dict(self._extensions)) as response:
                 if response.status_code in RETRYABLE:
                     return f"it answers {response.status_code}"
                 self._check_answer(file, target, response)

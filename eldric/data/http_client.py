@@ -4,7 +4,8 @@ import contextlib
 import json
 import socket
 import threading
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Mapping
 from typing import Any
 
 import httpx2
@@ -22,11 +23,11 @@ RETRYABLE = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 
 class Hangup:
-    """Ends the connections of one job from another thread: reads that wait there fail at once. Thread-safe."""
+    """Ends the connections of one job from another thread: what waits there fails at once. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._sockets: set[socket.socket] = set()
+        self._sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
         self._ended = False
 
     def end(self) -> None:
@@ -36,23 +37,21 @@ class Hangup:
             for each in self._sockets:
                 _shut(each)
 
-    @contextlib.contextmanager
-    def watching(self, response: httpx2.Response) -> Iterator[None]:
-        """Can end this response's connection while the block runs."""
-        stream = response.extensions.get("network_stream")
-        found = stream.get_extra_info("socket") if stream is not None else None
-        if not isinstance(found, socket.socket):
-            yield
+    @property
+    def extensions(self) -> Mapping[str, Any]:
+        """What a request must carry, so that its connection can be ended."""
+        return {"trace": self._trace}
+
+    def _trace(self, event: str, info: Mapping[str, Any]) -> None:
+        """Called by httpcore with what it does: keeps the socket of each connection that was made."""
+        stream = info.get("return_value")
+        if not event.endswith((".connect_tcp.complete", ".start_tls.complete")) or stream is None:
             return
+        found = stream.get_extra_info("socket")
         with self._lock:
             self._sockets.add(found)
             if self._ended:
                 _shut(found)
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._sockets.discard(found)
 
 
 def _shut(each: socket.socket) -> None:

@@ -39,12 +39,12 @@ class Hub:
             headers["authorization"] = f"Bearer {token}"
         return httpx2.Client(headers=headers, follow_redirects=True, max_redirects=5, timeout=TIMEOUT)
 
-    def find(self, client: httpx2.Client, source: HubSource) -> Remote:
+    def find(self, client: httpx2.Client, extensions: Mapping[str, Any], source: HubSource) -> Remote:
         """The model that a source means. Raises NotFound, PermissionDenied, InvalidRequest, Unavailable, DataLoss,
         NotReady."""
         if constants.is_offline_mode():
             raise NotReady("HF_HUB_OFFLINE is set where the data worker runs: nothing is fetched from Hugging Face")
-        document = self._look(client, source)
+        document = self._look(client, extensions, source)
         files = sound_siblings(document.get("siblings"))
         chosen = choose(source, list(files))
         if len(chosen.names) > MAX_FILES:
@@ -60,10 +60,10 @@ class Hub:
             files=tuple(_file(name, f"{base}/{quote(name)}", files[name]) for name in chosen.names),
         )
 
-    def _look(self, client: httpx2.Client, source: HubSource) -> Mapping[str, Any]:
+    def _look(self, client: httpx2.Client, extensions: Mapping[str, Any], source: HubSource) -> Mapping[str, Any]:
         path = f"/api/models/{source.repository}/revision/{quote(source.revision, safe='')}"
         try:
-            document = get_json(client, f"{self._endpoint}{path}?blobs=true", self._peer, {})
+            document = get_json(client, f"{self._endpoint}{path}?blobs=true", self._peer, extensions)
         except NotFound:
             raise NotFound(f"{self._peer} has no {source.repository} (revision {source.revision})") from None
         except PermissionDenied:

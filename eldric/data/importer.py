@@ -54,6 +54,8 @@ class Importer:
         sources = header.model.paths
         if mode == "move":
             self._check_movable(sources)
+        if mode == "reference":
+            self._check_outside(sources)
         self._check_free(model, sources if mode == "move" else ())
         with self._store.staging() as folder:
             files = _Transfer(sources, folder, mode, report).run(stored_names(model, len(sources)))
@@ -77,6 +79,11 @@ class Importer:
             if own == [path.resolve() for path in moved]:
                 return
         self._store.check_free(model)
+
+    def _check_outside(self, sources: Sequence[Path]) -> None:
+        for path in sources:
+            if path.resolve().is_relative_to(self._store.folder):
+                raise InvalidRequest(f"{path} lies in the model store: there is nothing to reference")
 
     def _check_movable(self, sources: Sequence[Path]) -> None:
         for path in sources:

@@ -5,6 +5,7 @@ from typing import Any
 
 import httpx2
 from google.protobuf import json_format
+from google.protobuf.message import Message
 
 from eldric.data.checksums import BLOCK_BYTES, FileSums, blocks_of
 from eldric.data.http_client import TIMEOUT, get_json
@@ -15,7 +16,7 @@ from eldric.names import server_name
 from eldric.security import Identity
 from eldric.v1 import model_store_pb2 as pb
 
-#: What makes a connection ask for a data worker's certificate, whatever the address.
+#: What makes a request's connection ask for a data worker's certificate, whatever the address.
 EXTENSIONS: Mapping[str, Any] = {"sni_hostname": server_name("data")}
 
 
@@ -34,27 +35,32 @@ class Peers:
             timeout=TIMEOUT,
         )
 
-    def find(self, client: httpx2.Client, source: PeerSource) -> Remote:
+    def find(self, client: httpx2.Client, extensions: Mapping[str, Any], source: PeerSource) -> Remote:
         """The model there. Raises NotFound, NotReady when it does not know its sums, Unavailable, DataLoss."""
         base = f"https://{source.address}/api/v1/models/{source.model}"
-        _ask(client, f"{base}/metadata", source, metadata := pb.ModelMetadata())
-        _ask(client, f"{base}/blocks", source, blocks := pb.ModelBlocks())
+        metadata, blocks = pb.ModelMetadata(), pb.ModelBlocks()
+        for name, answer in (("metadata", metadata), ("blocks", blocks)):
+            document = _ask(client, extensions, f"{base}/{name}", source)
+            _understand(document, answer, source)
         if not 0 < len(blocks.files) <= MAX_FILES:
             raise DataLoss(f"the data worker at {source.address} gives {source.model} {len(blocks.files)} files")
         files = [_file(source, number, f"{base}/content", blocks) for number in range(len(blocks.files))]
         return Remote(source.uri, source.model, metadata.info.quantization, tuple(files))
 
 
-def _ask(client: httpx2.Client, url: str, source: PeerSource, answer: pb.ModelMetadata | pb.ModelBlocks) -> None:
+def _ask(client: httpx2.Client, extensions: Mapping[str, Any], url: str, source: PeerSource) -> Any:
     peer = f"the data worker at {source.address}"
     try:
-        document = get_json(client, url, peer, EXTENSIONS)
+        return get_json(client, url, peer, extensions)
     except NotFound:
         raise NotFound(f"{peer} has no model {source.model!r}") from None
+
+
+def _understand(document: Any, answer: Message, source: PeerSource) -> None:
     try:
         json_format.ParseDict(document, answer, ignore_unknown_fields=True)
     except (json_format.ParseError, TypeError, ValueError, AttributeError) as error:
-        raise DataLoss(f"{peer} answers what makes no sense: {str(error)[:200]}") from None
+        raise DataLoss(f"the data worker at {source.address} answers what makes no sense: {str(error)[:200]}") from None
 
 
 def _file(source: PeerSource, number: int, content: str, blocks: pb.ModelBlocks) -> RemoteFile:

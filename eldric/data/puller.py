@@ -10,7 +10,6 @@ from typing import Any
 
 import httpx2
 
-from eldric.data import peer
 from eldric.data.fetch import Fetch
 from eldric.data.header import read_header
 from eldric.data.http_client import Hangup
@@ -20,7 +19,7 @@ from eldric.data.manifest import Manifest, ManifestFile
 from eldric.data.model import StoredModel
 from eldric.data.names import check_id, stored_names
 from eldric.data.ollama import find_blob
-from eldric.data.peer import Peers
+from eldric.data.peer import EXTENSIONS, Peers
 from eldric.data.remote import Remote
 from eldric.data.sources import HubSource, OllamaSource, PeerSource, parse_source
 from eldric.data.store import ModelStore, Report
@@ -75,12 +74,13 @@ class Puller:
                 )
             case HubSource():
                 with self._hub.client() as client:
-                    remote = self._hub.find(client, source)
-                    return self._pull(remote, model, mode, report, on_resolved, _Line(client, {}, hangup))
+                    line = _Line(client, hangup.extensions)
+                    remote = self._hub.find(client, line.extensions, source)
+                    return self._pull(remote, model, mode, report, on_resolved, line)
             case PeerSource():
                 with self._peers.client() as client:
-                    remote = self._peers.find(client, source)
-                    line = _Line(client, peer.EXTENSIONS, hangup)
+                    line = _Line(client, {**EXTENSIONS, **hangup.extensions})
+                    remote = self._peers.find(client, line.extensions, source)
                     return self._pull(remote, model, mode, report, on_resolved, line)
 
     def _pull(
@@ -142,7 +142,7 @@ class Puller:
             if sums is not None and sums.sha256 == file.sums.sha256:
                 progress("checking", file.size_bytes)
             else:
-                sums = Fetch(line.client, line.extensions, line.hangup, progress).run(file, path)
+                sums = Fetch(line.client, line.extensions, progress).run(file, path)
                 known.put(name, path.stat(), sums)
             files.append(ManifestFile(name, file.size_bytes, sums.sha256, sums.blocks))
         return files
@@ -164,4 +164,3 @@ class _Line:
 
     client: httpx2.Client
     extensions: Mapping[str, Any]
-    hangup: Hangup

@@ -163,17 +163,18 @@ def test_a_hub_that_goes_silent_is_an_error_that_says_how_to_go_on(
     assert is_whole(store)
 
 
+@pytest.mark.parametrize("silent", [False, True])
 def test_a_pull_that_nobody_waits_for_ends_at_once_though_the_hub_stalls(
-    store: ModelStore, hub: FakeHub, pull: Callable[[], Pulling]
+    store: ModelStore, hub: FakeHub, pull: Callable[[], Pulling], silent: bool
 ) -> None:
-    hub.stall_at = 1 << 20
+    hub.stall_at, hub.silent = 1 << 20, silent
     first = pull()
     thread, failures = in_thread(first)
     assert hub.reached.wait(10)
     first.stop_at = 0
     first.hangup.end()
     thread.join(5)
-    assert not thread.is_alive() and isinstance(failures[0], Stopped)
+    assert not thread.is_alive() and isinstance(failures[0], Unavailable if silent else Stopped)
     assert store.list() == [] and kept_bytes(store) <= 1 << 20
 
 

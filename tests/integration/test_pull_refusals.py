@@ -17,6 +17,7 @@ from eldric.errors import (
     EldricError,
     InvalidRequest,
     NotFound,
+    NotReady,
     PermissionDenied,
     Unavailable,
 )
@@ -177,6 +178,15 @@ def test_a_token_is_shown_to_the_hub_and_not_to_where_it_redirects(
     assert is_whole(store)
     assert {seen.token for seen in hub.seen if not seen.path.startswith("/cdn/")} >= {"Bearer hf_secret"}
     assert {seen.token for seen in hub.downloads} == {""}
+
+
+def test_nothing_is_fetched_where_hubs_are_off_limits(
+    hub: FakeHub, pull: Callable[[], Pulling], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(NotReady, match="HF_HUB_OFFLINE is set"):
+        pull()()
+    assert hub.seen == []
 
 
 def test_a_hub_that_is_not_there_is_unavailable(store: ModelStore, hub: FakeHub) -> None:

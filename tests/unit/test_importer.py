@@ -267,6 +267,12 @@ def test_a_referenced_file_is_served_where_it_lies(store: ModelStore, tmp_path: 
     assert store.list() == []
 
 
+def test_a_file_of_the_store_itself_is_not_referenced(store: ModelStore) -> None:
+    path = write_small_llama(store.folder / "small.gguf", SmallLlama())
+    with pytest.raises(InvalidRequest, match="lies in the model store"):
+        Importer(store).run(str(path), "other", "reference", ignore)
+
+
 def rewritten(path: Path) -> None:
     path.write_bytes(path.read_bytes())
 
