@@ -52,14 +52,12 @@ class NetworkCluster:
         folder = self.folder / name
         if not folder.exists():
             self._authority.issue_identity(kind, name).save(folder)
-        command = [*_MODULE, kind, "--folder", str(folder), "--quiet", "--http-port", "0"]
-        command += ["--host", self.net.addresses[host], *options]
+        arguments = ["--folder", str(folder), "--quiet", "--http-port", "0", "--host", self.net.addresses[host]]
         for address in self._controllers:
-            command += ["--controller", address]
+            arguments += ["--controller", address]
+        command = self.command(host, kind, *arguments, *options)
         with (folder / "output").open("wb") as output:
-            self._nodes[name] = subprocess.Popen(
-                self.net.command(host, command), stdin=subprocess.DEVNULL, stdout=output, stderr=output
-            )
+            self._nodes[name] = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
 
     def wait(self) -> None:
         """Until every node serves. Raises NodeFailed."""
@@ -84,7 +82,7 @@ class NetworkCluster:
 
     def eldric_cli(self, host: str, *arguments: str) -> str:
         """What `eldric-cli` prints on a host. Raises CalledProcessError; its complaint is on stderr."""
-        command = self.net.command(host, [*_MODULE, *arguments, "--dir", str(self.folder)])
+        command = self.command(host, *arguments, "--dir", str(self.folder))
         return subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, check=True).stdout
 
     def wait_for_workers(self, host: str, count: int) -> None:
@@ -96,6 +94,10 @@ class NetworkCluster:
                 return
             if time.monotonic() > deadline:
                 raise NodeFailed(f"not all of {count} workers are up: {nodes}")
+
+    def command(self, host: str, *arguments: str) -> list[str]:
+        """The command that runs `eldric-cli` on a host."""
+        return self.net.command(host, [*_MODULE, *arguments])
 
     def close(self) -> None:
         """End every node, the first ones last."""
@@ -125,3 +127,21 @@ def network_cluster(net: Network, folder: Path) -> Iterator[NetworkCluster]:
         yield cluster
     finally:
         cluster.close()
+
+
+@contextlib.contextmanager
+def exported(cluster: NetworkCluster, host: str, store: Path) -> Iterator[None]:
+    """A model store is exported over NFS from a host, and its data worker tells everybody. Raises NodeFailed."""
+    command = cluster.command(
+        host, "data", "export", "--store", str(store), "--host", cluster.net.addresses[host], "--json"
+    )
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+    try:
+        assert process.stdout is not None
+        with process.stdout:
+            if not process.stdout.readline():
+                raise NodeFailed("the export does not start; its complaint is above")
+            yield
+    finally:
+        process.terminate()
+        process.wait(_STOP_S)
