@@ -1,5 +1,6 @@
-"""Edges for tests: in this process, with nodes behind them that use their addresses."""
+"""Edges for tests, in this process; nodes behind them; and a way between the two that breaks."""
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -8,7 +9,9 @@ from typing import Any
 from eldric.config import NodeConfig
 from eldric.edge.config import EdgeConfig
 from eldric.edge.main import Edge
+from eldric.names import join_address, split_address
 from eldric.security import Authority
+from eldric.tunnel.client import TunnelClient
 from eldric.tunnel.limits import TunnelTimes
 from tests.workers import issue
 
@@ -27,3 +30,77 @@ async def edge_here(authority: Authority, folder: Path, controller: str, **setti
         yield edge
     finally:
         await edge.node.stop()
+
+
+class Way:
+    """A forwarding process between a node and its edge, which can be cut: nothing passes, and nobody is told so."""
+
+    def __init__(self, target: str) -> None:
+        self._target = split_address(target)
+        self._open = asyncio.Event()
+        self._open.set()
+        self._writers: list[asyncio.StreamWriter] = []
+        self._server: asyncio.Server | None = None
+        self.connections = 0
+
+    async def __aenter__(self) -> "Way":
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        if self._server is not None:
+            self._server.close()
+        self.mend()
+        self.drop()
+
+    @property
+    def address(self) -> str:
+        assert self._server is not None
+        return join_address("127.0.0.1", int(self._server.sockets[0].getsockname()[1]))
+
+    def cut(self) -> None:
+        self._open.clear()
+
+    def mend(self) -> None:
+        self._open.set()
+
+    def drop(self) -> None:
+        """Every connection breaks, so that both ends see it."""
+        writers, self._writers = self._writers, []
+        for writer in writers:
+            writer.transport.abort()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        await self._open.wait()
+        try:
+            inner, other = await asyncio.open_connection(*self._target)
+        except OSError:
+            writer.transport.abort()
+            return
+        self._writers += [writer, other]
+        with contextlib.suppress(OSError):
+            await asyncio.gather(self._pass_on(reader, other), self._pass_on(inner, writer))
+
+    async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while data := await reader.read(1 << 16):
+                await self._open.wait()
+                writer.write(data)
+                await writer.drain()
+        finally:
+            writer.close()
+
+
+@contextlib.asynccontextmanager
+async def tunnel_to(
+    authority: Authority, edge: str, name: str = "w1", kind: str = "worker"
+) -> AsyncIterator[TunnelClient]:
+    """A node's tunnel, without the node. edge: "host:port"."""
+    identity = authority.issue_identity(kind, name)
+    client = TunnelClient(edge, lambda: identity, QUICK)
+    await client.start()
+    try:
+        yield client
+    finally:
+        await client.close()

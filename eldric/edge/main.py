@@ -17,22 +17,22 @@ class Edge:
     def __init__(self, config: EdgeConfig) -> None:
         self.node = Node(config.node, Identity.load(config.node.folder))
         metrics = EdgeMetrics(self.node.metrics)
-        targets = Targets(self.node)
-        self.tunnels = TunnelService(config, targets, metrics)
+        self.targets = Targets(self.node)
+        self.tunnels = TunnelService(config, self.targets, metrics)
         self.node.metrics.register(self.tunnels)
         self.node.service(
             self.tunnels,
             tunnel_pb2_grpc.add_TunnelServicer_to_server,
             tunnel_pb2.DESCRIPTOR.services_by_name["Tunnel"],
         )
-        self.door = JoinDoor(config.node, targets.join, config.joiners, metrics.refused.labels("joiner"))
+        self.door = JoinDoor(config.node, self.targets.join, config.joiners, metrics.refused.labels("joiner"))
         self.member = Member(self.node)
         self.node.health(self.tunnels.look)
-        self.node.on_start(targets.start)
+        self.node.on_start(self.targets.start)
         self.node.on_start(self._open_door)
         self.node.on_stop(self.tunnels.close)
         self.node.on_stop(self.door.stop)
-        self.node.on_stop(targets.stop)
+        self.node.on_stop(self.targets.stop)
 
     async def _open_door(self) -> None:
         await self.door.start()

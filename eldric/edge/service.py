@@ -36,12 +36,12 @@ class TunnelService(tunnel_pb2_grpc.TunnelServicer, Collector):
     ) -> AsyncIterator[tunnel_pb2.TunnelMessage]:
         node_id = caller_of(context).node_id
         requests = request_iterator.__aiter__()
-        hello = await _hello(requests)
         try:
+            hello = await _hello(requests)
             tunnel = self._enter(node_id, hello.hello)
-        except EldricError as error:
+        except EldricError:
             self._metrics.refused.labels("tunnel").inc()
-            raise error
+            raise
         try:
             async for message in tunnel.serve(hello, requests, _peer(context)):
                 yield message
@@ -51,7 +51,10 @@ class TunnelService(tunnel_pb2_grpc.TunnelServicer, Collector):
             raise
 
     async def Tunnels(self, request: tunnel_pb2.ListTunnelsRequest, context: object) -> tunnel_pb2.ListTunnelsResponse:
-        return tunnel_pb2.ListTunnelsResponse(tunnels=[tunnel.status() for tunnel in self._tunnels.values()])
+        return tunnel_pb2.ListTunnelsResponse(tunnels=self.statuses())
+
+    def statuses(self) -> list[tunnel_pb2.TunnelStatus]:
+        return [tunnel.status() for tunnel in list(self._tunnels.values())]
 
     def _enter(self, node_id: str, hello: tunnel_pb2.TunnelHello) -> NodeTunnel:
         """The tunnel that goes on, or a new one. Raises VersionMismatch, PermissionDenied, QueueIsFull."""
@@ -108,7 +111,7 @@ class TunnelService(tunnel_pb2_grpc.TunnelServicer, Collector):
 
     def collect(self) -> Iterable[Metric]:
         """For Prometheus."""
-        return tunnel_metrics([tunnel.status() for tunnel in list(self._tunnels.values())], self._over)
+        return tunnel_metrics(self.statuses(), self._over)
 
 
 async def _hello(requests: AsyncIterator[tunnel_pb2.TunnelMessage]) -> tunnel_pb2.TunnelMessage:

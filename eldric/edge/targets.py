@@ -51,6 +51,9 @@ class Targets:
                 return host, port
         raise PermissionDenied(f"{address} is no address of a node of this cluster")
 
+    def knows(self, node_id: str) -> bool:
+        return node_id in self._nodes
+
     async def controller(self) -> tuple[str, int]:
         """Host and port of a controller that takes connections. Raises Unavailable."""
         return await self._first(list(self._node.controllers))

@@ -69,6 +69,11 @@ class TunnelClient:
         self._problem = ""
 
     @property
+    def session_id(self) -> bytes:
+        """The edge's name for the session; empty without one."""
+        return self._session_id
+
+    @property
     def connected(self) -> bool:
         return self._connected.is_set()
 
