@@ -144,15 +144,20 @@ class LiveCluster:
     async def metrics(self, name: str) -> dict[tuple[str, ...], float]:
         """A node's metrics: values by name and label values in the order of the label names."""
         async with self.http(name) as client:
-            text = (await client.get("/metrics")).raise_for_status().text
-        samples = (sample for family in text_string_to_metric_families(text) for sample in family.samples)
-        return {(each.name, *(each.labels[key] for key in sorted(each.labels))): each.value for each in samples}
+            return await metrics_of(client)
 
     def _tls(self) -> ssl.SSLContext:
         operator = self.client.cluster.operator
         context = ssl.create_default_context(cafile=operator / "ca.pem")
         context.load_cert_chain(operator / "node.pem", operator / "node-key.pem")
         return context
+
+
+async def metrics_of(client: httpx.AsyncClient) -> dict[tuple[str, ...], float]:
+    """See LiveCluster.metrics."""
+    text = (await client.get("/metrics")).raise_for_status().text
+    samples = (sample for family in text_string_to_metric_families(text) for sample in family.samples)
+    return {(each.name, *(each.labels[key] for key in sorted(each.labels))): each.value for each in samples}
 
 
 @contextlib.asynccontextmanager
