@@ -13,6 +13,10 @@ PIPELINE = "pipeline-1"
 QUICK = TransportOptions(silence_s=0.6, linger_s=0.5)
 SHORT = 0.05  # seconds in which nothing is expected to happen
 
+#: Every transport that links processes; each of them passes the whole suite of test_transport_*.py.
+BETWEEN_PROCESSES = ["zmq", "shm"]
+EVERY_TRANSPORT = [*BETWEEN_PROCESSES, "inproc"]
+
 
 def make_transport(scheme: str, stage: int, options: TransportOptions = QUICK, pipeline: str = PIPELINE) -> Transport:
     """A transport in epoch 1."""

@@ -19,9 +19,9 @@ from eldric.transport.errors import (
     TransportClosed,
 )
 from eldric.transport.frame import FrameDtype, FrameKind, Header, Run
-from tests.transports import QUICK, SHORT, fill, linked, make_transport, numbered, peer_of, receive
+from tests.transports import EVERY_TRANSPORT, QUICK, SHORT, fill, linked, make_transport, numbered, peer_of, receive
 
-pytestmark = pytest.mark.parametrize("scheme", ["zmq", "shm", "inproc"])
+pytestmark = pytest.mark.parametrize("scheme", EVERY_TRANSPORT)
 
 
 def test_frames_arrive_whole_and_in_order(scheme: str) -> None:

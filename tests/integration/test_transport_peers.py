@@ -11,9 +11,9 @@ from eldric.transport.errors import (
     LinkClosed,
     PeerLost,
 )
-from tests.transports import QUICK, SHORT, fill, linked, make_transport, numbered, peer_of, receive
+from tests.transports import EVERY_TRANSPORT, QUICK, SHORT, fill, linked, make_transport, numbered, peer_of, receive
 
-pytestmark = pytest.mark.parametrize("scheme", ["zmq", "shm", "inproc"])
+pytestmark = pytest.mark.parametrize("scheme", EVERY_TRANSPORT)
 
 
 def test_closed_sender_is_lost_after_its_frames(scheme: str) -> None:

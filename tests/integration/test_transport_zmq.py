@@ -1,10 +1,6 @@
-"""ZeroMQ alone: peers in other processes that die or freeze, and what hostile peers can do at the port: nothing."""
+"""ZeroMQ alone: what hostile peers can do at the port: nothing."""
 
-import json
-import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,102 +13,12 @@ import zmq.utils.monitor
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from eldric.transport.base import Link, Peer, Transport
+from eldric.transport.base import Transport
 from eldric.transport.codec import encode_header, stamp
-from eldric.transport.errors import LinkClosed, PeerLost, QueueFull
+from eldric.transport.errors import PeerLost
 from eldric.transport.filter import DropReason
 from eldric.v1 import frame_pb2
 from tests.transports import PIPELINE, QUICK, linked, make_transport, numbered, peer_of, receive
-
-
-@contextmanager
-def other_process(receiver: Transport, frames: int = 3) -> Iterator[tuple["subprocess.Popen[str]", Link]]:
-    """A stage 0 in another process that sends to `receiver`, and a link of `receiver` to it."""
-    order = {
-        "address": receiver.listen(),
-        "key": receiver.public_key,
-        "silence_s": receiver.options.silence_s,
-        "frames": frames,
-    }
-    command = [sys.executable, "-m", "tests.integration.transport_peer", json.dumps(order)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout is not None
-            told = json.loads(process.stdout.readline())
-            receiver.allow([told["key"]])
-            yield process, receiver.connect(Peer(told["address"], told["key"], 0))
-        finally:
-            process.kill()
-
-
-def losses(transport: Transport, timeout: float) -> dict[bool, float]:
-    """Seconds until each of both directions was reported, by PeerLost.inbound."""
-    began = time.monotonic()
-    seen: dict[bool, float] = {}
-    while len(seen) < 2:
-        try:
-            assert transport.recv(timeout) is not None, f"only {seen} after {timeout} s"
-        except PeerLost as lost:
-            assert lost.stage == 0
-            seen[lost.inbound] = time.monotonic() - began
-    return seen
-
-
-def test_killed_peer_is_noticed_at_once_in_both_directions() -> None:
-    with make_transport("zmq", 1, replace(QUICK, silence_s=30)) as receiver, other_process(receiver) as (process, link):
-        assert [receive(receiver).header.step for _ in range(3)] == [0, 1, 2]
-        process.send_signal(signal.SIGKILL)
-        assert max(losses(receiver, 5).values()) < 0.15
-        with pytest.raises(LinkClosed):
-            link.send(numbered(1), timeout=5)
-
-
-def test_frozen_peer_is_noticed_within_the_silence() -> None:
-    with make_transport("zmq", 1) as receiver, other_process(receiver) as (process, link):
-        assert [receive(receiver).header.step for _ in range(3)] == [0, 1, 2]
-        process.send_signal(signal.SIGSTOP)
-        seen = losses(receiver, 5)
-        assert QUICK.silence_s / 4 < min(seen.values()) and max(seen.values()) < QUICK.silence_s + 0.3
-        with pytest.raises(LinkClosed):
-            link.send(numbered(1), timeout=5)
-
-
-def test_frozen_peer_does_not_hold_close_up() -> None:
-    with make_transport("zmq", 1, replace(QUICK, silence_s=30)) as receiver, other_process(receiver) as (process, link):
-        receive(receiver)
-        process.send_signal(signal.SIGSTOP)
-        with pytest.raises(QueueFull):
-            for _ in range(100):
-                link.send(numbered(1), bytes(1_000_000), timeout=0.1)
-        began = time.monotonic()
-        receiver.close()
-        assert time.monotonic() - began < QUICK.linger_s + 1
-
-
-def test_link_does_not_come_back_when_somebody_else_takes_the_address() -> None:
-    with linked("zmq") as (sender, link, receiver):
-        address = receiver.listen()
-        link = sender.connect(peer_of(receiver, address))
-        receiver.close()
-        with make_transport("zmq", 1) as next_one:
-            next_one.allow([sender.public_key])
-            next_one.listen("127.0.0.1", int(address.rpartition(":")[2]))
-            with pytest.raises(PeerLost):
-                sender.recv(5)
-            with pytest.raises(LinkClosed):
-                link.send(numbered(1), timeout=1)
-            assert next_one.recv(0.3) is None
-            assert next_one.stats.refused == 0  # it did not even try
-
-
-def test_many_transports_in_one_process_keep_their_keys_apart() -> None:
-    pairs = [linked("zmq") for _ in range(4)]
-    entered = [pair.__enter__() for pair in pairs]
-    for number, (_, link, receiver) in enumerate(entered):
-        link.send(numbered(number))
-        assert receive(receiver).header.step == number
-    for pair in pairs:
-        pair.__exit__(None, None, None)
 
 
 def test_plain_transport_is_logged_as_a_warning(caplog: pytest.LogCaptureFixture) -> None:

@@ -13,7 +13,7 @@ from tests.transports import make_transport, numbered
 def main() -> None:
     order = json.loads(sys.argv[1])
     options = TransportOptions(silence_s=order["silence_s"])
-    with make_transport("zmq", 0, options) as transport:
+    with make_transport(order["scheme"], 0, options) as transport:
         transport.allow([order["key"]])
         print(json.dumps({"address": transport.listen(), "key": transport.public_key}), flush=True)
         link = transport.connect(Peer(order["address"], order["key"], 1))
