@@ -24,7 +24,7 @@ Link.close waits for nothing: frames under way may be lost.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import ClassVar, Protocol, Self
@@ -236,6 +236,14 @@ class Transport(ABC):
     @abstractmethod
     def wake(self) -> None:
         """Make the current `recv`, or else the next one, return None. Any thread; never blocks; wakes may merge."""
+
+    def on_loss(self, call: Callable[[], None]) -> bool:
+        """Call this, which never blocks, in any thread as soon as `recv` has a lost peer to report.
+
+        For stages that wait in another transport's recv. False where nothing is noticed but in `recv` itself, so that
+        it must be called now and then.
+        """
+        return False
 
     @property
     @abstractmethod

@@ -3,7 +3,7 @@
 import secrets
 import threading
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from itertools import count
 from queue import Empty, SimpleQueue
@@ -131,6 +131,7 @@ class InprocTransport(Transport):
         self._inbound: list[_Wire] = []
         self._frames = self._bytes = self._refused = 0
         self._closed = self._woken = False
+        self._on_loss: Callable[[], None] | None = None
 
     @property
     def public_key(self) -> str:
@@ -202,6 +203,12 @@ class InprocTransport(Transport):
     def deliver(self, item: _Arrival | _Hangup) -> None:
         """Put something into this transport's queue. For the other ends of its wires; any thread."""
         self._queue.put(item)
+        if isinstance(item, _Hangup) and self._on_loss is not None:
+            self._on_loss()
+
+    def on_loss(self, call: Callable[[], None]) -> bool:
+        self._on_loss = call
+        return True
 
     def wake(self) -> None:
         if not self._woken:

@@ -4,7 +4,7 @@ import logging
 import time
 from abc import abstractmethod
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 from google.protobuf.message import DecodeError
 
@@ -40,6 +40,7 @@ class WiredTransport(Transport):
         self._ended: deque[Wire] = deque()  # by them too
         self._frames = self._bytes = 0
         self._woken = self._closed = False
+        self._on_loss: Callable[[], None] | None = None
         self._spinner = Spinner(self.options.spin_s)
         self._door = Door(
             pipeline_id,
@@ -99,6 +100,10 @@ class WiredTransport(Transport):
             self._woken = True
             self._mailbox.ring()
 
+    def on_loss(self, call: Callable[[], None]) -> bool:
+        self._on_loss = call
+        return True
+
     @property
     def stats(self) -> TransportStats:
         return TransportStats(
@@ -135,6 +140,8 @@ class WiredTransport(Transport):
         """In a thread of the door's."""
         self._ended.append(wire)
         self._mailbox.ring()
+        if self._on_loss is not None:
+            self._on_loss()
 
     def _wait(self, deadline: float | None) -> Arrival | None:
         """The next arrival. None at the deadline, and when the bell was rung. Raises PeerLost, once all was taken."""

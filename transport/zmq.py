@@ -8,7 +8,7 @@ way, LinkGrants (one part) the other.
 
 import logging
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import ClassVar
 
 import zmq
@@ -41,6 +41,7 @@ class ZmqTransport(Transport):
         super().__init__(pipeline_id, stage, options)
         self._keys = zmq.curve_keypair() if self.options.encrypt else None
         self._closed = False
+        self._on_loss: Callable[[], None] | None = None
         self._context: ZmqContext = zmq.Context()
         self._guard = Guard(self._context, lambda key: self._inbox.is_allowed(key))
         self._inbox = ZmqInbox(self._context, self._guard, self.filter, self.losses, self.options, self._keys)
@@ -76,6 +77,8 @@ class ZmqTransport(Transport):
             lost = PeerLost(peer.stage, reason, inbound=False, public_key=peer.public_key)
             self.losses.add(lost, connection)
             self._inbox.look()
+            if self._on_loss is not None:
+                self._on_loss()
 
         socket, connection = connect(
             self._context, self._guard, self.options, endpoint, peer, self._keys, timeout, on_lost
@@ -96,6 +99,10 @@ class ZmqTransport(Transport):
 
     def wake(self) -> None:
         self._inbox.wake()
+
+    def on_loss(self, call: Callable[[], None]) -> bool:
+        self._on_loss = call
+        return True
 
     @property
     def stats(self) -> TransportStats:

@@ -16,8 +16,9 @@ from eldric.v1 import frame_pb2, stage_pb2
 #: Longest wait for room at the next stage: a peer that is alive but takes nothing for so long is as good as lost.
 _SEND_S = 30.0
 
-#: How often a stage that sends by another transport than it receives by looks whether the next stage is lost.
-_LOOK_S = 0.02
+#: How often a stage that sends by another transport than it receives by looks whether the next stage is lost, where
+#: that transport does not say so by itself; and where it does.
+_LOOK_S, _LONG_LOOK_S = 0.02, 1.0
 
 #: (received_ns, began_ns, computed_ns) of a step in this stage.
 Times = tuple[int, int, int]
@@ -46,7 +47,8 @@ class Ring:
     def __init__(self, transport: Transport, stage: int) -> None:
         self._receiver = self._sender = transport
         self._recv: Callable[[float], Frame | None] = transport.recv
-        self._look_at = 0.0  # when to look at the sender next, where it is another transport
+        self._look_at = 0.0  # when to look at the sender next, where it is another transport, and how often
+        self._look_s = _LOOK_S
         self._stage = stage
         self._clock = clock_id()
         self._link: Link | None = None
@@ -79,7 +81,10 @@ class Ring:
         if sender is not self._sender:
             self._link, self.fallback = None, ""
         self._receiver, self._sender = receiver, sender
-        self._recv = receiver.recv if sender is receiver else self._receive_and_look
+        self._recv = receiver.recv
+        if sender is not receiver:
+            self._recv = self._receive_and_look
+            self._look_s = _LONG_LOOK_S if sender.on_loss(self._look_now) else _LOOK_S
         for transport in before - {receiver, sender}:
             transport.close()
 
@@ -167,9 +172,14 @@ class Ring:
         """As Transport.recv, and raises the end of the link to the next stage, which only its own transport knows."""
         now = time.monotonic()
         if now >= self._look_at:
-            self._look_at = now + _LOOK_S
+            self._look_at = now + self._look_s
             self._sender.recv(0)
-        return self._receiver.recv(min(timeout_s, _LOOK_S))
+        return self._receiver.recv(min(timeout_s, self._look_s))
+
+    def _look_now(self) -> None:
+        """The sender has noticed something. Any thread."""
+        self._look_at = 0.0
+        self._receiver.wake()
 
     def _send(self, header: Header, payload: Payload) -> None:
         if self._link is None:

@@ -1,6 +1,7 @@
 """Rings whose links go by different transports: the same tokens, ends noticed as ever, and what links tell."""
 
 import asyncio
+import threading
 import time
 from itertools import product
 
@@ -8,13 +9,18 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
 from eldric.errors import NotReady, PipelineDegraded
-from eldric.transport.errors import TransportError
+from eldric.transport.base import Transport
+from eldric.transport.errors import PeerLost, TransportError
+from eldric.transport.inproc import InprocTransport
+from eldric.transport.registry import offers
 from eldric.v1 import stage_pb2
 from eldric.worker.commands import Stop
 from eldric.worker.held_stage import HeldStage
 from eldric.worker.metrics import StageCollector
+from eldric.worker.ring import Ring
 from tests.models import storyteller
 from tests.rings import PIPELINE, TestRing, even, ring
+from tests.transports import linked, make_transport, peer_of
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -62,6 +68,42 @@ async def test_many_streams_cross_a_mixed_ring_at_once() -> None:
         alone = [await pipeline.generate(PROMPT[:length], 16) for length in range(1, 13)]
         together = await asyncio.gather(*(pipeline.generate(PROMPT[:length], 16) for length in range(1, 13)))
     assert together == alone
+
+
+@pytest.mark.parametrize("scheme", [scheme for scheme in ("zmq", "shm", "inproc") if scheme in (*offers(), "inproc")])
+def test_a_transport_says_at_once_that_recv_has_a_loss_to_report(scheme: str) -> None:
+    told = threading.Event()
+    with linked(scheme) as (sender, _, receiver):
+        assert sender.on_loss(told.set)
+        receiver.close()
+        assert told.wait(2)
+        with pytest.raises(PeerLost) as caught:
+            sender.recv(0)
+    assert (caught.value.stage, caught.value.inbound) == (1, False)
+
+
+@pytest.mark.parametrize("tells", [True, False])
+def test_a_stage_that_waits_in_one_transport_hears_of_the_end_of_its_link_by_another(
+    tells: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where that other transport notices nothing but in its own recv."""
+    if not tells:
+        monkeypatch.setattr(InprocTransport, "on_loss", Transport.on_loss)
+    with (
+        make_transport("zmq", 0) as receiver,
+        make_transport("inproc", 0) as sender,
+        make_transport("inproc", 1) as next_stage,
+    ):
+        own = Ring(receiver, 0)
+        own.rewire(receiver, sender)
+        next_stage.allow([sender.public_key])
+        own.connect(peer_of(next_stage, next_stage.listen()), (), 1, 0, 1.0)
+        assert own.receive(0.05) is None
+        threading.Timer(0.1, next_stage.close).start()
+        began = time.monotonic()
+        with pytest.raises(PeerLost, match="stage 1 is lost"):
+            while own.receive(5.0) is None:
+                assert time.monotonic() - began < 1
 
 
 @pytest.mark.parametrize("lost", [0, 1, 2])
