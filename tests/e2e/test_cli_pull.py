@@ -11,6 +11,7 @@ from eldric.errors import NotFound
 from tests.e2e.cli import Cli, ending, interrupt, wait_for
 from tests.hubs import FakeHub, serving_hub
 from tests.models import storyteller
+from tests.ollamas import SHA256, Ollama
 
 REPOSITORY = "someone/Tale-5M-GGUF"
 SIZE = storyteller().stat().st_size
@@ -33,7 +34,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     (home / ".config" / "eldric" / "models.toml").write_text(NAMES)
     with serving_hub() as hub, ending(folder):
         hub.add(REPOSITORY, {"Tale-5M-Q8_0.gguf": storyteller(), "Tale-5M-Q2_K.gguf": b"other", "README.md": b"!"})
-        environment = {"HF_ENDPOINT": hub.url, "NO_PROXY": "127.0.0.1,localhost", "ELDRIC_DIR": str(folder)}
+        ollama = Ollama(home / "ollama")
+        ollama.tag("library/tale/5m", ollama.layer)
+        environment = {
+            "HF_ENDPOINT": hub.url,
+            "NO_PROXY": "127.0.0.1,localhost",
+            "OLLAMA_MODELS": str(ollama.folder),
+            "ELDRIC_DIR": str(folder),
+        }
         cli = Cli(home, environment)
         cli("up", "--workers", 1, "--threads", 1, "--dir", folder)
         yield Place(folder, cli, hub)
@@ -48,7 +56,7 @@ def empty_store(place: Place) -> Iterator[None]:
     yield
     place.hub.go_on.set()
     inside = replace(place.cli, inside=True)
-    for name in ("tale", "Tale-5M-Q8_0"):
+    for name in ("tale", "Tale-5M-Q8_0", "tale:5m"):
         inside("undeploy", name, code=None)
         inside("models", "rm", name, code=None)
 
@@ -107,6 +115,13 @@ def test_an_interrupted_pull_says_what_it_keeps_and_goes_on(place: Place) -> Non
     again = place.cli("models", "pull", "tale")
     assert "of which 2.0 MiB are here already" in again.err
     assert place.hub.downloads[-1].range == f"bytes={2 << 20}-"
+
+
+def test_a_model_of_ollama_is_deployed_without_a_copy(place: Place) -> None:
+    place.cli("deploy", "ollama://tale:5m", "--name", "tale", "--ctx", 256, "--slots", 1)
+    assert place.cli("run", "tale", "A fox", "-n", 4, "--json").json["tokens"]
+    (path,) = place.folder.rglob("tale:5m.gguf")
+    assert path.samefile(place.cli.home / "ollama" / "blobs" / f"sha256-{SHA256}")
 
 
 def test_what_is_not_there_is_one_line(place: Place) -> None:
