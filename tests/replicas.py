@@ -195,7 +195,11 @@ class Fetching:
 
 def fetching(folder: Path, authority: Authority, name: str = "w1", limit_bytes: int = 0) -> Fetching:
     """The fetcher of a worker, with its cache in `folder`."""
-    identity = authority.issue_identity("worker", name)
+    return fetching_as(folder, authority.issue_identity("worker", name), limit_bytes)
+
+
+def fetching_as(folder: Path, identity: Identity, limit_bytes: int = 0) -> Fetching:
+    """Like `fetching`, with a certificate that is there already."""
     cache, registry = RangeCache(folder, limit_bytes), CollectorRegistry()
     counts = FetchMetrics(registry, cache.nbytes)
     return Fetching(RangeFetcher(cache, lambda: identity, counts), cache, identity, counts, registry)

@@ -1,7 +1,10 @@
 """Byte ranges come from real data workers over mutual TLS: exactly what is missing, whoever dies or lies meanwhile."""
 
 import asyncio
+import errno
 import hashlib
+import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -13,12 +16,12 @@ from eldric.engine.errors import LoadCancelled
 from eldric.engine.gguf import ModelFile
 from eldric.engine.shard import ByteRange, LayerRange, shard_of
 from eldric.engine.spec import spec_of
-from eldric.errors import DataLoss, InvalidRequest, NotReady, Unavailable
+from eldric.errors import DataLoss, InvalidRequest, NotEnoughSpace, NotReady, Unavailable
 from eldric.security import Authority
 from eldric.v1 import stage_pb2
-from eldric.worker.range_cache import fetch as fetch_module
 from eldric.worker.range_cache import places as places_module
 from eldric.worker.range_cache import spans as spans_module
+from eldric.worker.range_cache.cache import RangeCache
 from eldric.worker.range_cache.connection import Connection
 from eldric.worker.range_cache.extents import Extent
 from tests.models import SmallLlama, write_small_llama
@@ -50,7 +53,7 @@ def planned(tmp_path_factory: pytest.TempPathFactory, path: Path) -> tuple[Path,
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gives up soon."""
-    monkeypatch.setattr(places_module, "UNREACHABLE_S", 1.0)
+    monkeypatch.setattr(places_module, "UNREACHABLE_S", 0.3)
 
 
 def at(source: stage_pb2.ModelSource, *places: stage_pb2.ModelPlace) -> stage_pb2.ModelSource:
@@ -324,8 +327,8 @@ async def test_cancelling_ends_a_fetch_that_stands_still_and_what_came_stays(
     def stall(handler: Handler, start: int, stop: int) -> None:
         handler.begin(start, stop)
         half = start + (stop - start) // 2
-        handler.wfile.write(handler.data[start : stop if stop <= header else half])
-        if stop > header:
+        handler.wfile.write(handler.data[start : stop if stop <= 10 * BLOCK else half])
+        if stop > 10 * BLOCK:
             stuck.set()
             release.wait(20)
 
@@ -338,38 +341,94 @@ async def test_cancelling_ends_a_fetch_that_stands_still_and_what_came_stays(
         began = time.monotonic()
         with pytest.raises(LoadCancelled, match="bytes were fetched"):
             await asyncio.to_thread(
-                bring, worker, plain, path, (0, 8), cancelled=lambda: stuck.is_set() and time.monotonic() > began + 0.5
+                bring, worker, plain, path, (0, 8), cancelled=lambda: stuck.is_set() and time.monotonic() > began + 1
             )
         assert time.monotonic() - began < 5
         release.set()
     again = worker.cache.open(source)
-    assert again.have()[0].covers(Extent(0, header)) and again.have()[0].nbytes > header
+    assert again.have()[0].covers(Extent(0, header)) and again.have()[0].nbytes > 5 * BLOCK
     again.close()
 
 
+_WORKER = """
+import sys
+from pathlib import Path
+from eldric.security import Identity
+from eldric.v1 import stage_pb2
+from eldric.worker.range_cache import fetch
+from tests.integration.test_range_fetch import bring
+from tests.replicas import fetching_as
+fetch.NOTE_S = 0.05
+source = stage_pb2.ModelSource.FromString(bytes.fromhex(sys.argv[3]))
+worker = fetching_as(Path(sys.argv[1]), Identity.load(Path(sys.argv[2])))
+bring(worker, source, Path(sys.argv[4]), (0, 8))
+"""
+
+
 async def test_a_killed_worker_goes_on_where_it_was(
+    planned: tuple[Path, stage_pb2.ModelSource], path: Path, authority: Authority, tmp_path: Path
+) -> None:
+    def slow(handler: Handler, start: int, stop: int) -> None:
+        handler.begin(start, stop)
+        time.sleep(0.15)
+        handler.wfile.write(handler.data[start:stop])
+
+    _, source = planned
+    authority.issue_identity("worker", "w1").save(tmp_path / "w1")
+    size = source.files[0].size_bytes
+    cache = RangeCache(tmp_path / "cache")
+    with liar(authority, "slow", source, path.read_bytes(), slow) as server:
+        plain = at(source, server.place)
+        plain.files[0].blocks_sha256 = b""  # this one serves content alone
+        arguments = str(cache.folder), str(tmp_path / "w1"), plain.SerializeToString().hex(), str(path)
+        process = await asyncio.create_subprocess_exec(sys.executable, "-c", _WORKER, *arguments)
+        while not (noted := _noted(cache, plain)) > 3 * BLOCK:
+            assert process.returncode is None
+            await asyncio.sleep(0.02)
+        process.kill()
+        await process.wait()
+        noted = _noted(cache, plain)
+        assert 3 * BLOCK < noted < 0.9 * size, "it was killed midway"
+        worker = fetching(cache.folder, authority)
+        await asyncio.to_thread(bring, worker, plain, path, (0, 8))
+        assert worker.fetched_bytes("data/slow") <= 1.01 * (size - noted)
+
+
+def _noted(cache: RangeCache, source: stage_pb2.ModelSource) -> int:
+    entry = cache.open(source)
+    try:
+        return entry.have()[0].nbytes
+    finally:
+        entry.close()
+
+
+async def test_a_disk_that_is_full_ends_the_fetch_with_that_error(
     planned: tuple[Path, stage_pb2.ModelSource],
     path: Path,
     authority: Authority,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What was noted at the moment of a kill is what the next process finds: the notes are written while it fetches."""
     folder, source = planned
-    monkeypatch.setattr(fetch_module, "NOTE_S", 0.0)
-    worker = fetching(tmp_path, authority)
-    noted: list[int] = []
+    worker, write = fetching(tmp_path, authority), os.pwrite
 
-    def look(done: int, total: int) -> None:
-        seen = worker.cache.open(source)
-        noted.append(seen.have()[0].nbytes)
-        seen.close()
+    def until_full(fd: int, data: memoryview, offset: int) -> int:
+        if offset > 10 * BLOCK:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(fd, data, offset)
 
     async with serving(folder, authority, "a") as served:
         place = stage_pb2.ModelPlace(node_id="data/a", http_url=served.worker.node.http_url)
-        await asyncio.to_thread(bring, worker, at(source, place), path, (0, 8), look)
-    assert any(source.files[0].header_bytes < each < 0.9 * source.files[0].size_bytes for each in noted)
-    assert noted == sorted(noted)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "pwrite", until_full)
+            with pytest.raises(NotEnoughSpace, match="is full: make room"):
+                await asyncio.to_thread(bring, worker, at(source, place), path, (0, 8))
+        before = worker.fetched_bytes("data/a")
+        await asyncio.to_thread(bring, worker, at(source, place), path, (0, 8))  # there is room again
+        assert worker.fetched_bytes("data/a") - before < source.files[0].size_bytes
+        small = fetching(tmp_path / "small", authority, limit_bytes=4 * BLOCK)
+        with pytest.raises(NotEnoughSpace, match="--cache-bytes"):
+            await asyncio.to_thread(bring, small, at(source, place), path, (0, 8))
 
 
 async def test_two_workers_of_a_machine_fetch_a_model_once(

@@ -196,3 +196,32 @@ def test_one_fetches_into_an_entry_at_a_time(cache: RangeCache, entry: CachedMod
     assert again is not None
     again.close()
     other.close()
+
+
+def test_what_no_stage_claims_of_a_model_makes_room_for_another_split_of_it(tmp_path: Path) -> None:
+    cache = RangeCache(tmp_path, limit_bytes=4 * MIB)
+    serving, leaving = cache.open(source()), cache.open(source())
+    for entry, extent in ((serving, Extent(0, MIB)), (leaving, Extent(MIB, 3 * MIB))):
+        cache.claim(entry, {0: [extent]})
+        fill(entry, extent)
+    loading = cache.open(source())
+    cache.claim(loading, {0: [Extent(MIB, 2 * MIB), Extent(5 * MIB, 7 * MIB)]})
+    with pytest.raises(NotEnoughSpace):
+        cache.reserve(loading, 2 * MIB)
+    leaving.close()
+    cache.reserve(loading, 2 * MIB)
+    assert loading.have() == [Extents([Extent(0, 2 * MIB)])]
+    assert cache.nbytes() <= 2 * MIB + 8192
+    assert serving.read(0, Extent(0, MIB)) == b"x" * MIB
+    assert not any(loading.read(0, Extent(2 * MIB, 3 * MIB)))
+    serving.close()
+    loading.close()
+
+
+@pytest.mark.parametrize("claim", [b"", b"[]", b'{"0": [[0, 99999999]]}', b'{"9": []}', b'{"x": 1}'])
+def test_a_claim_that_makes_no_sense_keeps_everything(cache: RangeCache, entry: CachedModel, claim: bytes) -> None:
+    cache.claim(entry, {0: []})
+    fill(entry, Extent(0, MIB))
+    (path,) = (entry.folder / "claims").iterdir()
+    path.write_bytes(claim)
+    assert entry.trim() == 0 and entry.have() == [Extents([Extent(0, MIB)])]

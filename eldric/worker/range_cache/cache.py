@@ -5,13 +5,14 @@ import hashlib
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from eldric.errors import InvalidRequest, NotEnoughSpace, NotReady
 from eldric.v1 import stage_pb2
 from eldric.worker.range_cache.entry import DATA, LEASE, RESERVED, CachedModel
+from eldric.worker.range_cache.extents import Extent
 from eldric.worker.range_cache.locks import FileLock
 
 log = logging.getLogger(__name__)
@@ -48,10 +49,16 @@ class RangeCache:
         with self._lock():
             return CachedModel(self.folder / _entry_name(source, names), names, [f.size_bytes for f in source.files])
 
-    def reserve(self, entry: CachedModel, missing_bytes: int) -> None:
-        """Make room for bytes that will be fetched into an entry: others go, the least recently used first.
+    def claim(self, entry: CachedModel, wanted: Mapping[int, Sequence[Extent]]) -> None:
+        """Keep bytes of an entry, there or not yet, for as long as it is leased. Raises NotReady."""
+        with self._lock():
+            entry.claim(wanted)
 
-        What somebody leases stays. Raises NotEnoughSpace, NotReady.
+    def reserve(self, entry: CachedModel, missing_bytes: int) -> None:
+        """Make room for bytes that will be fetched into an entry.
+
+        Other entries go, the least recently used first, then what no stage claims of this one. What somebody leases
+        stays. Raises NotEnoughSpace, NotReady.
         """
         with self._lock():
             own = _allocated_bytes(entry.folder) + missing_bytes
@@ -66,6 +73,8 @@ class RangeCache:
                     break
                 if not held.leased and self._remove(held.folder):
                     taken -= held.nbytes
+            if own + taken > limit:
+                own -= entry.trim()
             if own + taken > limit:
                 raise NotEnoughSpace(
                     f"the cache in {self.folder} has no room: the model takes {own} bytes, models in use {taken}, "

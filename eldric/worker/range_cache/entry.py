@@ -5,6 +5,7 @@ FOLDER/
     extents.json    which bytes are there: written, and on the disk, after those bytes are
     lease           shared by every stage that reads the files or fetches into them
     fetch           owned by who fetches: others wait, and find the bytes there
+    claims/         what each stage maps: the rest can be given back
     note            owned while extents.json is changed
     reserved        bytes that the entry will have when the fetch that runs is done
 """
@@ -16,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from eldric.errors import NotEnoughSpace, NotReady
+from eldric.worker.range_cache.claims import Claim, claimed, disk_bytes, punch
 from eldric.worker.range_cache.extents import Extent, Extents
 from eldric.worker.range_cache.locks import FileLock, owned
 
@@ -36,6 +38,7 @@ class CachedModel:
         self.paths = tuple(folder / DATA / name for name in names)
         self.sizes = tuple(sizes)
         self._fds: list[int] = []
+        self._claims: list[Claim] = []
         try:
             (folder / DATA).mkdir(parents=True, exist_ok=True)
             self._lease = FileLock(folder / LEASE)
@@ -95,6 +98,30 @@ class CachedModel:
                 os.fsync(file.fileno())
             draft.replace(self.folder / EXTENTS)
 
+    def claim(self, wanted: Mapping[int, Sequence[Extent]]) -> None:
+        """Keep these bytes from `trim` until close. Whoever calls holds the cache's lock. Raises NotReady."""
+        try:
+            self._claims.append(Claim(self.folder, wanted))
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def trim(self) -> int:
+        """Give back what nobody claims. Whoever calls holds the cache's lock. Returns bytes of the disk.
+
+        Raises NotReady.
+        """
+        before = sum(map(disk_bytes, self._fds))
+        used = claimed(self.folder, self.sizes)
+        try:
+            for number, known in enumerate(self.have()):
+                for extent in known:
+                    for unused in used[number].missing(extent):
+                        self.forget(number, unused)
+                        punch(self._fds[number], unused)
+        except OSError as error:
+            raise self._failed(error) from error
+        return before - sum(map(disk_bytes, self._fds))
+
     def write(self, file: int, offset: int, data: memoryview) -> None:
         """Raises NotEnoughSpace when the disk is full, NotReady when it fails."""
         try:
@@ -121,6 +148,8 @@ class CachedModel:
 
     def close(self) -> None:
         """Give the lease back: the entry may be removed from now on, unless others lease it too."""
+        while self._claims:
+            self._claims.pop().close()
         while self._fds:
             os.close(self._fds.pop())
         if hasattr(self, "_lease"):

@@ -93,17 +93,17 @@ class RangeFetcher:
         cancelled: Cancelled,
     ) -> None:
         """checks: None: the sums of the blocks, which a data worker is asked for when something is missing."""
+        self._cache.claim(entry, wanted)
         if not _missing_bytes(wanted, entry.have()):
             return
         with self._alone(entry, wanted, progress, cancelled):
-            have = entry.have()
-            if not (missing_bytes := _missing_bytes(wanted, have)):
+            if not (missing_bytes := _missing_bytes(wanted, entry.have())):
                 return
             if not source.places:
                 raise all_given_up(source.model, [])
             self._cache.reserve(entry, missing_bytes)
             known = self._block_checks(source, cancelled) if checks is None else checks
-            pieces = plan_pieces(wanted, have, known)
+            pieces = plan_pieces(wanted, entry.have(), known)
             began = time.monotonic()
             Fetch(entry, source, self._metrics).run(pieces, self._identity().client_context(), progress, cancelled)
             log.info(
