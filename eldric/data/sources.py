@@ -19,6 +19,8 @@ _HUB = re.compile(
 )
 _OLLAMA = re.compile(rf"(?:(?P<namespace>{_WORD})/)?(?P<name>{_WORD})(?::(?P<tag>{_WORD}))?")
 
+_HOST = re.compile(r"[A-Za-z0-9._-]{1,253}|[0-9A-Fa-f:.]{2,45}")
+
 #: What an address of each kind looks like, for messages.
 FORMS = "hf://OWNER/REPOSITORY[:QUANTIZATION], ollama://NAME[:TAG] and eldric://HOST:PORT/NAME"
 
@@ -85,7 +87,8 @@ def parse_source(uri: str) -> Source:
         return OllamaSource(match["name"], match["tag"] or "latest", match["namespace"] or "library")
     if separator and scheme == "eldric" and "/" in rest:
         address, _, model = rest.partition("/")
-        split_address(address)
+        if not _HOST.fullmatch(split_address(address)[0]):
+            raise InvalidRequest(f"{address[:300]!r} is no address: write host:port")
         return PeerSource(address, check_id(model))
     raise InvalidRequest(f"{uri[:300]!r} names no source of models: those are {FORMS}")
 

@@ -22,6 +22,8 @@ from eldric.client import (
     PipelineInfo,
     Plan,
     PlannedStage,
+    PullEvent,
+    ResolvedSource,
     StageProgress,
     Started,
     Token,
@@ -126,9 +128,40 @@ def test_progress_of_an_import(said: io.StringIO) -> None:
     assert said.getvalue() == "tale  copying\n"
 
 
+RESOLVED = ResolvedSource(
+    "hf://o/r:Q4_K_M", "tale", "Q4_K_M", (("a.gguf", 3 << 30), ("b.gguf", 1 << 30)), 4 << 30, 1 << 30
+)
+PULL: list[PullEvent] = [
+    ImportProgress("resolving", 0, 0),
+    RESOLVED,
+    *(ImportProgress("checking", done << 28, 4 << 30) for done in range(5)),
+    *(ImportProgress("downloading", done << 28, 4 << 30) for done in range(4, 17)),
+    MODEL,
+]
+
+
+def test_a_pull_says_what_it_is_and_a_line_every_tenth(said: io.StringIO) -> None:
+    seen: list[PullEvent] = []
+    assert progress.follow_pull(PULL, seen, quiet=False) == (RESOLVED, MODEL)
+    assert seen == PULL
+    lines = said.getvalue().splitlines()
+    assert lines[0] == "tale is hf://o/r:Q4_K_M: 2 files, 4.0 GiB, of which 1.0 GiB are here already"
+    assert lines[1:4] == ["tale  checking 0 %", "tale  checking 10 %", "tale  checking 20 %"]
+    assert lines[4:] == [f"tale  downloading {tenth} %" for tenth in range(20, 101, 10)]
+
+
+def test_a_pull_on_a_terminal_shows_how_fast_it_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    buffer = io.StringIO()
+    monkeypatch.setattr(progress, "err", Console(file=buffer, width=160, force_terminal=True, color_system=None))
+    progress.follow_pull(PULL, [], quiet=False)
+    last = [line for line in buffer.getvalue().splitlines() if "4.0/4.0 GiB" in line][-1]
+    assert "tale" in last and "done" in last and ("/s" in last or "?" in last)  # "?": nothing took any time
+
+
 def test_no_progress_beside_json(said: io.StringIO) -> None:
     assert progress.follow_deploy([*DEPLOYMENT, PIPELINE], quiet=True) is PIPELINE
     assert progress.follow_import([ImportProgress("copying", 1, 5), MODEL], "tale", quiet=True) is MODEL
+    assert progress.follow_pull(PULL, [], quiet=True) == (RESOLVED, MODEL)
     assert said.getvalue() == ""
 
 
@@ -137,6 +170,8 @@ def test_a_stream_that_just_ends_is_an_error(said: io.StringIO) -> None:
         progress.follow_deploy(DEPLOYMENT, quiet=False)
     with pytest.raises(Unavailable):
         progress.follow_import([], "tale", quiet=False)
+    with pytest.raises(Unavailable):
+        progress.follow_pull([RESOLVED], [], quiet=False)
 
 
 def test_progress_on_a_terminal_moves(monkeypatch: pytest.MonkeyPatch) -> None:

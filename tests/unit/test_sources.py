@@ -51,6 +51,9 @@ def test_an_address_names_its_source(uri: str, source: Source) -> None:
         "eldric://host:99999/x",
         "eldric://host:1/../x",
         "eldric://host:1/",
+        "eldric://user@host:1/x",
+        "eldric://host#x:1/x",
+        "eldric://[::1/x]:1/x",
     ],
 )
 def test_what_names_no_source_is_refused(uri: str) -> None:
