@@ -61,24 +61,26 @@ def remote_mount(path: Path, among: Iterable[Mount] | None = None) -> Mount | No
     Links are followed up to where such a mount begins, and not looked at beyond it.
     """
     points = {mount.point: mount for mount in (mounts() if among is None else among)}  # the newest covers others
-    todo, at, links = list(reversed(_parts(os.path.abspath(path)))), "/", 0
-    covering = points.get("/")
-    while todo:
-        if covering is not None and covering.is_remote:
-            return covering
-        name = todo.pop()
-        if name == "..":
-            at = os.path.dirname(at)
-        else:
-            step = os.path.join(at, name)
-            if step not in points and (target := _link(step)) is not None and links < _MAX_LINKS:
-                links += 1
-                todo.extend(reversed(_parts(target)))
-                at = "/" if target.startswith("/") else at
-            else:
-                at = step
+    todo, at, links = _parts(os.path.abspath(path)), "/", 0
+    while True:
         covering = _covering(at, points)
-    return covering if covering is not None and covering.is_remote else None
+        if covering is not None and covering.is_remote:
+            whole = os.path.normpath(os.path.join(at, *todo))
+            inner = _covering(whole, points)
+            if inner is None or inner is covering:
+                return covering
+            at, todo = inner.point, _parts(os.path.relpath(whole, inner.point))  # mounted deeper within it
+            continue
+        if not todo:
+            return None
+        name, todo = todo[0], todo[1:]
+        step = os.path.dirname(at) if name == ".." else os.path.join(at, name)
+        target = None if step in points or name == ".." or links == _MAX_LINKS else _link(step)
+        if target is None:
+            at = step
+        else:
+            links, todo = links + 1, _parts(target) + todo
+            at = "/" if target.startswith("/") else at
 
 
 def folders_of(export: NfsAddress, among: Iterable[Mount]) -> list[Path]:

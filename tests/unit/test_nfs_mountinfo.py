@@ -53,6 +53,19 @@ def test_links_are_followed_up_to_a_mount_that_may_hang_and_not_beyond(tmp_path:
 
 
 @pytest.mark.parametrize(
+    ("path", "point"),
+    [("/usr/models", "/"), ("/data/models", None), ("/data/nfs/m.gguf", "/data/nfs"), ("/", "/"), ("/data", None)],
+)
+def test_what_is_mounted_within_a_remote_root_counts_by_itself(path: str, point: str | None) -> None:
+    lines = r"""22 1 0:20 / / ro - nfs4 10.0.0.1:/root ro
+23 22 8:1 / /data rw - ext4 /dev/sda1 rw
+24 23 0:21 / /data/nfs ro - nfs4 10.0.0.2:/models ro
+"""
+    found = remote_mount(Path(path), mounts(lines))
+    assert (found and found.point) == point
+
+
+@pytest.mark.parametrize(
     ("url", "folders"),
     [
         ("nfs://10.0.0.7:12049/models", ["/mnt/store"]),
