@@ -124,19 +124,22 @@ class World:
             self._nodes.append(worker.node)
         await asyncio.gather(*(self.workers[name].start() for name in names))
 
-    async def add_store(self) -> None:
-        folder = issue(self.authority, self.folder, "data", "store")
-        node = NodeConfig("data", "store", folder, http_port=0, grpc_port=0, controllers=(self.address,), drain_s=1.0)
-        store = DataWorker(DataConfig(node, self.folder / "models"), Identity.load(folder))
+    async def add_store(self, name: str = "store", path: Path | None = None) -> DataWorker:
+        """A data worker that has MODEL, which is the storyteller or another file."""
+        folder = issue(self.authority, self.folder, "data", name)
+        node = NodeConfig("data", name, folder, http_port=0, grpc_port=0, controllers=(self.address,), drain_s=1.0)
+        models = self.folder / ("models" if name == "store" else f"models-{name}")
+        store = DataWorker(DataConfig(node, models), Identity.load(folder))
         await store.node.start()
         self._nodes.append(store.node)
         operator = self.authority.issue_identity("client", "tester")
         async with channel(store.node.grpc_address, operator, "data") as connection:
             stub: Any = ModelStoreStub(connection)
-            request = model_store_pb2.ImportRequest(path=str(storyteller()), id=MODEL)
+            request = model_store_pb2.ImportRequest(path=str(path or storyteller()), id=MODEL)
             async for _ in stub.Import(request):
                 pass
         await store.member.registered.wait()
+        return store
 
     def stages(self) -> list[tuple[str, int, int]]:
         """Worker, epoch and index of every stage that a worker holds now."""
