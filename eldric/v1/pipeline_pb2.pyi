@@ -32,7 +32,7 @@ class _PipelineStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Pipelin
     DEPLOYING: _PipelineState.ValueType  # 1
     READY: _PipelineState.ValueType  # 2
     DEGRADED: _PipelineState.ValueType  # 3
-    """A stage is lost; nothing can be generated."""
+    """A stage is lost, or its worker is about to end: nothing new can be generated. `message` says why."""
     UNDEPLOYING: _PipelineState.ValueType  # 4
 
 class PipelineState(_PipelineState, metaclass=_PipelineStateEnumTypeWrapper): ...
@@ -41,7 +41,7 @@ PIPELINE_STATE_UNSPECIFIED: PipelineState.ValueType  # 0
 DEPLOYING: PipelineState.ValueType  # 1
 READY: PipelineState.ValueType  # 2
 DEGRADED: PipelineState.ValueType  # 3
-"""A stage is lost; nothing can be generated."""
+"""A stage is lost, or its worker is about to end: nothing new can be generated. `message` says why."""
 UNDEPLOYING: PipelineState.ValueType  # 4
 Global___PipelineState: _TypeAlias = PipelineState  # noqa: Y015
 

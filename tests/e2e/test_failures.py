@@ -313,7 +313,7 @@ async def test_a_second_sigterm_ends_a_worker_at_once(tmp_path: Path) -> None:
         worker.terminate()
         ended = time.monotonic()
         await until(lambda: not runs(worker), SOON_S)
-        with pytest.raises(Unavailable, match="is lost"):
+        with pytest.raises(Unavailable, match="stage 1 of 2 on worker worker-2 is gone"):
             async for event in events:
                 assert isinstance(event, Delta)
         assert time.monotonic() - ended < SOON_S
