@@ -97,16 +97,25 @@ class LlamaServer:
 @contextlib.contextmanager
 def rpc_servers(programs: Path, cpus: Sequence[int]) -> Iterator[list[str]]:
     """One RPC server of one thread for each core, pinned to it. Yields their addresses."""
+    pins = [("taskset", "-c", str(cpu)) for cpu in cpus]
     with contextlib.ExitStack() as stack:
-        addresses = []
-        for cpu in cpus:
-            port = _free_port()
-            command = ["taskset", "-c", str(cpu), str(programs / "ggml-rpc-server")]
-            stack.enter_context(_process([*command, "-H", "127.0.0.1", "-p", str(port), "-t", "1"]))
-            addresses.append(f"127.0.0.1:{port}")
-        for address in addresses:
-            _wait_for_port(int(address.rpartition(":")[2]))
-        yield addresses
+        yield [stack.enter_context(rpc_server(programs, "127.0.0.1", pin)) for pin in pins]
+
+
+@contextlib.contextmanager
+def rpc_server(programs: Path, host: str, prefix: Sequence[str], cache: Path | None = None) -> Iterator[str]:
+    """An RPC server of one thread that listens on a host. Yields its address.
+
+    prefix: what stands before its command line, to run it where it shall run. cache: a folder where it keeps large
+    tensors that it was sent, so that it need not be sent them again.
+    """
+    port = _free_port()
+    command = [str(programs / "ggml-rpc-server"), "-H", host, "-p", str(port), "-t", "1"]
+    if cache is not None:
+        command = ["env", f"LLAMA_CACHE={cache}", *command, "-c"]
+    with _process([*prefix, *command]):
+        _wait_for_port(host, port)
+        yield f"{host}:{port}"
 
 
 @contextlib.contextmanager
@@ -142,13 +151,13 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _wait_for_port(port: int) -> None:
+def _wait_for_port(host: str, port: int) -> None:
     deadline = time.monotonic() + _START_S
     while time.monotonic() < deadline:
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1.0):
+        with contextlib.suppress(OSError), socket.create_connection((host, port), 1.0):
             return
         time.sleep(0.02)
-    raise TimeoutError(f"nothing listens on port {port}")
+    raise TimeoutError(f"nothing listens on {host}:{port}")
 
 
 def _wait_until_ready(url: str) -> None:

@@ -13,7 +13,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,15 +85,16 @@ class NetworkCluster:
         command = self.command(host, *arguments, "--dir", str(self.folder))
         return subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, check=True).stdout
 
-    def wait_for_workers(self, host: str, count: int) -> None:
-        """Until so many workers are up. `host`: where it is asked."""
+    def wait_for_workers(self, host: str, names: Collection[str]) -> None:
+        """Until all of these are registered and up. host: where that is asked. Raises NodeFailed."""
         deadline = time.monotonic() + _START_S
         while True:
             nodes = json.loads(self.eldric_cli(host, "workers", "--json"))["workers"]
-            if sum(node["state"] == "up" for node in nodes) >= count:
+            if missing := set(names) - {node["name"] for node in nodes if node["state"] == "up"}:
+                if time.monotonic() > deadline:
+                    raise NodeFailed(f"not up after {_START_S:.0f} s: {', '.join(sorted(missing))}")
+            else:
                 return
-            if time.monotonic() > deadline:
-                raise NodeFailed(f"not all of {count} workers are up: {nodes}")
 
     def command(self, host: str, *arguments: str) -> list[str]:
         """The command that runs `eldric-cli` on a host."""

@@ -2,6 +2,7 @@
 
     python -m benchmarks.vs_llamacpp_rpc                 Q4_0 and Q4_K_M, three rounds
     python -m benchmarks.vs_llamacpp_rpc --quants q4_0 --rounds 1
+    python -m benchmarks.vs_llamacpp_rpc --network       three hosts on slow links; see network_rpc.py; needs root
 
 Two workers of one pinned thread each, on both sides; a 1.1B-shaped Llama with random weights (speed depends on shape,
 not on weights). llama.cpp runs at the -ub that is best for its prefill, found in the same run. Rounds are interleaved:
@@ -207,7 +208,20 @@ def main() -> None:
     parser.add_argument("--quants", nargs="+", default=["q4_0", "q4_k_m"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--ubatches", type=int, nargs="+", default=UBATCHES, help="of llama.cpp, to choose from")
+    parser.add_argument("--network", action="store_true", help="three workers on links of 1 Gbit/s; needs root")
+    parser.add_argument("--tokens", type=int, default=DECODE_TOKENS, help="with --network: of each stream")
+    parser.add_argument("--rate-mbit", type=float, default=1000.0, help="with --network: of each host's link")
+    parser.add_argument("--delay-ms", type=float, default=1.0, help="with --network: added each way")
     arguments = parser.parse_args()
+    if arguments.network:
+        from benchmarks.network import NetworkUnavailable
+        from benchmarks.network_rpc import Settings, run
+
+        try:
+            run(Settings(arguments.rounds, arguments.tokens, arguments.rate_mbit * 1e6, arguments.delay_ms))
+        except NetworkUnavailable as error:
+            raise SystemExit(f"error: {error}") from None
+        return
     programs = llamacpp.build()
     results = []
     with (

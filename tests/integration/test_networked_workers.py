@@ -87,7 +87,7 @@ def test_each_reads_its_shard_only_and_together_they_say_what_one_would(
             net.hide(worker, store)
             cluster.launch(worker, "worker", worker, "--models", way, "--threads", "1")
         cluster.wait()
-        cluster.wait_for_workers("front", len(WORKERS))
+        cluster.wait_for_workers("front", WORKERS)
         cluster.eldric_cli("front", "models", "add", str(model), "--name", "large")
         if way == "mount":
             stack.enter_context(exported(cluster, "front", store))
