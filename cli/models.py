@@ -77,6 +77,7 @@ def show(
         ("size", human_bytes(info.size_bytes)),
         ("parameters", count(info.parameters)),
         ("tensors", details.tensor_count),
+        ("from", details.origin),
         ("problem", info.problem),
         ("files", ", ".join(path for path, _ in details.files)),
         ("SHA-256", ", ".join(details.sha256)),

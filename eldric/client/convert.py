@@ -190,6 +190,7 @@ def model_details(metadata: model_store_pb2.ModelMetadata, data_workers: tuple[s
         files=tuple((file.path, file.size_bytes) for file in metadata.source.files),
         sha256=tuple(metadata.sha256),
         header=dict(metadata.header),
+        origin=metadata.origin,
         data_workers=data_workers,
     )
 

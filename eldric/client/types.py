@@ -140,6 +140,7 @@ class ModelDetails:
     files: tuple[tuple[str, int], ...]  # path below the folder, size in bytes
     sha256: tuple[str, ...]
     header: Mapping[str, str]
+    origin: str = ""  # path or source that it was imported from
     data_workers: tuple[str, ...] = ()  # names of those that hold it
 
 

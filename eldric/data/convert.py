@@ -38,6 +38,7 @@ def model_metadata(model: StoredModel) -> pb.ModelMetadata:
         header=header.entries,
         sha256=sums if all(sums) else (),
         costs=_costs(header),
+        origin=model.origin,
     )
 
 

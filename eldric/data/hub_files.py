@@ -55,10 +55,10 @@ def choose(source: HubSource, names: Sequence[str]) -> FileSet:
         return _of_file(source, sets, names)
     if not sets:
         raise NotFound(f"{source.repository} holds no GGUF model: look for a repository whose name ends in -GGUF")
-    if source.quantization:
-        found = [each for each in sets if _is_called(each, source.quantization)]
+    if source.quantization or len(sets) > 1:
+        found = _called(sets, source.quantization or DEFAULT_QUANTIZATION)
     else:
-        found = sets if len(sets) == 1 else [each for each in sets if _is_called(each, DEFAULT_QUANTIZATION)]
+        found = sets
     if len(found) == 1:
         return found[0]
     there = ", ".join(sorted({each.quantization or each.stem for each in sets})[:40])
@@ -79,10 +79,11 @@ def _of_file(source: HubSource, sets: Sequence[FileSet], names: Sequence[str]) -
     raise NotFound(f"{source.repository} has no file {source.file}")
 
 
-def _is_called(each: FileSet, quantization: str) -> bool:
-    return _plain(each.quantization) == _plain(quantization) or _plain(PurePosixPath(each.stem).name).endswith(
-        f"-{_plain(quantization)}"
-    )
+def _called(sets: Sequence[FileSet], quantization: str) -> Sequence[FileSet]:
+    """Those of a quantization, or else those whose names end in that word."""
+    wanted = _plain(quantization)
+    same = [each for each in sets if _plain(each.quantization) == wanted]
+    return same or [each for each in sets if _plain(PurePosixPath(each.stem).name).endswith(f"-{wanted}")]
 
 
 def _plain(name: str) -> str:

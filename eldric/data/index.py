@@ -103,8 +103,10 @@ class Index:
         files: _Files = ()
         header: ModelHeader | None = None
         error: EldricError | None = None
+        origin = ""
         try:
             manifest = self._manifest(place.name) if place.imported else None
+            origin = manifest.source if manifest else ""
             files = self._imported_files(place.name, manifest) if manifest else self._files_by_hand(place.name)
             _check_files(files)
             found = self._header(model, files)
@@ -119,7 +121,7 @@ class Index:
             error = DataLoss(f"{model}: {reason}")
         except OSError as reason:
             error = DataLoss(f"{model}: {reason.filename or place.name} cannot be read: {reason.strerror}")
-        return StoredModel(model, self._folder, tuple(file for file, _ in files), place.imported, header, error)
+        return StoredModel(model, self._folder, tuple(file for file, _ in files), place.imported, header, error, origin)
 
     def _manifest(self, name: str) -> Manifest:
         """The manifest of a folder, from the cache while it has not changed: that of a large model takes time."""

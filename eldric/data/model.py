@@ -26,6 +26,7 @@ class StoredModel:
     """A model. Either header or error is None: an error says why the model cannot be used.
 
     folder: the store's. imported: it lies in a folder of its own with a manifest; else somebody put the files there.
+    origin: the path or URI that it was imported from.
     """
 
     id: str
@@ -34,6 +35,7 @@ class StoredModel:
     imported: bool
     header: ModelHeader | None
     error: EldricError | None
+    origin: str = ""
 
     @property
     def size_bytes(self) -> int:

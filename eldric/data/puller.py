@@ -99,7 +99,7 @@ class Puller:
         while True:
             with self._store.claims.take(model, uri) as (claim, ours):
                 found = self._store.find(model)
-                if found is not None and self._store.source_of(model) == uri:
+                if found is not None and found.origin == uri:
                     return found
                 if ours:
 

@@ -37,7 +37,7 @@ class HubSource:
     def uri(self, quantization: str) -> str:
         """The address, with the quantization that was chosen."""
         at = "" if self.revision == "main" else f"@{self.revision}"
-        which = f"/{self.file}" if self.file else f":{quantization}"
+        which = f"/{self.file}" if self.file else f":{quantization}" if quantization else ""
         return f"hf://{self.repository}{at}{which}"
 
 

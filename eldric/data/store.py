@@ -21,9 +21,7 @@ from eldric.data import checksums
 from eldric.data.claims import Claims
 from eldric.data.index import Index
 from eldric.data.locks import locked
-from eldric.data.manifest import BrokenManifest, Manifest
 from eldric.data.model import StoredFile, StoredModel
-from eldric.data.names import check_id
 from eldric.data.partials import Partials
 from eldric.data.sums import Sums
 from eldric.errors import AlreadyExists, DataLoss, EldricError, NotEnoughSpace, NotFound, NotReady
@@ -69,13 +67,6 @@ class ModelStore:
         if found is None:
             raise NotFound(f"the model store has no model {model!r}")
         return found
-
-    def source_of(self, model: str) -> str:
-        """Where an imported model came from; empty where that is not known."""
-        try:
-            return Manifest.load(self.folder / check_id(model)).source
-        except (OSError, BrokenManifest):
-            return ""
 
     def check_free(self, model: str) -> None:
         """Raises AlreadyExists for a name in use."""

@@ -156,11 +156,14 @@ class ModelMetadata(_message.Message):
     HEADER_FIELD_NUMBER: _builtins.int
     SHA256_FIELD_NUMBER: _builtins.int
     COSTS_FIELD_NUMBER: _builtins.int
+    ORIGIN_FIELD_NUMBER: _builtins.int
     hidden_size: _builtins.int
     heads: _builtins.int
     kv_heads: _builtins.int
     vocab_size: _builtins.int
     tensor_count: _builtins.int
+    origin: _builtins.str
+    """The path or source that it was imported from. Empty for files that were dropped into the folder by hand."""
     @_builtins.property
     def info(self) -> Global___ModelInfo: ...
     @_builtins.property
@@ -190,10 +193,11 @@ class ModelMetadata(_message.Message):
         header: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         sha256: _abc.Iterable[_builtins.str] | None = ...,
         costs: Global___ModelCosts | None = ...,
+        origin: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["costs", b"costs", "info", b"info", "source", b"source"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["costs", b"costs", "header", b"header", "heads", b"heads", "hidden_size", b"hidden_size", "info", b"info", "kv_heads", b"kv_heads", "sha256", b"sha256", "source", b"source", "tensor_count", b"tensor_count", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["costs", b"costs", "header", b"header", "heads", b"heads", "hidden_size", b"hidden_size", "info", b"info", "kv_heads", b"kv_heads", "origin", b"origin", "sha256", b"sha256", "source", b"source", "tensor_count", b"tensor_count", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

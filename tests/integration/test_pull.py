@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import resource
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ import huggingface_hub
 import pytest
 
 from eldric.data.importer import Importer
-from eldric.data.puller import Resolved
+from eldric.data.puller import Puller, Resolved
 from eldric.data.store import ModelStore
 from eldric.errors import (
     AlreadyExists,
@@ -66,7 +67,7 @@ def test_the_wanted_quantization_is_pulled_with_progress(store: ModelStore, pull
     assert done.phases == ["resolving", "downloading"]
     assert done.reports[-1] == ("downloading", SIZE, SIZE)
     assert store.get("Tale-Q8_0").files[0].sums.sha256 == hashlib.sha256(storyteller().read_bytes()).hexdigest()
-    assert is_whole(store) and store.source_of("Tale-Q8_0") == URI
+    assert is_whole(store) and store.get("Tale-Q8_0").origin == URI
 
 
 def test_the_hub_of_the_tests_is_one_for_the_official_client_too(hub: FakeHub, tmp_path: Path) -> None:
@@ -255,6 +256,30 @@ def test_a_disk_that_fills_during_a_pull_loses_nothing(
     assert Pulling(store, hub)().resolved[0].kept_bytes == 2_000_000
     assert hub.downloads[-1].range == "bytes=2000000-"
     assert is_whole(store)
+
+
+def test_a_pull_that_does_not_fit_after_all_is_kept_until_there_is_room(
+    tmp_path: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "eldric-test", str(disk)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("only root can mount a small file system")
+    try:
+        store = ModelStore(disk)
+        with monkeypatch.context() as patch, pytest.raises(NotEnoughSpace, match="is full"):
+            patch.setattr(Puller, "_check_space", lambda *args: None)  # it filled up after that
+            Pulling(store, hub)()
+        kept = kept_bytes(store)
+        assert kept > 2_000_000 and store.list() == []
+        with pytest.raises(NotEnoughSpace, match=f"needs {SIZE - kept} bytes more"):
+            Pulling(store, hub)()
+        subprocess.run(["mount", "-o", "remount,size=8m", str(disk)], check=True)
+        assert Pulling(store, hub)().resolved[0].kept_bytes == kept
+        assert is_whole(store)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_a_partial_file_that_became_a_link_is_not_written_through(

@@ -64,6 +64,7 @@ def test_what_names_no_source_is_refused(uri: str) -> None:
 def test_an_address_in_full_means_the_same_source() -> None:
     assert parse_source(HubSource("o/r", "v1").uri("Q4_K_M")) == HubSource("o/r", "v1", "Q4_K_M")
     assert parse_source(HubSource("o/r", file="x.gguf").uri("Q4_K_M")) == HubSource("o/r", file="x.gguf")
+    assert parse_source(HubSource("o/r").uri("")) == HubSource("o/r")
     for source in (OllamaSource("m", "7b", "me"), PeerSource("h:1", "m")):
         assert parse_source(source.uri) == source
 
@@ -75,6 +76,7 @@ REPOSITORY = [
     "mmproj-model-f16.gguf",
     "Model-7B-Q4_K_M.gguf",
     "Model-7B-Q4_0.gguf",
+    "Model-7B-UD-Q4_0.gguf",
     "Model-7B-IQ2_XXS.gguf",
     "Model-7B-bf16.gguf",
     "Q8_0/Model-7B-Q8_0-00002-of-00002.gguf",
@@ -86,11 +88,15 @@ REPOSITORY = [
 ]
 
 
+SPLIT = ["Q8_0/Model-7B-Q8_0-00001-of-00002.gguf", "Q8_0/Model-7B-Q8_0-00002-of-00002.gguf"]
+
+
 def test_the_models_of_a_repository_are_its_gguf_files_and_whole_sets() -> None:
     assert [(found.quantization, len(found.names)) for found in file_sets(REPOSITORY)] == [
         ("IQ2_XXS", 1),
         ("Q4_0", 1),
         ("Q4_K_M", 1),
+        ("UD-Q4_0", 1),
         ("BF16", 1),
         ("Q8_0", 2),
     ]
@@ -101,9 +107,10 @@ def test_the_models_of_a_repository_are_its_gguf_files_and_whole_sets() -> None:
     [
         ("hf://o/r", ["Model-7B-Q4_K_M.gguf"]),
         ("hf://o/r:q4_0", ["Model-7B-Q4_0.gguf"]),
+        ("hf://o/r:UD-Q4_0", ["Model-7B-UD-Q4_0.gguf"]),
         ("hf://o/r:Q4-K-M", ["Model-7B-Q4_K_M.gguf"]),
-        ("hf://o/r:Q8_0", REPOSITORY[9:7:-1]),
-        ("hf://o/r/Q8_0/Model-7B-Q8_0-00002-of-00002.gguf", REPOSITORY[9:7:-1]),
+        ("hf://o/r:Q8_0", SPLIT),
+        ("hf://o/r/Q8_0/Model-7B-Q8_0-00002-of-00002.gguf", SPLIT),
     ],
 )
 def test_an_address_means_one_model_of_a_repository(uri: str, names: list[str]) -> None:
@@ -115,11 +122,16 @@ def test_an_address_means_one_model_of_a_repository(uri: str, names: list[str]) 
 @pytest.mark.parametrize(
     ("uri", "names", "kind", "words"),
     [
-        ("hf://o/r:Q5_K_M", REPOSITORY, NotFound, "no quantization Q5_K_M: it has BF16, IQ2_XXS, Q4_0, Q4_K_M, Q8_0"),
+        (
+            "hf://o/r:Q5_K_M",
+            REPOSITORY,
+            NotFound,
+            "no quantization Q5_K_M: it has BF16, IQ2_XXS, Q4_0, Q4_K_M, Q8_0, UD-Q4_0",
+        ),
         ("hf://o/r:Q6_K", REPOSITORY, NotFound, "no quantization Q6_K"),
         ("hf://o/r:Q3_K_S", REPOSITORY, NotFound, "no quantization"),
         ("hf://o/r/x.gguf", REPOSITORY, NotFound, "no file x.gguf"),
-        ("hf://o/r/" + REPOSITORY[10], REPOSITORY, DataLoss, "not all parts"),
+        ("hf://o/r/Q6_K/Model-7B-Q6_K-00001-of-00002.gguf", REPOSITORY, DataLoss, "not all parts"),
         ("hf://o/r", ["README.md", "model.safetensors"], NotFound, "no GGUF model"),
         ("hf://o/r", ["a-Q4_0.gguf", "a-Q8_0.gguf"], InvalidRequest, "say which: Q4_0, Q8_0"),
         ("hf://o/r:Q4_0", ["a-Q4_0.gguf", "b-Q4_0.gguf"], InvalidRequest, "name one's file: a-Q4_0.gguf, b-Q4_0.gguf"),

@@ -247,6 +247,20 @@ def test_a_folder_that_is_a_link_out_of_the_store_is_not_served(store: ModelStor
     assert store.list() == [] and other.get("tale").problem == ""
 
 
+def test_a_link_is_followed_to_the_referenced_file_alone(store: ModelStore, tmp_path: Path) -> None:
+    mine, secret = tmp_path / "mine.gguf", tmp_path / "secret.gguf"
+    for path in (mine, secret):
+        shutil.copy(storyteller(), path)
+    Importer(store).run(str(mine), "seen", "reference", ignore)
+    link = store.folder / "seen" / "seen.gguf"
+    link.unlink()
+    link.symlink_to(secret)
+    assert "changed since it was referenced" in store.get("seen").problem
+    link.unlink()
+    shutil.copy(secret, link)
+    assert "changed since it was referenced" in store.get("seen").problem
+
+
 def rewrite_manifest(store: ModelStore, **changes: object) -> None:
     path = store.folder / "storyteller" / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
@@ -278,6 +292,16 @@ def test_a_manifest_of_another_version_is_refused(store: ModelStore) -> None:
         [{"name": "storyteller.gguf", "size_bytes": 1, "sha256": "0" * 64, "blocks": ["0" * 64] * 2}],
         [{"name": "storyteller.gguf", "size_bytes": 1, "sha256": "0" * 64, "blocks": ["short"]}],
         [{"name": "storyteller.gguf", "size_bytes": 1, "sha256": "0" * 64, "blocks": {"0": "0"}}],
+        [{"name": "storyteller.gguf", "size_bytes": 1, "sha256": "0" * 64, "reference": "/etc/passwd"}],
+        [{"name": "storyteller.gguf", "size_bytes": 1, "sha256": "0" * 64, "reference": {"path": "../x"}}],
+        [
+            {
+                "name": "storyteller.gguf",
+                "size_bytes": 1,
+                "sha256": "0" * 64,
+                "reference": {"path": "/x", "modified_ns": "1"},
+            }
+        ],
         [{"name": "storyteller.gguf"}],
         [None],
     ],
