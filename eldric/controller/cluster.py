@@ -183,6 +183,7 @@ class Cluster:
             protocol=node.info.protocol,
             transports=(resources.transports if resources else ()) or (DEFAULT_TRANSPORT,),
             host=resources.host if resources else "",
+            edge_id=node.info.edge_id,
         )
 
     def _apply(self, events: Iterable[Event]) -> None:

@@ -12,6 +12,9 @@ AUTO = "auto"
 #: Schemes of transports that need both ends on one host. Others reach any worker.
 SAME_HOST = frozenset({"shm"})
 
+#: The scheme that leads through an edge: of use only where one end is behind one, unless an operator wants it.
+RELAY = "relay"
+
 
 class End(Protocol):
     """What the choice needs to know of a worker; a planner's WorkerView has it."""
@@ -25,6 +28,10 @@ class End(Protocol):
     @property
     def host(self) -> str:
         """Equal for workers on one host; empty: not known."""
+
+    @property
+    def edge_id(self) -> str:
+        """The edge that leads to it; empty: others reach it directly."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +73,10 @@ def alternatives(sender: End, receiver: End, wanted: str = "") -> tuple[str, ...
     """The schemes that a link may go by, best first. Raises NotReady when there is none. See `ring_choices`."""
     same_host = _same_host(sender, receiver)
     common = [scheme for scheme in sender.transports if scheme in receiver.transports]
-    wishes = common if wanted in ("", AUTO) else [scheme for scheme in common if scheme == wanted]
+    if wanted in ("", AUTO):
+        wishes = [scheme for scheme in common if scheme != RELAY or sender.edge_id or receiver.edge_id]
+    else:
+        wishes = [scheme for scheme in common if scheme == wanted]
     usable = [scheme for scheme in wishes if same_host or scheme not in SAME_HOST]
     if usable:
         return tuple(usable)

@@ -23,6 +23,7 @@ class WorkerView:
     protocol: int = 1
     transports: tuple[str, ...] = (DEFAULT_TRANSPORT,)  # best first
     host: str = ""  # equal for workers on one host; empty: not known
+    edge_id: str = ""  # of the edge that leads to it; empty: others reach it directly
 
     @property
     def available_bytes(self) -> int:

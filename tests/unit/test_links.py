@@ -17,6 +17,7 @@ class Worker:
     name: str
     transports: tuple[str, ...] = ("zmq",)
     host: str = ""
+    edge_id: str = ""
 
 
 FULL = ("shm", "ucx", "zmq", "relay")
@@ -25,12 +26,13 @@ FULL = ("shm", "ucx", "zmq", "relay")
 @pytest.mark.parametrize(
     ("sender", "receiver", "schemes"),
     [
-        (Worker("a", FULL, "h1"), Worker("b", FULL, "h1"), ("shm", "ucx", "zmq", "relay")),
-        (Worker("a", FULL, "h1"), Worker("b", FULL, "h2"), ("ucx", "zmq", "relay")),
-        (Worker("a", FULL), Worker("b", FULL), ("ucx", "zmq", "relay")),  # a host that is not known is no common one
-        (Worker("a", FULL), Worker("a", FULL), ("shm", "ucx", "zmq", "relay")),  # two stages of one worker
+        (Worker("a", FULL, "h1"), Worker("b", FULL, "h1"), ("shm", "ucx", "zmq")),
+        (Worker("a", FULL, "h1"), Worker("b", FULL, "h2"), ("ucx", "zmq")),
+        (Worker("a", FULL), Worker("b", FULL), ("ucx", "zmq")),  # a host that is not known is no common one
+        (Worker("a", FULL), Worker("a", FULL), ("shm", "ucx", "zmq")),  # two stages of one worker
+        (Worker("a", FULL, edge_id="edge/e"), Worker("b", FULL), ("ucx", "zmq", "relay")),  # found by trying
         (Worker("a", FULL, "h1"), Worker("b", ("zmq",), "h1"), ("zmq",)),
-        (Worker("a", ("zmq", "relay")), Worker("b", ("relay",)), ("relay",)),
+        (Worker("a", ("zmq", "relay")), Worker("b", ("relay",), edge_id="edge/e"), ("relay",)),
         (Worker("a", ("zmq", "pigeon")), Worker("b", ("zmq", "pigeon")), ("zmq", "pigeon")),
     ],
 )
@@ -61,7 +63,7 @@ def test_ends_without_a_common_transport_are_named_with_what_they_offer() -> Non
 def test_every_link_of_a_ring_has_a_choice_of_its_own() -> None:
     a, b, c = Worker("a", FULL, "h1"), Worker("b", FULL, "h1"), Worker("c", ("ucx", "zmq"), "h2")
     assert [choice.scheme for choice in ring_choices([a, b, c])] == ["shm", "ucx", "ucx"]
-    assert [choice.others for choice in ring_choices([a, b, c])] == [("ucx", "zmq", "relay"), ("zmq",), ("zmq",)]
+    assert [choice.others for choice in ring_choices([a, b, c])] == [("ucx", "zmq"), ("zmq",), ("zmq",)]
     assert ring_choices([a, b, c], "zmq") == (LinkChoice("zmq"),) * 3
     assert ring_choices([a]) == ()
 
