@@ -214,6 +214,12 @@ def data(
             show_envvar=False,
         ),
     ] = None,
+    transfers: Annotated[
+        int,
+        option(
+            "--transfers", metavar="N", help="Answers with a model's bytes at once, over HTTP.", default="16", min=1
+        ),
+    ] = 16,
     controllers: MaybeControllers = None,
     edge: Edge = "",
     host: Host = "127.0.0.1",
@@ -245,7 +251,9 @@ def data(
         **ports,
     )
     export_at = NfsAddress.parse(nfs) if nfs else None
-    config = DataConfig(node, models.expanduser().resolve(), ollama=_absolute(ollama), nfs=export_at)
+    config = DataConfig(
+        node, models.expanduser().resolve(), ollama=_absolute(ollama), nfs=export_at, transfers=transfers
+    )
     _serve(node, lambda: run(config), quiet=quiet, as_json=as_json)
 
 
