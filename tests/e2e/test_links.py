@@ -76,14 +76,14 @@ async def test_links_of_one_host_go_by_shared_memory_and_ends_are_noticed_on_eac
     async with local_cluster(tmp_path) as cluster:
         await cluster.add_endless()
         assert transports(await cluster.deploy_endless()) == ["shm"] * 3
-        answer = await tokens_until(cluster.endless(), 20)
+        answer = (await tokens_until(cluster.endless(), 20))[:20]
         await cluster.client.undeploy("endless")
         contained = await contain(cluster, "worker-2")
         info = await cluster.deploy_endless()
         assert [stage.worker for stage in info.stages] == list(WORKERS)
         assert transports(info) == ["zmq", "zmq", "shm"] and not any(s.link.fallback for s in info.stages if s.link)
         await cluster.until_routed()
-        assert await tokens_until(cluster.endless(), 20) == answer
+        assert (await tokens_until(cluster.endless(), 20))[:20] == answer
         for victim in ("worker-3", "worker-1"):
             events = cluster.endless()
             await tokens_until(events, 5)
@@ -97,5 +97,5 @@ async def test_links_of_one_host_go_by_shared_memory_and_ends_are_noticed_on_eac
             await cluster.up()
             assert transports(await cluster.until_state("ready")) == ["zmq", "zmq", "shm"]
             await cluster.until_routed()
-            assert await tokens_until(cluster.endless(), 20) == answer
+            assert (await tokens_until(cluster.endless(), 20))[:20] == answer
     contained.wait(10)
