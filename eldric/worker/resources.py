@@ -1,9 +1,10 @@
 """What this machine can give, as it is registered."""
 
+import contextlib
 import os
 import resource
 import sys
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import psutil
 
@@ -13,21 +14,40 @@ from eldric.transport.registry import UNENCRYPTED, offers
 from eldric.v1 import registry_pb2
 from eldric.worker.config import WorkerConfig
 
-#: Limits of the control group that a process runs in, v2 and v1.
-_CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+_GROUPS = Path("/proc/self/cgroup")
+_GROUP_ROOT = Path("/sys/fs/cgroup")
 
 
 def machine_memory_bytes() -> int:
-    """Memory of this machine, or of the control group where that is less."""
+    """Memory of this machine, or of the process's control group where that is less."""
     total = psutil.virtual_memory().total
-    for path in _CGROUP_LIMITS:
-        try:
-            text = path.read_text().strip()
-        except OSError:
+    try:
+        groups = _GROUPS.read_text()
+    except OSError:
+        return total
+    return min([total, *group_limits(groups, _GROUP_ROOT)])
+
+
+def group_limits(groups: str, root: Path) -> list[int]:
+    """Limits of memory, in bytes, of control groups and of all groups above them, v2 and v1.
+
+    groups: as /proc/PID/cgroup says; root: where control groups are mounted. A container sees its own group at the
+    root, whatever the name that it is given.
+    """
+    limits = []
+    for line in groups.splitlines():
+        _, controllers, name = line.split(":", 2)
+        if not controllers:
+            place, file = root, "memory.max"
+        elif "memory" in controllers.split(","):
+            place, file = root / "memory", "memory.limit_in_bytes"
+        else:
             continue
-        if text.isdigit():
-            total = min(total, int(text))
-    return total
+        group = PurePosixPath(name)
+        for each in (group, *group.parents):
+            with contextlib.suppress(OSError, ValueError):  # "max": no limit
+                limits.append(int(place.joinpath(*each.parts[1:], file).read_text()))
+    return limits
 
 
 def memory_budget(config: WorkerConfig) -> int:
