@@ -1,22 +1,16 @@
 """Where tunnels may lead: the cluster's nodes, and nowhere else."""
 
 import asyncio
-import logging
-import random
 from urllib.parse import urlsplit
 
 import grpc
 
-from eldric.channels import call_errors, channel
-from eldric.errors import EldricError, InvalidRequest, PermissionDenied, Unavailable
+from eldric.errors import InvalidRequest, PermissionDenied, Unavailable
+from eldric.follower import ControllerFollower
 from eldric.names import split_address
 from eldric.node import Node
 from eldric.v1 import registry_pb2, registry_pb2_grpc
 
-log = logging.getLogger(__name__)
-
-FIRST_PAUSE_S = 0.1
-MAX_PAUSE_S = 2.0
 #: Longest wait for one controller, before the next one is tried.
 _TRY_S = 2.0
 #: Tensor ports are free ports, which no system gives below this.
@@ -32,7 +26,8 @@ class Targets:
     def __init__(self, node: Node) -> None:
         self._node = node
         self._nodes: dict[str, registry_pb2.Node] = {}
-        self._task: asyncio.Task[None] | None = None
+        follower = ControllerFollower(node, "targets", self._watch)
+        self.start, self.stop = follower.start, follower.stop
 
     def allow(self, address: str) -> tuple[str, int]:
         """Host and port of an address that a node may be connected to: one of a node of this cluster, or a free port
@@ -76,34 +71,6 @@ class Targets:
             writer.close()
             return host, port
         raise Unavailable(f"no controller is reached at {', '.join(addresses) or 'any address'}")
-
-    async def start(self) -> None:
-        self._task = asyncio.create_task(self._follow(), name="targets")
-
-    async def stop(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
-
-    async def _follow(self) -> None:
-        controllers = self._node.controllers
-        turn, pause_s = 0, FIRST_PAUSE_S
-        while True:
-            address = controllers[turn % len(controllers)]
-            began = asyncio.get_running_loop().time()
-            try:
-                async with channel(address, self._node.identity, "controller") as connection:
-                    with call_errors(f"controller at {address}"):
-                        await self._watch(connection)
-            except EldricError as error:
-                log.warning("event=watch_lost controller=%s error=%r", address, error.message)
-            except Exception:
-                log.exception("event=watch_failed controller=%s", address)
-            if asyncio.get_running_loop().time() - began > MAX_PAUSE_S:
-                pause_s = FIRST_PAUSE_S
-            turn += 1
-            await asyncio.sleep(pause_s * random.uniform(0.8, 1.2))
-            pause_s = min(pause_s * 2, MAX_PAUSE_S)
 
     async def _watch(self, connection: grpc.aio.Channel) -> None:
         stub = registry_pb2_grpc.RegistryStub(connection)
