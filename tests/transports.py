@@ -10,11 +10,11 @@ from eldric.transport.errors import QueueFull
 from eldric.transport.frame import Frame, FrameKind, Header
 
 PIPELINE = "pipeline-1"
-QUICK = TransportOptions(silence_s=0.6, linger_s=0.5)
+QUICK = TransportOptions(silence_s=0.6, relay_silence_s=0.6, linger_s=0.5)
 SHORT = 0.05  # seconds in which nothing is expected to happen
 
 #: Every transport that links processes; each of them passes the whole suite of test_transport_*.py.
-BETWEEN_PROCESSES = ["zmq", "shm"]
+BETWEEN_PROCESSES = ["zmq", "shm", "relay"]
 EVERY_TRANSPORT = [*BETWEEN_PROCESSES, "inproc"]
 
 

@@ -67,6 +67,7 @@ class TransportOptions:
     queue_bytes: int = 256 * 1024 * 1024  # and their payloads in bytes; one frame more may start below the bound
     max_payload_bytes: int = MAX_PAYLOAD_BYTES  # larger frames are neither sent nor let in
     silence_s: float = 3.0  # a peer that is not heard of for longer is lost; must exceed the time of one frame's way
+    relay_silence_s: float = 10.0  # the same for a relay, where it must exceed the time a tunnel takes to come back
     linger_s: float = 1.0  # how long Transport.close waits for peers to take what was sent
     encrypt: bool = True  # False: no encryption, and anybody who reaches the port may send
     relay: Relay | None = None  # for "relay": this node's tunnel; None: it is reached, and reaches others, directly
@@ -117,6 +118,10 @@ class Link(ABC):
         The link fills in pipeline, epoch, sender and serial. timeout: seconds to wait for room (None: no bound).
         Raises QueueFull (nothing was sent), LinkClosed, and CorruptFrame for a frame that the peer would drop.
         """
+
+    def refresh(self) -> None:
+        """Take in what the peer said since the last frame was sent, for `stats`."""
+        return
 
     @property
     @abstractmethod
@@ -236,6 +241,12 @@ class Transport(ABC):
     @abstractmethod
     def wake(self) -> None:
         """Make the current `recv`, or else the next one, return None. Any thread; never blocks; wakes may merge."""
+
+    def settle(self) -> None:
+        """Bring the counters of links up to date at both their ends. For a time when there is nothing else to do."""
+        for link in self._links:
+            if link.closed is None:
+                link.refresh()
 
     def on_loss(self, call: Callable[[], None]) -> bool:
         """Call this, which never blocks, in any thread as soon as `recv` has a lost peer to report.

@@ -15,9 +15,6 @@ from eldric.transport.zmq import ZmqTransport
 
 logger = logging.getLogger(__name__)
 
-#: Least silence of a peer that counts as lost, in seconds: longer than a tunnel takes to come back.
-SILENCE_S = 10.0
-
 
 class RelayTransport(ZmqTransport):
     """See the module. `options.relay` is the node's tunnel; an end without one listens and connects directly."""
@@ -27,7 +24,8 @@ class RelayTransport(ZmqTransport):
 
     def __init__(self, pipeline_id: str, stage: int, options: TransportOptions | None = None) -> None:
         given = options or TransportOptions()
-        super().__init__(pipeline_id, stage, replace(given, silence_s=max(given.silence_s, SILENCE_S)))
+        patient = replace(given, silence_s=max(given.silence_s, given.relay_silence_s))
+        super().__init__(pipeline_id, stage, patient)
         self._relay = given.relay
         self._exposed: list[str] = []
 

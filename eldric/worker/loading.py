@@ -15,7 +15,6 @@ from eldric.engine.shard import LayerRange, MemoryEstimate, memory_estimate, mod
 from eldric.engine.spec import ModelSpec, spec_of
 from eldric.engine.stage import KVType, Stage, StageConfig
 from eldric.errors import InvalidRequest
-from eldric.transport.base import Relay
 from eldric.v1 import common_pb2, stage_pb2
 from eldric.worker.body_thread import BodyThread
 from eldric.worker.compute_thread import Place
@@ -28,6 +27,7 @@ from eldric.worker.models import Models, OpenModel
 from eldric.worker.mounted.mounts import MountedFile, Mounts
 from eldric.worker.mounted.read_ahead import ReadAhead
 from eldric.worker.range_cache.fetcher import RangeFetcher
+from eldric.worker.relay import NodeRelay
 from eldric.worker.resources import compute_threads, lockable_bytes, memory_budget
 from eldric.worker.wiring import Rewired, Wirer, Wiring
 
@@ -96,14 +96,14 @@ class StageLoader:
         metrics: WorkerMetrics,
         on_change: Callable[[], None],
         fetcher: RangeFetcher | None = None,
-        relay: Relay | None = None,
+        relay: NodeRelay | None = None,
     ) -> None:
         """`on_change` is called in the control loop when a stage's state changed. Without a fetcher, models are read
         from the mount alone. `relay`: the tunnel of a worker behind an edge."""
         self._config = config
         #: The mounts that models are read from.
         self.mounts = Mounts(config.node.folder / "mounts", config.models_dir)
-        self._models = Models(config, self.mounts, fetcher)
+        self._models = Models(config, self.mounts, fetcher, relay)
         self._wirer = Wirer(config, relay)
         self._metrics = metrics
         self._on_change = on_change

@@ -13,6 +13,7 @@ from eldric.worker.mounted.mounts import MountedFile, Mounts
 from eldric.worker.range_cache.entry import CachedModel
 from eldric.worker.range_cache.fetch import Cancelled, Progress
 from eldric.worker.range_cache.fetcher import RangeFetcher
+from eldric.worker.relay import NodeRelay
 
 log = logging.getLogger(__name__)
 
@@ -34,9 +35,15 @@ class OpenModel:
 class Models:
     """The worker's way to model files."""
 
-    def __init__(self, config: WorkerConfig, mounts: Mounts, fetcher: RangeFetcher | None = None) -> None:
-        """Without a fetcher only what mounts have can be opened."""
-        self._config, self._mounts, self._fetcher = config, mounts, fetcher
+    def __init__(
+        self,
+        config: WorkerConfig,
+        mounts: Mounts,
+        fetcher: RangeFetcher | None = None,
+        relay: NodeRelay | None = None,
+    ) -> None:
+        """Without a fetcher only what mounts have can be opened. `relay`: the tunnel of a worker behind an edge."""
+        self._config, self._mounts, self._fetcher, self._relay = config, mounts, fetcher, relay
 
     def open(self, source: stage_pb2.ModelSource, cancelled: Cancelled) -> OpenModel:
         """Find the file that was planned. Blocks: for a thread of its own.
@@ -64,6 +71,8 @@ class Models:
         fetcher = self._fetcher
         if fetcher is None:
             raise InvalidRequest("this worker cannot fetch models over HTTP")
+        if self._relay is not None:
+            source = self._relay.reachable(source)
         file, entry = fetcher.open(source, cancelled)
         return OpenModel(file, _fetch(fetcher, entry, source), entry.close)
 
