@@ -63,6 +63,11 @@ class ReceiveWindow:
             or 4 * (self.taken_bytes - self._told_bytes) >= self.window_bytes
         )
 
+    @property
+    def is_told(self) -> bool:
+        """Whether the sender was told of everything that was taken."""
+        return self._told_frames == self.taken_frames
+
     def grant(self) -> bytes:
         """The serialized LinkGrant to send now."""
         self._told_frames, self._told_bytes = self.taken_frames, self.taken_bytes

@@ -70,6 +70,9 @@ class WindowedLink(Link):
             return
         self._send_slowly(data, view, timeout)
 
+    def refresh(self) -> None:
+        self._read_grants()
+
     def _send_slowly(self, data: bytes, view: memoryview, timeout: float | None) -> None:
         deadline = math.inf if timeout is None else time.monotonic() + timeout
         while True:

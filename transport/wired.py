@@ -100,6 +100,12 @@ class WiredTransport(Transport):
             self._woken = True
             self._mailbox.ring()
 
+    def settle(self) -> None:
+        super().settle()
+        for wire, window in self._inbound.items():
+            if not window.is_told:
+                self._mailbox.tell(wire, window.grant())
+
     def on_loss(self, call: Callable[[], None]) -> bool:
         self._on_loss = call
         return True

@@ -100,6 +100,10 @@ class ZmqTransport(Transport):
     def wake(self) -> None:
         self._inbox.wake()
 
+    def settle(self) -> None:
+        super().settle()
+        self._inbox.settle()
+
     def on_loss(self, call: Callable[[], None]) -> bool:
         self._on_loss = call
         return True

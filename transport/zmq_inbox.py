@@ -124,6 +124,12 @@ class ZmqInbox:
             self._woken = True
             self._bell.ring()
 
+    def settle(self) -> None:
+        """Tell every peer what was taken of it."""
+        for sender in self._senders.values():
+            if not sender.window.is_told:
+                self._tell(sender.routing_id, sender.window.grant())
+
     def look(self) -> None:
         """Make recv look at the losses. Any thread."""
         self._bell.ring()

@@ -117,7 +117,10 @@ class Ring:
     def receive(self, timeout_s: float) -> Frame | None:
         """The next frame; None after a wake or the timeout. Raises PeerLost, TransportClosed."""
         try:
-            return self._recv(timeout_s)
+            frame = self._recv(timeout_s)
+            if frame is None and timeout_s:
+                self._settle()
+            return frame
         except PeerLost as lost:
             if lost.inbound or self._link is None or self._link.closed is not None:
                 raise
@@ -175,6 +178,11 @@ class Ring:
             self._look_at = now + self._look_s
             self._sender.recv(0)
         return self._receiver.recv(min(timeout_s, self._look_s))
+
+    def _settle(self) -> None:
+        """There is nothing to do: bring the links' counters up to date."""
+        for transport in {self._receiver, self._sender}:
+            transport.settle()
 
     def _look_now(self) -> None:
         """The sender has noticed something. Any thread."""
