@@ -37,6 +37,9 @@ from eldric.v1 import (
 )
 from tests.models import storyteller
 
+HELLO: list[Any] = [{"role": "user", "content": "Tell me a story."}]
+STORY = "Once upon a time there was a little dog."
+
 Say = Callable[[inference_pb2.GenerateRequest], AsyncIterator[inference_pb2.Delta]]
 
 

@@ -3,7 +3,6 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import openai
@@ -12,18 +11,7 @@ import pytest
 from eldric.engine.errors import InvalidSampling
 from eldric.errors import QueueIsFull, Unavailable
 from eldric.v1 import inference_pb2, pipeline_pb2
-from tests.fake_cluster import FakeCluster, client_of, fake_cluster, http_of, speak, until
-
-HELLO: list[Any] = [{"role": "user", "content": "Tell me a story."}]
-STORY = "Once upon a time there was a little dog."
-
-
-@pytest.fixture
-async def cluster(tmp_path: Path) -> AsyncIterator[FakeCluster]:
-    async with fake_cluster(tmp_path) as made:
-        made.head.say = speak(made.words(STORY))
-        yield made
-
+from tests.fake_cluster import HELLO, STORY, FakeCluster, client_of, http_of, speak, until
 
 # OpenAI's client
 

@@ -12,16 +12,7 @@ import pytest
 from eldric.channels import call_errors, channel
 from eldric.errors import InvalidRequest, NotFound, PermissionDenied, QueueIsFull, Unavailable
 from eldric.v1 import inference_pb2, inference_pb2_grpc, pipeline_pb2
-from tests.fake_cluster import FakeCluster, fake_cluster, speak
-
-STORY = "Once upon a time there was a little dog."
-
-
-@pytest.fixture
-async def cluster(tmp_path: Path) -> AsyncIterator[FakeCluster]:
-    async with fake_cluster(tmp_path) as made:
-        made.head.say = speak(made.words(STORY))
-        yield made
+from tests.fake_cluster import STORY, FakeCluster, fake_cluster
 
 
 @contextlib.asynccontextmanager

@@ -14,18 +14,7 @@ from eldric import node, web
 from eldric.errors import QueueIsFull, Unavailable
 from eldric.names import split_address
 from eldric.v1 import inference_pb2
-from tests.fake_cluster import FakeCluster, client_of, fake_cluster, http_of, silent, speak, until
-
-HELLO: list[Any] = [{"role": "user", "content": "Tell me a story."}]
-STORY = "Once upon a time there was a little dog."
-
-
-@pytest.fixture
-async def cluster(tmp_path: Path) -> AsyncIterator[FakeCluster]:
-    async with fake_cluster(tmp_path) as made:
-        made.head.say = speak(made.words(STORY))
-        yield made
-
+from tests.fake_cluster import HELLO, STORY, FakeCluster, client_of, fake_cluster, http_of, silent, speak, until
 
 # Clients that go away
 
