@@ -10,9 +10,10 @@ from eldric.cli import completion, options, replicate
 from eldric.cli.connect import client_of
 from eldric.cli.model_names import short_names, to_pull
 from eldric.cli.options import option
-from eldric.cli.output import human_bytes, out, print_json, table
+from eldric.cli.output import err, human_bytes, out, print_json, table
 from eldric.cli.progress import Tracker, follow_import
 from eldric.cli.storing import pull_model
+from eldric.client import ModelInfo
 from eldric.data.names import id_of
 from eldric.errors import InvalidRequest, NotFound
 
@@ -120,7 +121,7 @@ def add(
     if as_json:
         print_json({"model": model})
     else:
-        out.print(f"{model.name}: {model.architecture}, {model.layers} layers, {human_bytes(model.size_bytes)}")
+        say_what_came(model)
 
 
 @app.command()
@@ -149,7 +150,7 @@ def pull(
     if as_json:
         print_json({"model": info, "resolved": resolved})
     else:
-        out.print(f"{info.name}: {info.architecture}, {info.layers} layers, {human_bytes(info.size_bytes)}")
+        say_what_came(info)
 
 
 @app.command("rm")
@@ -185,6 +186,13 @@ def verify(
         print_json({"model": name, "sound": True})
     else:
         out.print(f"{name} is sound")
+
+
+def say_what_came(model: ModelInfo) -> None:
+    """A model that is new in the store."""
+    out.print(f"{model.name}: {model.architecture}, {model.layers} layers, {human_bytes(model.size_bytes)}")
+    if model.problem:
+        err.print(f"it cannot be deployed: {model.problem}", style="yellow")
 
 
 def count(number: float) -> str:

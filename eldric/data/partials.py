@@ -18,7 +18,7 @@ from eldric.data.locks import NO_LOCKS, locked
 from eldric.data.names import stored_names
 from eldric.data.remote import Remote
 from eldric.data.sums import Sums
-from eldric.errors import AlreadyExists
+from eldric.errors import AlreadyExists, NotReady
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +42,8 @@ class Partials:
         Raises AlreadyExists when another process downloads the model.
         """
         folder = self._folder / model
+        if folder.is_symlink():  # nobody here made it
+            folder.unlink()
         folder.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
             try:
@@ -76,12 +78,24 @@ class Partials:
                 (folder / name).unlink(missing_ok=True)
 
     def remove(self, model: str) -> bool:
-        """Gives up a partial download; False where there is none."""
+        """Gives up a partial download; False where there is none. Raises NotReady while it is going on."""
         folder = self._folder / model
-        if not folder.is_dir():
+        if folder.is_symlink() or not folder.is_dir():
             return False
-        shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(locked(folder / _LOCK, shared=False))
+            except BlockingIOError:
+                raise NotReady(f"{model!r} is being pulled right now: end that first") from None
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+            shutil.rmtree(folder, ignore_errors=True)
         return True
+
+    def discard(self, folder: Path) -> None:
+        """Deletes what came, by who holds it."""
+        shutil.rmtree(folder, ignore_errors=True)
 
     def clean(self) -> None:
         """Deletes what has not changed for KEPT_S."""

@@ -118,7 +118,7 @@ class Puller:
             try:
                 read_header(folder / files[0].name)
             except InvalidModel:
-                self._store.partials.remove(model)  # the source has no better one
+                self._store.partials.discard(folder)  # the source has no better one
                 raise
             imported_at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
             Manifest("gguf", tuple(files), remote.uri, imported_at).save(folder)

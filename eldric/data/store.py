@@ -76,9 +76,10 @@ class ModelStore:
     def remove(self, model: str) -> None:
         """Removes a model and its files at once; who has them open reads on. Of one that is not complete, what has
         come goes. Raises NotFound, NotReady."""
-        if self.find(model) is None and self.partials.remove(model):
-            log.info("event=partial_download_removed id=%s", model)
-            return
+        with self.write_errors():
+            if self.find(model) is None and self.partials.remove(model):
+                log.info("event=partial_download_removed id=%s", model)
+                return
         found = self.get(model)
         with self.write_errors():
             if found.imported:

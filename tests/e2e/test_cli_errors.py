@@ -60,6 +60,8 @@ def test_an_architecture_that_is_not_known(cli: Cli, tmp_path: Path) -> None:
         assert "'mamba' is not supported" in error
         assert "llama" in error
         assert "mamba" in cli("models", "ls").out
+        cli("models", "rm", "snake")
+        assert "cannot be deployed: architecture 'mamba'" in cli("models", "add", path).err
     finally:
         cli("models", "rm", "snake", code=None)
 

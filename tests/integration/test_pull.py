@@ -20,6 +20,7 @@ from eldric.errors import (
     EldricError,
     NotEnoughSpace,
     NotFound,
+    NotReady,
     Unavailable,
 )
 from tests.hubs import FakeHub, serving_hub
@@ -297,6 +298,28 @@ def test_a_partial_file_that_became_a_link_is_not_written_through(
     with pytest.raises(EldricError):
         pull()()
     assert victim.read_bytes() == b"mine" and store.list() == []
+
+
+def test_what_is_being_pulled_is_not_removed(store: ModelStore, hub: FakeHub, pull: Callable[[], Pulling]) -> None:
+    hub.stall_at = 1 << 20
+    thread, failed = in_thread(pull())
+    assert hub.reached.wait(10)
+    with pytest.raises(NotReady, match="is being pulled right now"):
+        store.remove("Tale-Q8_0")
+    hub.go_on.set()
+    thread.join(10)
+    assert failed == [] and is_whole(store)
+
+
+def test_a_folder_of_a_download_that_is_a_link_is_not_written_to(
+    store: ModelStore, tmp_path: Path, pull: Callable[[], Pulling]
+) -> None:
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    partial(store).parent.mkdir(parents=True)
+    partial(store).symlink_to(victim)
+    pull()()
+    assert is_whole(store) and not list(victim.iterdir())
 
 
 def test_removing_gives_up_what_is_kept(store: ModelStore, pull: Callable[[], Pulling]) -> None:
