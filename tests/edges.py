@@ -104,3 +104,19 @@ async def tunnel_to(
         yield client
     finally:
         await client.close()
+
+
+class TunnelRelay:
+    """A tunnel as transports use it, from threads beside the event loop."""
+
+    def __init__(self, tunnel: TunnelClient) -> None:
+        self._tunnel, self._loop = tunnel, asyncio.get_running_loop()
+
+    def expose(self, host: str, port: int) -> str:
+        return asyncio.run_coroutine_threadsafe(self._tunnel.expose(host, port), self._loop).result(10)
+
+    def withdraw(self, address: str) -> None:
+        self._loop.call_soon_threadsafe(self._tunnel.withdraw, address)
+
+    def reach(self, address: str) -> str:
+        return asyncio.run_coroutine_threadsafe(self._tunnel.reach(address), self._loop).result(10)

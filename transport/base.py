@@ -123,10 +123,6 @@ class Link(ABC):
         """Take in what the peer said since the last frame was sent, for `stats`."""
         return
 
-    def refresh(self) -> None:
-        """Take in what the peer said since the last frame was sent, for `stats`."""
-        return
-
     @property
     @abstractmethod
     def closed(self) -> str | None:
@@ -245,12 +241,6 @@ class Transport(ABC):
     @abstractmethod
     def wake(self) -> None:
         """Make the current `recv`, or else the next one, return None. Any thread; never blocks; wakes may merge."""
-
-    def settle(self) -> None:
-        """Bring the counters of links up to date at both their ends. For a time when there is nothing else to do."""
-        for link in self._links:
-            if link.closed is None:
-                link.refresh()
 
     def settle(self) -> None:
         """Bring the counters of links up to date at both their ends. For a time when there is nothing else to do."""
