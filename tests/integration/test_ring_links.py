@@ -150,7 +150,7 @@ async def test_nothing_is_under_way_in_a_ring_that_rests(links: tuple[str, str])
         pytest.skip("there is no shared memory transport on this system")
     async with ring(storyteller(), even(storyteller(), 2), links) as pipeline:
         await pipeline.generate(PROMPT, 4)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(2):
             while any(link_of(pipeline, index).queue_frames for index in range(2)):
                 await asyncio.sleep(0.05)
         assert not any(link_of(pipeline, index).queue_bytes for index in range(2))
