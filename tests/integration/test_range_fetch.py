@@ -4,6 +4,7 @@ import asyncio
 import errno
 import hashlib
 import os
+import signal
 import sys
 import threading
 import time
@@ -21,6 +22,7 @@ from eldric.security import Authority
 from eldric.v1 import stage_pb2
 from eldric.worker.range_cache import places as places_module
 from eldric.worker.range_cache import spans as spans_module
+from eldric.worker.range_cache import work as work_module
 from eldric.worker.range_cache.cache import RangeCache
 from eldric.worker.range_cache.connection import Connection
 from eldric.worker.range_cache.extents import Extent
@@ -293,6 +295,35 @@ async def test_block_sums_that_are_not_those_of_the_plan_are_refused(
         lied.places.add(node_id="data/a", http_url=served.worker.node.http_url)
         with pytest.raises(DataLoss, match=r"block sums of big/big\.gguf are not those of the model that was planned"):
             await asyncio.to_thread(bring, fetching(tmp_path, authority), lied, path, (2, 4))
+
+
+async def test_a_data_worker_that_stands_still_holds_nobody_up(
+    planned: tuple[Path, stage_pb2.ModelSource],
+    path: Path,
+    authority: Authority,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Another one gives what it owes, long before it counts as dead."""
+    monkeypatch.setattr(work_module, "STALLED_S", 0.3)
+    filled_store(tmp_path / "a", path)
+    _, source = planned
+    worker = fetching(tmp_path / "cache", authority)
+    stalled = False
+
+    def stall(done: int, total: int) -> None:
+        nonlocal stalled
+        if not stalled and worker.fetched_bytes("data/a") > BLOCK:
+            frozen.process.send_signal(signal.SIGSTOP)
+            stalled = True
+
+    folder, _ = planned
+    async with replica(tmp_path / "a", authority, "a") as frozen, serving(folder, authority, "b") as served:
+        other = stage_pb2.ModelPlace(node_id="data/b", http_url=served.worker.node.http_url)
+        began = time.monotonic()
+        await asyncio.to_thread(bring, worker, at(source, frozen.place, other), path, (0, 8), stall)
+        assert stalled and time.monotonic() - began < 8
+    assert not worker.failures("data/a", "unreachable")
 
 
 async def test_a_busy_data_worker_is_asked_again_when_it_says(

@@ -1,7 +1,6 @@
 """Fetches what stages need of models: first the headers, by which a model can be opened, then a shard's ranges."""
 
 import contextlib
-import hashlib
 import logging
 import time
 from collections import defaultdict
@@ -10,26 +9,22 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from eldric.engine.errors import LoadCancelled
 from eldric.engine.gguf import ModelFile
 from eldric.engine.shard import ByteRange
-from eldric.errors import DataLoss, EldricError, NotReady, QueueIsFull, Unavailable
+from eldric.errors import NotReady
 from eldric.security import Identity
-from eldric.v1 import model_store_pb2, stage_pb2
+from eldric.v1 import stage_pb2
 from eldric.worker.range_cache.cache import RangeCache
-from eldric.worker.range_cache.connection import Connection
 from eldric.worker.range_cache.entry import CachedModel
 from eldric.worker.range_cache.extents import Extent, Extents
 from eldric.worker.range_cache.fetch import Cancelled, Fetch, Progress
 from eldric.worker.range_cache.metrics import FetchMetrics
-from eldric.worker.range_cache.places import Place, all_given_up
+from eldric.worker.range_cache.places import all_given_up
 from eldric.worker.range_cache.spans import Check, plan_pieces
+from eldric.worker.range_cache.sums import block_checks
 
 log = logging.getLogger(__name__)
 
 #: Largest header of a file, in bytes: the largest vocabularies take some 20 MB.
 MAX_HEADER_BYTES = 256 << 20
-#: Sums are kept for blocks of at least so many bytes.
-_LEAST_BLOCK_BYTES = 4096
-#: Rounds of asking the data workers for block sums, and the pause between two, in seconds.
-_SUM_ROUNDS, _SUM_PAUSE_S = 4, 0.5
 #: Another process that fetches into the same entry and brings nothing for so long is not waited for.
 _STUCK_S = 15.0
 _POLL_S = 0.05
@@ -102,10 +97,11 @@ class RangeFetcher:
             if not source.places:
                 raise all_given_up(source.model, [])
             self._cache.reserve(entry, missing_bytes)
-            known = self._block_checks(source, cancelled) if checks is None else checks
+            tls = self._identity().client_context()
+            known = block_checks(source, tls, cancelled) if checks is None else checks
             pieces = plan_pieces(wanted, entry.have(), known)
             began = time.monotonic()
-            Fetch(entry, source, self._metrics).run(pieces, self._identity().client_context(), progress, cancelled)
+            Fetch(entry, source, self._metrics).run(pieces, tls, progress, cancelled)
             log.info(
                 "event=fetched model=%s bytes=%d seconds=%.2f",
                 *(source.model, sum(len(piece.extent) for piece in pieces), time.monotonic() - began),
@@ -135,49 +131,6 @@ class RangeFetcher:
         finally:
             if lock is not None:
                 lock.close()
-
-    def _block_checks(self, source: stage_pb2.ModelSource, cancelled: Cancelled) -> dict[int, list[Check]]:
-        """The sums of all blocks; none where the store has none. Raises as `fetch` does."""
-        if not all(file.blocks_sha256 for file in source.files):
-            log.warning("event=no_block_sums model=%s: it is fetched without comparing its blocks", source.model)
-            return {}
-        tls = self._identity().client_context()
-        places = {place.node_id: Place(place.node_id) for place in source.places}
-        left = list(source.places)
-        for number in range(_SUM_ROUNDS):
-            for address in tuple(left):
-                if cancelled():
-                    raise LoadCancelled("loading was cancelled before it fetched anything")
-                try:
-                    with contextlib.closing(Connection(address, tls)) as connection:
-                        return _checks(source, connection.blocks(source.model))
-                except EldricError as error:
-                    places[address.node_id].problem = error
-                    log.info("event=no_sums source=%s round=%d error=%r", address.node_id, number, error.message)
-                    if not isinstance(error, Unavailable | QueueIsFull):
-                        left.remove(address)
-            if left:
-                time.sleep(_SUM_PAUSE_S * (number + 1))
-        raise all_given_up(source.model, list(places.values()))
-
-
-def _checks(source: stage_pb2.ModelSource, blocks: model_store_pb2.ModelBlocks) -> dict[int, list[Check]]:
-    """The sums as checks. Raises DataLoss when they are not those that the plan was made with."""
-    size = blocks.block_bytes
-    if size < _LEAST_BLOCK_BYTES or len(blocks.files) != len(source.files):
-        raise DataLoss(f"it has sums of {len(blocks.files)} files and blocks of {size} bytes")
-    checks: dict[int, list[Check]] = {}
-    for number, (file, sums) in enumerate(zip(source.files, blocks.files, strict=True)):
-        if hashlib.sha256(b"".join(sums.block_sha256)).digest() != file.blocks_sha256:
-            raise DataLoss(f"its block sums of {file.path} are not those of the model that was planned")
-        starts = range(0, file.size_bytes, size)
-        if len(starts) != len(sums.block_sha256):
-            raise DataLoss(f"it has {len(sums.block_sha256)} block sums of {file.path}, not {len(starts)}")
-        checks[number] = [
-            Check(Extent(start, min(start + size, file.size_bytes)), digest, f"block {index}")
-            for index, (start, digest) in enumerate(zip(starts, sums.block_sha256, strict=True))
-        ]
-    return checks
 
 
 def _missing_bytes(wanted: Wanted, have: Sequence[Extents]) -> int:
