@@ -13,6 +13,7 @@ from eldric.names import join_address, split_address
 from eldric.security import Authority
 from eldric.tunnel.client import TunnelClient
 from eldric.tunnel.limits import TunnelTimes
+from tests.controllers import World, controller_here
 from tests.workers import issue
 
 #: A tunnel that notices sooner than usual that it is broken, and whose sessions are over sooner.
@@ -20,16 +21,30 @@ QUICK = TunnelTimes(pulse_s=0.1, silence_s=0.5, gap_s=1.0, connect_s=1.0, retry_
 
 
 @contextlib.asynccontextmanager
-async def edge_here(authority: Authority, folder: Path, controller: str, **settings: Any) -> AsyncIterator[Edge]:
+async def edge_here(
+    authority: Authority, folder: Path, controller: str, *, grpc_port: int = 0, **settings: Any
+) -> AsyncIterator[Edge]:
     """An edge in this process. settings: fields of EdgeConfig."""
     home = issue(authority, folder, "edge", "e1")
-    node = NodeConfig("edge", "e1", home, http_port=0, grpc_port=0, join_port=0, controllers=(controller,), drain_s=1.0)
+    addresses: dict[str, Any] = {"http_port": 0, "grpc_port": grpc_port, "join_port": 0, "controllers": (controller,)}
+    node = NodeConfig("edge", "e1", home, drain_s=1.0, **addresses)
     edge = Edge(EdgeConfig(node, **{"times": QUICK, **settings}))
     await edge.node.start()
     try:
         yield edge
     finally:
         await edge.node.stop()
+
+
+@contextlib.asynccontextmanager
+async def world_and_edge(folder: Path, **settings: Any) -> AsyncIterator[tuple[World, Edge]]:
+    """A controller and an edge that knows the cluster."""
+    async with (
+        controller_here(folder) as (world, _),
+        edge_here(world.authority, folder, world.address, **settings) as edge,
+    ):
+        await edge.member.registered.wait()
+        yield world, edge
 
 
 class Way:

@@ -23,9 +23,10 @@ class NodeRelay:
     def __init__(self, node: Node, tunnel: TunnelClient) -> None:
         self._tunnel = tunnel
         self._loop: asyncio.AbstractEventLoop | None = None
-        node.on_start(self._start)
+        node.on_start(self.start)
 
-    async def _start(self) -> None:
+    async def start(self) -> None:
+        """In the control loop."""
         self._loop = asyncio.get_running_loop()
 
     def expose(self, host: str, port: int) -> str:

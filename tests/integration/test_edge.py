@@ -1,4 +1,4 @@
-"""An edge with real sockets: members behind it, tunnels that break and come back, and callers with bad intentions."""
+"""An edge with real sockets: tunnels that break and come back, and callers with bad intentions."""
 
 import asyncio
 import contextlib
@@ -8,44 +8,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from eldric import PROTOCOL
 from eldric.channels import call_errors, channel
-from eldric.config import NodeConfig
 from eldric.edge.main import Edge
 from eldric.errors import (
     InvalidRequest,
     NotReady,
     PermissionDenied,
     QueueIsFull,
-    Unauthenticated,
     Unavailable,
     VersionMismatch,
 )
-from eldric.member import Member
 from eldric.names import split_address
-from eldric.node import Node
-from eldric.security import Authority, Identity, JoinToken, join
+from eldric.security import Authority, Identity
 from eldric.tunnel.client import CONTROLLER, TunnelClient
 from eldric.tunnel.limits import TunnelLimits
-from eldric.v1 import membership_pb2, registry_pb2, registry_pb2_grpc, tunnel_pb2, tunnel_pb2_grpc
-from tests.controllers import World, controller_here
-from tests.edges import Way, edge_here, tunnel_to
-from tests.workers import issue, until
+from eldric.v1 import registry_pb2, registry_pb2_grpc, tunnel_pb2, tunnel_pb2_grpc
+from tests.edges import Way, edge_here, tunnel_to, world_and_edge
+from tests.workers import until
 
 MIB = 1 << 20
-
-
-@contextlib.asynccontextmanager
-async def world_and_edge(folder: Path, **settings: Any) -> AsyncIterator[tuple[World, Edge]]:
-    """A controller and an edge that knows the cluster."""
-    async with (
-        controller_here(folder) as (world, _),
-        edge_here(world.authority, folder, world.address, **settings) as edge,
-    ):
-        await edge.member.registered.wait()
-        yield world, edge
 
 
 @dataclass
@@ -133,39 +116,6 @@ def pattern(size: int) -> bytes:
 
 def refused(edge: Edge, what: str) -> float:
     return edge.node.metrics.get_sample_value("eldric_edge_refused_total", {"what": what}) or 0.0
-
-
-async def test_a_node_behind_an_edge_is_a_member(tmp_path: Path) -> None:
-    """It knows the edge alone; others reach its gRPC and HTTP ports by the edge's addresses, under its own name."""
-    async with world_and_edge(tmp_path) as (world, edge):
-        home = issue(world.authority, tmp_path, "worker", "w1")
-        config = NodeConfig("worker", "w1", home, http_port=0, grpc_port=0, edge=edge.node.grpc_address, drain_s=1.0)
-        node = Node(config, Identity.load(home))
-        member = Member(node)
-        await node.start()
-        try:
-            await asyncio.wait_for(member.registered.wait(), 5)
-            listed = (await world.calls.registry.List(registry_pb2.ListNodesRequest(kind=registry_pb2.WORKER))).nodes[0]
-            assert listed.edge_id == "edge/e1"
-            (tunnel,) = edge.tunnels.statuses()
-            assert {listed.grpc_address, listed.http_url.removeprefix("https://")} == set(tunnel.ports)
-            operator = world.authority.issue_identity("client", "tester")
-            async with channel(listed.grpc_address, operator, "worker", "w1") as connection:
-                answer = await health_pb2_grpc.HealthStub(connection).Check(health_pb2.HealthCheckRequest(), timeout=5)
-                assert answer.status == health_pb2.HealthCheckResponse.SERVING
-        finally:
-            await node.stop()
-        assert "w1" not in await world.calls.nodes()
-        await until(lambda: edge.tunnels.statuses() == [])
-
-
-async def test_a_stranger_joins_through_the_edge(tmp_path: Path) -> None:
-    async with world_and_edge(tmp_path) as (world, edge):
-        token = (await world.calls.membership.CreateToken(membership_pb2.CreateTokenRequest())).token
-        identity = await join(edge.door.address, JoinToken.parse(token), "worker", "fresh")
-        assert identity.node_id == "worker/fresh"
-        with pytest.raises((Unauthenticated, PermissionDenied)):  # the token is used up
-            await join(edge.door.address, JoinToken.parse(token), "worker", "other")
 
 
 @pytest.mark.parametrize("broken", ["dropped", "silent"])
@@ -357,11 +307,3 @@ async def test_tunnels_are_shown(tmp_path: Path) -> None:
         await there.tunnel.close()
         await until(lambda: there.edge.tunnels.statuses() == [])
         assert value("eldric_edge_bytes_total", {"direction": "to_node"}) == 5
-
-
-async def test_a_node_does_not_start_without_its_edge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("eldric.tunnel.client.START_S", 0.5)
-    home = issue(Authority.create("test"), tmp_path, "worker", "w1")
-    config = NodeConfig("worker", "w1", home, http_port=0, grpc_port=0, edge="127.0.0.1:1", drain_s=1.0)
-    with pytest.raises(Unavailable, match=r"the edge at 127\.0\.0\.1:1 is not reached"):
-        await Node(config, Identity.load(home)).start()
