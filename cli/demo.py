@@ -64,11 +64,13 @@ def _show(cluster: LocalCluster) -> None:
 
 
 def _settled(client: Client) -> list[PipelineInfo]:
-    """The pipelines, once the workers' own figures are in, which come with their next beats."""
+    """The pipelines, once the workers' own figures are in and nothing is under way any more."""
     deadline = time.monotonic() + 3
     while True:
         pipelines = client.status()
-        if time.monotonic() > deadline or all(stage.steps for info in pipelines for stage in info.stages):
+        stages = [stage for info in pipelines for stage in info.stages]
+        rests = all(stage.steps and not (stage.link and stage.link.queue_frames) for stage in stages)
+        if rests or time.monotonic() > deadline:
             return pipelines
         time.sleep(0.1)
 

@@ -50,6 +50,9 @@ class FakeTransport:
     def allow(self, keys: Any) -> None:
         pass
 
+    def settle(self) -> None:
+        pass
+
     def set_epoch(self, epoch: int) -> None:
         self.epochs.append(epoch)
 
