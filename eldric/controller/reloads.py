@@ -20,6 +20,7 @@ class Reloads:
     failures: int = 0
     problem: str = ""
     _due: float | None = None
+    _put_off: bool = False
     _processes: tuple[int, ...] = ()
 
     def take(self, now: float, processes: tuple[int, ...]) -> bool:
@@ -34,14 +35,16 @@ class Reloads:
             self._due = now + self._pause_s()
         if now < self._due:
             return False
-        self.running, self._due = True, None
+        self.running, self._due, self._put_off = True, None, False
         return True
 
     def ended(self, problem: str = "") -> None:
-        """The attempt is over. Without a problem it counts for nothing: it could not begin."""
+        """The attempt is over. Without a problem it could not begin: it counts for nothing, and is put off a little."""
         self.running = False
         if problem:
             self.failures, self.problem = self.failures + 1, problem
+        else:
+            self._put_off = True
 
     def succeeded(self) -> None:
         """The pipeline works."""
@@ -57,4 +60,6 @@ class Reloads:
         return f"loading it again failed {times}{given_up}: {self.problem}"
 
     def _pause_s(self) -> float:
-        return float(min(MAX_PAUSE_S, self.interval_s * 2 ** (self.failures - 1))) if self.failures else 0.0
+        if not self.failures:
+            return self.interval_s if self._put_off else 0.0
+        return float(min(MAX_PAUSE_S, self.interval_s * 2 ** (self.failures - 1)))

@@ -86,30 +86,39 @@ class Heads:
     async def generate(self, target: Target, job: Job) -> AsyncGenerator[Event, None]:
         """Started, then deltas, then Finished. Closing the generator cancels the generation.
 
-        A replica that is full or cannot be reached before it has taken the request is passed over. Raises QueueIsFull
-        when all are full, PipelineLost, and InvalidRequest for what the head refuses.
+        A replica that is full, cannot be reached or is lost before it gave a token is passed over; Started names the
+        first that took the request. Raises QueueIsFull when all are full, PipelineLost, and InvalidRequest for what the
+        head refuses.
         """
         problems: list[EldricError] = []
+        begun = delivered = False
         for route in self._pipelines.by_load(_fitting(target, len(job.prompt))):
-            with self._pipelines.running(route), contextlib.ExitStack() as stack:
-                call = self._stub(route).Generate(_request(route, target, job))
-                stack.callback(call.cancel)
-                try:
-                    with _head_errors(route):
-                        started = await _first(call)
-                except EldricError as error:
-                    if not _may_retry(error):
-                        raise
-                    problems.append(error)
-                    continue
-                yield Started(started.request_id, started.prompt_tokens, route.name)
-                with _head_errors(route):
-                    progress = _Progress(target, job, self._metrics.of_pipeline(route.name))
-                    async with contextlib.aclosing(progress.events(call)) as events:
-                        async for event in events:
-                            yield event
+            try:
+                async with contextlib.aclosing(self._generate(route, target, job)) as events:
+                    async for event in events:
+                        if isinstance(event, Started) and begun:
+                            continue
+                        begun = True
+                        delivered = delivered or isinstance(event, Delta)
+                        yield event
                 return
+            except EldricError as error:
+                if delivered or not _may_retry(error):
+                    raise
+                problems.append(error)
         raise next((each for each in problems if each.status == "RESOURCE_EXHAUSTED"), problems[0])
+
+    async def _generate(self, route: Route, target: Target, job: Job) -> AsyncGenerator[Event, None]:
+        """A generation at one head."""
+        with self._pipelines.running(route), contextlib.ExitStack() as stack, _head_errors(route):
+            call = self._stub(route).Generate(_request(route, target, job))
+            stack.callback(call.cancel)
+            started = await _first(call)
+            yield Started(started.request_id, started.prompt_tokens, route.name)
+            progress = _Progress(target, job, self._metrics.of_pipeline(route.name))
+            async with contextlib.aclosing(progress.events(call)) as events:
+                async for event in events:
+                    yield event
 
     async def cancel(self, request_id: str) -> bool:
         """Ends a generation wherever it runs: it may have come by another router."""

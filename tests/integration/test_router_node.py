@@ -116,6 +116,34 @@ async def test_a_replica_that_is_full_or_lost_is_passed_over(tmp_path: Path) -> 
         assert (await http.post("/v1/completions", json=body)).status_code == 503
 
 
+async def test_what_still_waited_at_a_replica_that_closes_goes_to_another(tmp_path: Path) -> None:
+    """As long as no token of it was given out; then it ends with the error."""
+    async with fake_cluster(tmp_path, heads=("w1", "w2")) as cluster, http_of(cluster) as http:
+        await cluster.put(cluster.info("second", "w2"))
+        told = cluster.heads["w2"].say = speak(cluster.words(STORY))
+        given = 0
+
+        async def close(request: inference_pb2.GenerateRequest) -> AsyncIterator[inference_pb2.Delta]:
+            async for delta in told(request):
+                if not given:
+                    raise Unavailable("stage 1 of 3 on worker w9 is closing")
+                yield delta
+                raise Unavailable("stage 1 of 3 on worker w9 is gone")
+
+        cluster.heads["w1"].say = close
+        body = {"model": "storyteller", "prompt": "A", "stream": True}
+        for _ in range(3):
+            answer = await http.post("/v1/completions", json=body)
+            assert answer.status_code == 200 and "closing" not in answer.text
+            texts = [json.loads(line[6:])["choices"] for line in answer.text.splitlines() if line.startswith("data: {")]
+            assert "".join(choices[0]["text"] for choices in texts if choices) == STORY
+        assert len(cluster.heads["w1"].requests) >= 1 and len(cluster.heads["w2"].requests) == 3
+        given = 1
+        cluster.pipelines.drop("id-second")
+        await until(lambda: "second" not in cluster.router.pipelines.names())
+        assert "stage 1 of 3 on worker w9 is gone" in (await http.post("/v1/completions", json=body)).text
+
+
 async def test_a_pipeline_that_is_removed_is_forgotten(cluster: FakeCluster) -> None:
     cluster.pipelines.drop("id-storyteller")
     await until(lambda: not cluster.router.pipelines.names())
