@@ -27,7 +27,7 @@ from eldric.client import (
     ResolvedSource,
     StageProgress,
 )
-from eldric.errors import Unavailable
+from eldric.errors import InvalidRequest, Unavailable
 
 
 class Tracker:
@@ -92,8 +92,13 @@ def follow_import(events: Iterable[ImportProgress | ModelInfo], title: str, *, q
     raise Unavailable("the data worker ended the import without a word")
 
 
-def follow_pull(events: Iterable[PullEvent], seen: list[PullEvent], *, quiet: bool) -> tuple[ResolvedSource, ModelInfo]:
-    """Show what a source turned out to be and a pull's progress; return both ends. Each event is put into `seen`."""
+def follow_pull(
+    events: Iterable[PullEvent], seen: list[PullEvent], *, quiet: bool, to_deploy: bool = False
+) -> tuple[ResolvedSource, ModelInfo]:
+    """Show what a source turned out to be and a pull's progress; return both ends. Each event is put into `seen`.
+
+    to_deploy: raises InvalidRequest when the source says that it is no model to be deployed.
+    """
     resolved = ResolvedSource("", "", "", (), 0, 0)
     with Tracker(quiet=quiet, rate=True) as tracker:
         for event in events:
@@ -103,6 +108,10 @@ def follow_pull(events: Iterable[PullEvent], seen: list[PullEvent], *, quiet: bo
                     resolved = event
                     if not quiet:
                         err.print(what_it_is(event))
+                    if event.problem and to_deploy:
+                        raise InvalidRequest(f"{event.name} cannot be deployed: {event.problem}")
+                    if event.problem and not quiet:
+                        err.print(f"it cannot be deployed: {event.problem}", style="yellow")
                 case ImportProgress(phase, done, total) if resolved.name:
                     tracker.update(resolved.name, phase, done, total)
                 case ModelInfo():

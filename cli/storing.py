@@ -24,7 +24,7 @@ def ensure_in_store(client: Client, model: str, *, quiet: bool, pull: bool = Tru
         case Elsewhere(source, name):
             if not pull:
                 raise NotFound(f"{model} is not in the store: `eldric-cli models pull {model}` gets it from {source}")
-            return pull_model(client, source, name, quiet=quiet)[1].name
+            return pull_model(client, source, name, quiet=quiet, to_deploy=True)[1].name
         case OnDisk(path):
             name = id_of(path.name) if Path(model).expanduser().is_file() else model
             if name not in stored:
@@ -36,12 +36,17 @@ def ensure_in_store(client: Client, model: str, *, quiet: bool, pull: bool = Tru
             return name
 
 
-def pull_model(client: Client, source: str, name: str, *, quiet: bool) -> tuple[ResolvedSource, ModelInfo]:
-    """Pulls a model, with progress on stderr; name "" takes the source's. Interrupted, it says what is kept."""
+def pull_model(
+    client: Client, source: str, name: str, *, quiet: bool, to_deploy: bool = False
+) -> tuple[ResolvedSource, ModelInfo]:
+    """Pulls a model, with progress on stderr; name "" takes the source's. Interrupted, it says what is kept.
+
+    to_deploy: raises InvalidRequest, before anything is fetched, for what the source says cannot be deployed.
+    """
     seen: list[PullEvent] = []
     try:
         with contextlib.closing(client.models.pull_events(source, name)) as events:
-            return follow_pull(events, seen, quiet=quiet)
+            return follow_pull(events, seen, quiet=quiet, to_deploy=to_deploy)
     except (KeyboardInterrupt, SystemExit):
         last = seen[-1] if seen else None
         if not quiet and isinstance(last, ImportProgress) and last.total_bytes:

@@ -174,6 +174,7 @@ def import_event(event: model_store_pb2.ImportEvent) -> types.PullEvent:
             files=tuple((file.name, file.size_bytes) for file in resolved.files),
             size_bytes=sum(file.size_bytes for file in resolved.files),
             kept_bytes=resolved.kept_bytes,
+            problem=resolved.problem,
         )
     return types.ImportProgress(event.phase, event.done_bytes, event.total_bytes)
 

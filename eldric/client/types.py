@@ -179,6 +179,7 @@ class ResolvedSource:
     files: tuple[tuple[str, int], ...]  # name at the source, size in bytes
     size_bytes: int
     kept_bytes: int
+    problem: str = ""  # why it will not be deployable, as far as the source tells
 
 
 PullEvent = ResolvedSource | ImportProgress | ModelInfo

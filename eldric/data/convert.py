@@ -69,6 +69,7 @@ def resolved_source(resolved: Resolved) -> pb.ResolvedSource:
         quantization=resolved.quantization,
         files=[pb.SourceFile(name=name, size_bytes=size) for name, size in resolved.files],
         kept_bytes=resolved.kept_bytes,
+        problem=resolved.problem,
     )
 
 

@@ -19,6 +19,7 @@ from eldric.data.hub_files import choose, sound_siblings
 from eldric.data.names import id_of
 from eldric.data.remote import MAX_FILE_BYTES, MAX_FILES, Remote, RemoteFile
 from eldric.data.sources import HubSource
+from eldric.engine.families import FAMILIES
 from eldric.errors import DataLoss, NotFound, NotReady, PermissionDenied
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -58,6 +59,7 @@ class Hub:
             model=id_of(chosen.names[0].rpartition("/")[2]),
             quantization=chosen.quantization,
             files=tuple(_file(name, f"{base}/{quote(name)}", files[name]) for name in chosen.names),
+            problem=_problem(document),
         )
 
     def _look(self, client: httpx2.Client, extensions: Mapping[str, Any], source: HubSource) -> Mapping[str, Any]:
@@ -74,6 +76,15 @@ class Hub:
         if not isinstance(document, dict):
             raise DataLoss(f"{self._peer} answers what is no description of {source.repository}")
         return document
+
+
+def _problem(document: Mapping[str, Any]) -> str:
+    """What the hub, which looks into GGUF files, tells of the architecture."""
+    about = document.get("gguf")
+    architecture = about.get("architecture") if isinstance(about, dict) else None
+    if not isinstance(architecture, str) or architecture in FAMILIES:
+        return ""
+    return f"architecture {architecture[:80]!r} is not supported; supported: {', '.join(FAMILIES)}"
 
 
 def _file(name: str, url: str, entry: Mapping[str, Any]) -> RemoteFile:

@@ -45,7 +45,8 @@ class Peers:
         if not 0 < len(blocks.files) <= MAX_FILES:
             raise DataLoss(f"the data worker at {source.address} gives {source.model} {len(blocks.files)} files")
         files = [_file(source, number, f"{base}/content", blocks) for number in range(len(blocks.files))]
-        return Remote(source.uri, source.model, metadata.info.quantization, tuple(files))
+        about = metadata.info
+        return Remote(source.uri, source.model, about.quantization, tuple(files), about.problem)
 
 
 def _ask(client: httpx2.Client, extensions: Mapping[str, Any], url: str, source: PeerSource) -> Any:

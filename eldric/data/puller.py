@@ -31,13 +31,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """What a source turned out to be. files: names at the source, and sizes in bytes."""
+    """What a source turned out to be. files: names at the source, and sizes in bytes. problem: see Remote."""
 
     uri: str
     model: str
     quantization: str
     files: tuple[tuple[str, int], ...]
     kept_bytes: int
+    problem: str = ""
 
 
 OnResolved = Callable[[Resolved], None]
@@ -91,7 +92,7 @@ class Puller:
         model = check_id(model or remote.model)
         kept = self._store.partials.kept_bytes(model, remote)
         files = tuple((file.name, file.size_bytes) for file in remote.files)
-        on_resolved(Resolved(remote.uri, model, remote.quantization, files, kept))
+        on_resolved(Resolved(remote.uri, model, remote.quantization, files, kept, remote.problem))
         return self._once(model, remote.uri, report, lambda told: self._download(remote, model, told, line))
 
     def _once(self, model: str, uri: str, report: Report, work: Callable[[Report], StoredModel]) -> StoredModel:

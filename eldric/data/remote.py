@@ -21,12 +21,16 @@ class RemoteFile:
 
 @dataclass(frozen=True, slots=True)
 class Remote:
-    """A model, or a split set in order. uri: in full. model: its name if nobody gives another."""
+    """A model, or a split set in order. uri: in full. model: its name if nobody gives another.
+
+    problem: why it cannot be deployed, as far as its source tells.
+    """
 
     uri: str
     model: str
     quantization: str
     files: tuple[RemoteFile, ...]
+    problem: str = ""
 
     @property
     def size_bytes(self) -> int:

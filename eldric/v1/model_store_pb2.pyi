@@ -478,6 +478,7 @@ class ResolvedSource(_message.Message):
     QUANTIZATION_FIELD_NUMBER: _builtins.int
     FILES_FIELD_NUMBER: _builtins.int
     KEPT_BYTES_FIELD_NUMBER: _builtins.int
+    PROBLEM_FIELD_NUMBER: _builtins.int
     source: _builtins.str
     """In full: with the quantization that was chosen."""
     id: _builtins.str
@@ -485,6 +486,8 @@ class ResolvedSource(_message.Message):
     quantization: _builtins.str
     kept_bytes: _builtins.int
     """Bytes that an earlier try had brought already."""
+    problem: _builtins.str
+    """Why it will not be deployable, as far as the source tells before anything is fetched. It is fetched all the same."""
     @_builtins.property
     def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___SourceFile]: ...
     def __init__(
@@ -495,10 +498,11 @@ class ResolvedSource(_message.Message):
         quantization: _builtins.str = ...,
         files: _abc.Iterable[Global___SourceFile] | None = ...,
         kept_bytes: _builtins.int = ...,
+        problem: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["files", b"files", "id", b"id", "kept_bytes", b"kept_bytes", "quantization", b"quantization", "source", b"source"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["files", b"files", "id", b"id", "kept_bytes", b"kept_bytes", "problem", b"problem", "quantization", b"quantization", "source", b"source"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

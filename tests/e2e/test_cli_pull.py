@@ -81,6 +81,7 @@ def test_a_pull_with_json_is_one_object(place: Place) -> None:
         "files": [["Tale-5M-Q8_0.gguf", SIZE]],
         "size_bytes": SIZE,
         "kept_bytes": 0,
+        "problem": "",
     }
 
 
@@ -95,6 +96,19 @@ def test_deploying_a_model_that_is_not_in_the_store_pulls_it_first(place: Place)
     place.cli("deploy", "tale", "--name", "again", "--ctx", 256, "--slots", 1)
     place.cli("undeploy", "again")
     assert len(place.hub.downloads) == before
+
+
+def test_what_the_hub_says_cannot_be_deployed_is_not_pulled_to_be_deployed(place: Place) -> None:
+    place.hub.describe = lambda description: description | {"gguf": {"architecture": "mamba"}}
+    try:
+        inside = replace(place.cli, inside=True)
+        before = len(place.hub.downloads)
+        error = inside("deploy", f"hf://{REPOSITORY}:Q8_0", code=1).error
+        assert "cannot be deployed: architecture 'mamba' is not supported" in error
+        wait_for(lambda: len(place.hub.downloads) - before <= 1)
+        assert "it cannot be deployed" in inside("models", "pull", f"hf://{REPOSITORY}:Q8_0").err
+    finally:
+        place.hub.describe = dict
 
 
 def test_an_interrupted_pull_says_what_it_keeps_and_goes_on(place: Place) -> None:

@@ -162,6 +162,23 @@ def test_what_the_hub_has_not_is_said(
         pull()(uri)
 
 
+@pytest.mark.parametrize(
+    ("about", "problem"),
+    [
+        ({"architecture": "mamba"}, "architecture 'mamba' is not supported; supported: llama"),
+        ({"architecture": "llama"}, ""),
+        ({"architecture": 7}, ""),
+        ("x", ""),
+    ],
+)
+def test_what_cannot_be_deployed_is_said_before_it_comes(
+    store: ModelStore, hub: FakeHub, pull: Callable[[], Pulling], about: object, problem: str
+) -> None:
+    hub.describe = lambda description: description | {"gguf": about}
+    assert pull()().resolved[0].problem == problem
+    assert is_whole(store)
+
+
 def test_a_download_has_no_mode(pull: Callable[[], Pulling]) -> None:
     with pytest.raises(InvalidRequest, match="downloads have none"):
         pull()(mode="reference")
