@@ -200,10 +200,12 @@ def show_plan(plan: Plan, as_json: bool) -> None:
     if as_json:
         print_json({"plan": plan})
         return
-    listing = table("stage", "worker", "layers", "right:weights", "right:KV cache", "right:compute", "right:available")
+    sizes = ("right:weights", "right:KV cache", "right:compute", "right:available")
+    listing = table("stage", "worker", "layers", *sizes, "links by")
     for stage in plan.stages:
-        sizes = (stage.weights_bytes, stage.kv_bytes, stage.compute_bytes, stage.available_bytes)
-        listing.add_row(str(stage.index), stage.worker, layer_range(stage.layers), *map(human_bytes, sizes))
+        bytes_of = (stage.weights_bytes, stage.kv_bytes, stage.compute_bytes, stage.available_bytes)
+        row = str(stage.index), stage.worker, layer_range(stage.layers), *map(human_bytes, bytes_of)
+        listing.add_row(*row, ", else ".join(stage.transports))
     out.print(listing)
     for worker, reason in plan.excluded.items():
         out.print(f"left out: {worker}: {reason}", style="dim")
