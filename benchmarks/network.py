@@ -46,18 +46,17 @@ class Network:
     addresses: dict[str, str]
     _switch: "subprocess.Popen[bytes]"
     _namespaces: dict[str, int]
-    _groups: dict[str, Path] = field(default_factory=dict)
+    _groups: dict[str, list[Path]] = field(default_factory=dict)
     _hidden: dict[str, list[Path]] = field(default_factory=dict)
-    _made: int = 0  # groups
 
     def command(self, host: str, command: Sequence[str]) -> list[str]:
-        """The command that runs `command` on a host, in the host's memory group if it has one.
+        """The command that runs `command` on a host, in the host's latest memory group if it has one.
 
         The process that it starts becomes the command: its pid and exit code are the command's own.
         """
         made = ["nsenter", f"--net={self._path(host)}", "--"]
         if host in self._groups:
-            made = ["sh", "-c", 'echo $$ > "$0" && exec "$@"', str(self._groups[host] / "cgroup.procs"), *made]
+            made = ["sh", "-c", 'echo $$ > "$0" && exec "$@"', str(self._groups[host][-1] / "cgroup.procs"), *made]
         for folder in self._hidden.get(host, ()):
             made += ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs tmpfs "$0" && exec "$@"', str(folder)]
         return [*made, *command]
@@ -71,17 +70,16 @@ class Network:
 
         What runs there already keeps the limit that it has. Raises NetworkUnavailable.
         """
-        self._made += 1
         try:
-            group = make_group(f"eldric-{self._switch.pid}-{host}-{self._made}", nbytes)
+            group = make_group(f"eldric-{self._switch.pid}-{host}-{len(self.memory_groups(host))}", nbytes)
         except OSError as error:
             raise NetworkUnavailable(f"no memory group can be made: {error}") from error
         self._tell(group=str(group))
-        self._groups[host] = group
+        self._groups.setdefault(host, []).append(group)
 
-    def memory_group(self, host: str) -> Path:
-        """The latest one's folder below /sys/fs/cgroup. Raises KeyError for a host without a limit."""
-        return self._groups[host]
+    def memory_groups(self, host: str) -> list[Path]:
+        """Their folders below /sys/fs/cgroup, one for each `limit_memory`."""
+        return self._groups.get(host, [])
 
     def sent_bytes(self, host: str) -> int:
         """What a host's device has sent so far. TCP's large segments count as one frame each, with one header."""

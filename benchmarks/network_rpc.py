@@ -77,7 +77,7 @@ class Bench:
         """What is started on the workers from now on has a memory group of its own."""
         for worker in WORKERS:
             self.net.limit_memory(worker, int(self._size * MEMORY_SHARE))
-            self.groups[side].append(self.net.memory_group(worker))
+            self.groups[side].append(self.net.memory_groups(worker)[-1])
 
     @contextlib.contextmanager
     def rpc_servers(self) -> Iterator[list[str]]:

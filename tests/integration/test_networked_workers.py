@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import memory_groups
-from benchmarks.network import Network, network, why_not
+from benchmarks.network import network, why_not
 from benchmarks.network_cluster import NetworkCluster, exported, network_cluster
 from benchmarks.shapes import Shape, write_model
 from eldric.data.ganesha import INSTALL, PROGRAM
@@ -26,11 +26,10 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning"),
 ]
 
-WORKERS = ("worker-1", "worker-2", "worker-3")
-SHAPE = Shape(layers=12, hidden=2048, heads=32, kv_heads=4, ffn=5632, vocab=2048, context=512)
-TOKENS = 12
-#: What a block or a read-ahead reaches beyond both ends of a shard.
-EDGES_BYTES = 2 << 20
+HOSTS = ("one", "two", "three")
+WAYS = ("http", "mount")
+SHAPE = Shape(layers=15, hidden=2048, heads=32, kv_heads=4, ffn=5632, vocab=2048, context=512)
+PROMPT, TOKENS = random_prompt(SHAPE.vocab, 20), 12
 
 GENERATE = """
 import json, sys
@@ -48,6 +47,9 @@ def why_not_mounted() -> str:
     return "" if kernel_can() else fuse_problem()
 
 
+MOUNT = pytest.param("mount", marks=pytest.mark.skipif(bool(why_not_mounted()), reason=why_not_mounted()))
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     path = write_model(tmp_path_factory.mktemp("models") / "large.gguf", SHAPE, "q4_0")
@@ -55,56 +57,70 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     path.unlink()
 
 
-@pytest.fixture
-def net(model: Path) -> Iterator[Network]:
-    with network("front", *WORKERS) as made:
-        for worker in WORKERS:
-            made.limit_memory(worker, model.stat().st_size * 4 // 5)
+def memory_of(model: Path) -> int:
+    """Of a worker's host, in whole pages: less than the model.
+
+    With much less the kernel drops pages of a mount before they are used, and reads them again.
+    """
+    return model.stat().st_size * 19 // 20 & ~4095
+
+
+@pytest.fixture(scope="module")
+def cluster(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[NetworkCluster]:
+    """On each of three hosts a worker for each way, in a memory group of its own. The model is in the store."""
+    folder = tmp_path_factory.mktemp("network")
+    (store := folder / "store").mkdir()
+    with network("front", *HOSTS) as net, network_cluster(net, folder / "cluster") as made:
+        made.start("front", "controller")
+        made.launch("front", "data", "data", "--models", str(store))
+        made.launch("front", "router")
+        for host in HOSTS:
+            net.hide(host, store)
+            for way in WAYS:
+                net.limit_memory(host, memory_of(model))
+                made.launch(host, "worker", f"{way}-{host}", "--models", way, "--threads", "1")
+        made.wait()
+        made.wait_for_workers("front", [f"{way}-{host}" for way in WAYS for host in HOSTS])
+        made.eldric_cli("front", "models", "add", str(model), "--name", "large")
         yield made
 
 
-def generate(cluster: NetworkCluster, prompt: list[int]) -> list[int]:
-    command = [sys.executable, "-c", GENERATE, str(cluster.folder), "large", json.dumps(prompt), str(TOKENS)]
+@pytest.fixture(scope="module")
+def said(model: Path) -> list[int]:
+    """What one stage alone makes of the prompt."""
+    with Chain(model, exact=True) as alone:
+        return alone.greedy(PROMPT, TOKENS)[0]
+
+
+def generate(cluster: NetworkCluster) -> list[int]:
+    command = [sys.executable, "-c", GENERATE, str(cluster.folder), "large", json.dumps(PROMPT), str(TOKENS)]
     shown = subprocess.run(cluster.net.command("front", command), stdout=subprocess.PIPE, check=True).stdout
     tokens: list[int] = json.loads(shown)
     return tokens
 
 
-MOUNT = pytest.param("mount", marks=pytest.mark.skipif(bool(why_not_mounted()), reason=why_not_mounted()))
+def test_a_worker_offers_what_its_memory_group_allows(cluster: NetworkCluster, model: Path) -> None:
+    workers = json.loads(cluster.eldric_cli("front", "workers", "--json"))["workers"]
+    assert {worker["memory_bytes"] for worker in workers} == {memory_of(model)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["http", MOUNT])
 def test_each_reads_its_shard_only_and_together_they_say_what_one_would(
-    way: str, model: Path, net: Network, tmp_path: Path
+    way: str, cluster: NetworkCluster, model: Path, said: list[int]
 ) -> None:
-    (store := tmp_path / "store").mkdir()
-    with contextlib.ExitStack() as stack:
-        cluster = stack.enter_context(network_cluster(net, tmp_path / "cluster"))
-        cluster.start("front", "controller")
-        cluster.launch("front", "data", "data", "--models", str(store))
-        cluster.launch("front", "router")
-        for worker in WORKERS:
-            net.hide(worker, store)
-            cluster.launch(worker, "worker", worker, "--models", way, "--threads", "1")
-        cluster.wait()
-        cluster.wait_for_workers("front", WORKERS)
-        cluster.eldric_cli("front", "models", "add", str(model), "--name", "large")
-        if way == "mount":
-            stack.enter_context(exported(cluster, "front", store))
-
+    net, store = cluster.net, cluster.folder.parent / "store"
+    workers = ",".join(f"{way}-{host}" for host in HOSTS)
+    with exported(cluster, "front", store) if way == "mount" else contextlib.nullcontext():
         sent = net.sent_bytes("front")
-        before = {worker: net.received_bytes(worker) for worker in WORKERS}
-        options = ("--stages", "3", "--ctx", "256", "--slots", "1", "--json")
+        before = {host: net.received_bytes(host) for host in HOSTS}
+        options = ("--workers", workers, "--ctx", "256", "--slots", "1", "--json")
         stages = json.loads(cluster.eldric_cli("front", "deploy", "large", *options))["pipeline"]["stages"]
-        assert net.sent_bytes("front") - sent <= model.stat().st_size * 1.02 + EDGES_BYTES * len(WORKERS)
-        for stage in stages:
-            moved = net.received_bytes(stage["worker"]) - before[stage["worker"]]
+        assert net.sent_bytes("front") - sent <= model.stat().st_size * 1.02
+        for host, stage in zip(HOSTS, stages, strict=True):
+            moved = net.received_bytes(host) - before[host]
             shard = stage["memory"]["mapped"] + stage["memory"]["repacked"]
-            assert shard * 0.95 <= moved <= shard * 1.02 + EDGES_BYTES, stage
-
-        prompt = random_prompt(SHAPE.vocab, 20)
-        with Chain(model, exact=True) as alone:
-            expected, _ = alone.greedy(prompt, TOKENS)
-        assert generate(cluster, prompt) == expected
-    for worker in WORKERS:
-        assert memory_groups.kills(net.memory_group(worker)) == 0
+            assert shard * 0.95 <= moved <= shard * 1.02, stage
+        assert generate(cluster) == said
+        cluster.eldric_cli("front", "undeploy", "large")
+    assert all(memory_groups.kills(group) == 0 for host in HOSTS for group in net.memory_groups(host))

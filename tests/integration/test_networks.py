@@ -110,7 +110,7 @@ def test_memory_of_a_host_is_limited(net: Network) -> None:
     assert small.returncode == 0
     large = subprocess.run(net.command("here", [sys.executable, "-c", take % 100]), capture_output=True)
     assert large.returncode == -signal.SIGKILL
-    group = net.memory_group("here")
+    (group,) = net.memory_groups("here")
     assert memory_groups.kills(group) == 1
     assert memory_groups.peak_bytes(group) > 60 << 20
 
@@ -145,7 +145,7 @@ from benchmarks.network import network
 with network("alone") as net:
     net.limit_memory("alone", 50 << 20)
     child = subprocess.Popen(net.command("alone", ["sleep", "100"]), start_new_session=True)
-    print(child.pid, net._switch.pid, net.memory_group("alone"), flush=True)
+    print(child.pid, net._switch.pid, *net.memory_groups("alone"), flush=True)
     time.sleep(100)
 """
 
