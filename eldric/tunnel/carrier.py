@@ -39,7 +39,7 @@ class Carrier:
         self._destination = destination
         self._on_event = on_event
         self._pipes: dict[int, Pipe] = {}
-        self._waiting: dict[int, Pipe] = {}  # held up by what is kept for the session as a whole
+        self._waiting: dict[int, Pipe] = {}  # for the session's turn, in order
         self._unacknowledged = 0
         self._must_acknowledge = False
         self._stream = 0
@@ -74,6 +74,7 @@ class Carrier:
             pulse_at = loop.time() + self._times.pulse_s
             self._unacknowledged, self._must_acknowledge = 0, False
             yield message or self.session.pulse()
+            self._give_turns()
         self._more.set()  # for the other stream, should this one have taken its wake
 
     async def take(self, messages: AsyncIterator[tunnel_pb2.TunnelMessage]) -> None:
@@ -91,10 +92,7 @@ class Carrier:
     def receive(self, message: tunnel_pb2.TunnelMessage) -> None:
         """Does what a message says. Raises TunnelViolation."""
         event = self.session.receive(message)
-        if self._waiting and not self.session.is_full:
-            waiting, self._waiting = self._waiting, {}
-            for pipe in waiting.values():
-                pipe.go_on()
+        self._give_turns()
         match event:
             case None:
                 pass
@@ -112,6 +110,12 @@ class Carrier:
             case _:
                 self._on_event(event)
         self._more.set()
+
+    def _give_turns(self) -> None:
+        """Channels that wait may send: one after the other, each as much as there is room for."""
+        while self._waiting and not self.session.is_busy:
+            channel = next(iter(self._waiting))
+            self._waiting.pop(channel).go_on()
 
     def _took(self, count: int) -> None:
         self.received_bytes += count
@@ -177,7 +181,7 @@ class Carrier:
     def send(self, channel: int, pipe: Pipe, data: memoryview) -> int:
         taken = self.session.send(channel, data)
         self.sent_bytes += taken
-        if taken < len(data) and self.session.is_full:
+        if taken < len(data) and self.session.is_busy:
             self._waiting[channel] = pipe
         self._more.set()
         return taken

@@ -19,6 +19,8 @@ class Ledger:
         #: The highest number that came.
         self.received = 0
         self.kept_bytes = 0
+        #: Of kept_bytes, what the stream of now has not taken yet.
+        self.unsent_bytes = 0
         self._kept: dict[int, tunnel_pb2.TunnelMessage] = {}  # in order
         self._last = 0  # number given last
         self._next = 1  # number to be sent next
@@ -34,12 +36,14 @@ class Ledger:
         message.number = self._last
         self._kept[self._last] = message
         self.kept_bytes += weight(message)
+        self.unsent_bytes += weight(message)
 
     def next(self) -> tunnel_pb2.TunnelMessage | None:
         """The message to be sent now, with what is acknowledged by it; None when all were."""
         message = self._kept.get(self._next)
         if message is not None:
             self._next += 1
+            self.unsent_bytes -= weight(message)
             message.received = self.received
         return message
 
@@ -56,7 +60,7 @@ class Ledger:
         if number < self._acknowledged:
             raise TunnelViolation(f"message {number} is said to be the last that came, {self._acknowledged} did before")
         self.acknowledge(number)
-        self._next = number + 1
+        self._next, self.unsent_bytes = number + 1, self.kept_bytes
 
     def accept(self, number: int) -> bool:
         """Whether a message that came is new. Raises TunnelViolation when some before it did not come."""

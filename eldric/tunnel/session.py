@@ -12,6 +12,10 @@ from eldric.tunnel.ledger import Ledger
 from eldric.tunnel.limits import MAX_TEXT, PIECE_BYTES, WINDOW_BYTES, TunnelLimits, TunnelViolation
 from eldric.v1 import tunnel_pb2
 
+#: Bytes that wait for the stream, beyond which channels wait for their turn: one with a lot to send does not hold up
+#: the others. Those with little to send, such as beats and the steps of a token, need no turn.
+BACKLOG_BYTES = 256 * 1024
+SMALL_BYTES = 16 * 1024
 #: Credit is given in steps of this: a quarter of a window.
 _CREDIT_BYTES = WINDOW_BYTES // 4
 
@@ -116,6 +120,11 @@ class Session:
         """Whether so much waits for acknowledgement that channels must not send."""
         return self.ledger.kept_bytes >= self.limits.kept_bytes
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether channels must wait until the stream has taken more, or the other side acknowledged some."""
+        return self.is_full or self.ledger.unsent_bytes >= BACKLOG_BYTES
+
     def next(self) -> tunnel_pb2.TunnelMessage | None:
         """The next message to be sent, if there is one."""
         return self.ledger.next()
@@ -141,12 +150,14 @@ class Session:
         return self._last_own
 
     def send(self, channel: int, data: memoryview) -> int:
-        """How many of these bytes are sent; 0 until there is credit, and room for what is kept."""
+        """How many of these bytes are sent; 0 until there is credit, and while the session is busy."""
         state = self._channels.get(channel)
-        if state is None or state.ended or self.is_full:
+        if state is None or state.ended:
             return 0
-        taken = 0
-        while (count := min(len(data) - taken, state.credit, PIECE_BYTES)) > 0 and not self.is_full:
+        taken, is_small = 0, len(data) <= SMALL_BYTES
+        while (count := min(len(data) - taken, state.credit, PIECE_BYTES)) > 0:
+            if self.is_full if is_small else self.is_busy:
+                break
             self._add(data=tunnel_pb2.ChannelData(channel=channel, data=bytes(data[taken : taken + count])))
             state.credit -= count
             taken += count

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from eldric.errors import QueueIsFull
 from eldric.tunnel.limits import PIECE_BYTES, WINDOW_BYTES, TunnelLimits, TunnelViolation
 from eldric.tunnel.session import (
+    BACKLOG_BYTES,
+    SMALL_BYTES,
     Credited,
     Data,
     Ended,
@@ -100,12 +102,33 @@ def test_bytes_go_both_ways_in_order() -> None:
 
 def test_a_window_is_sent_and_no_more_until_the_other_side_passed_it_on() -> None:
     pair, channel = opened()
-    data = memoryview(bytes(WINDOW_BYTES + 5))
-    assert pair.node.session.send(channel, data) == WINDOW_BYTES
-    assert pair.node.session.send(channel, data) == 0
+    assert send_all(pair, channel, 2 * WINDOW_BYTES) == WINDOW_BYTES
     pair.settle()
     assert Credited(channel) in pair.node.events
-    assert pair.node.session.send(channel, data) == WINDOW_BYTES
+    assert send_all(pair, channel, 2 * WINDOW_BYTES) == WINDOW_BYTES
+
+
+def send_all(pair: Pair, channel: int, size: int) -> int:
+    """How many bytes the node may send without hearing of the edge."""
+    sent = 0
+    while (taken := pair.node.session.send(channel, memoryview(bytes(size - sent)))) > 0:
+        sent += taken
+        while pair.step(pair.node, pair.edge):
+            pass
+    return sent
+
+
+def test_a_channel_with_much_to_send_leaves_room_for_others() -> None:
+    """What waits for the stream is bounded, and little things need not wait for it."""
+    pair, channel = opened()
+    other = pair.node.session.open(address="controller")
+    taken = pair.node.session.send(channel, memoryview(bytes(WINDOW_BYTES)))
+    assert BACKLOG_BYTES <= taken < BACKLOG_BYTES + PIECE_BYTES
+    assert pair.node.session.is_busy
+    assert pair.node.session.send(other, memoryview(bytes(SMALL_BYTES + 1))) == 0
+    assert pair.node.session.send(other, memoryview(bytes(SMALL_BYTES))) == SMALL_BYTES
+    pair.settle()
+    assert not pair.node.session.is_busy
 
 
 def test_what_was_lost_with_a_stream_is_sent_again_once() -> None:
@@ -159,9 +182,7 @@ def test_ends_that_cross_break_nothing() -> None:
     """Credit and an abort may be under way for a channel that is over for the one who gets them."""
     pair, channel = opened()
     node, edge = pair.node.session, pair.edge.session
-    node.send(channel, memoryview(bytes(WINDOW_BYTES // 2)))
-    while pair.step(pair.node, pair.edge):  # the edge has given credit by now
-        pass
+    send_all(pair, channel, WINDOW_BYTES // 2)  # the edge has given credit by now
     edge.end(channel)
     node.end(channel)
     pair.step(pair.node, pair.edge)  # the edge: both have ended
@@ -204,9 +225,14 @@ def test_channels_beyond_the_limit_are_refused_one_by_one() -> None:
 def test_what_is_kept_is_bounded() -> None:
     pair = Pair(kept_bytes=3 * PIECE_BYTES)
     channel = pair.node.session.open(address="controller")
-    sent = pair.node.session.send(channel, memoryview(bytes(WINDOW_BYTES)))
+    sent = 0
+    while (taken := pair.node.session.send(channel, memoryview(bytes(WINDOW_BYTES)))) > 0:
+        sent += taken
+        while pair.node.session.next() is not None:  # it is on its way, and nobody acknowledges
+            pass
     assert sent <= 3 * PIECE_BYTES
     assert pair.node.session.is_full
+    pair.come_back()
     pair.settle()
     assert not pair.node.session.is_full
 
