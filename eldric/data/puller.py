@@ -100,7 +100,7 @@ class Puller:
         while True:
             with self._store.claims.take(model, uri) as (claim, ours):
                 found = self._store.find(model)
-                if found is not None and found.origin == uri:
+                if found is not None and found.origin == uri and found.error is None:
                     return found
                 if ours:
 

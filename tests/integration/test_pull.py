@@ -190,6 +190,9 @@ def test_a_name_in_use_is_refused_and_the_same_source_is_there_already(
     before = len(hub.downloads)
     pull()()
     assert len(hub.downloads) == before
+    store.get("Tale-Q8_0").path(0).unlink()
+    with pytest.raises(AlreadyExists, match="remove it first"):
+        pull()()
 
 
 @pytest.mark.parametrize("first_is_stopped", [False, True])
