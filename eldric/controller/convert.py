@@ -288,7 +288,7 @@ def _pipeline_stage(
         index=stage.index,
         worker=stage.worker,
         layers=common_pb2.LayerRange(start=stage.start, end=stage.end),
-        message=verdict.reason,
+        message=verdict.why,
         transport=record.transport,
         encrypted=not record.request.insecure_tensors,
     )
@@ -298,7 +298,7 @@ def _pipeline_stage(
     message.pid = node.info.pid
     message.state = _STAGE_VALUES[report.state]
     message.step_ms, message.steps = report.step_ms, report.steps
-    message.message = verdict.reason or report.message
+    message.message = verdict.why or report.message
     use = report.memory
     message.memory.CopyFrom(
         common_pb2.MemoryUse(

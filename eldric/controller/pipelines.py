@@ -90,10 +90,11 @@ class Condition(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """A stage's condition, and why."""
+    """A stage's condition, and why: `reason` names the stage, `why` is for where it is named anyway."""
 
     condition: Condition
     reason: str = ""
+    why: str = ""
 
 
 def judge(record: PipelineRecord, stage: StageRecord, node: Node | None, absent: int, *, settled: bool) -> Verdict:
@@ -107,22 +108,23 @@ def judge(record: PipelineRecord, stage: StageRecord, node: Node | None, absent:
         return _missing(record, stage, node.reason)
     report = node.stages.get(record.key(stage))
     if report is not None and report.state is StageState.BROKEN:
-        return Verdict(Condition.BROKEN, f"{_named(record, stage)} is broken: {report.message or 'it says not why'}")
+        return _verdict(Condition.BROKEN, record, stage, "broken", report.message or "it does not say why")
     if absent >= ABSENT_BEATS:
-        return Verdict(Condition.ABSENT, f"{_named(record, stage)} is gone: its worker holds it no longer")
+        return _verdict(Condition.ABSENT, record, stage, "gone", "its worker holds it no longer")
     if node.state is NodeState.DRAINING:
-        return Verdict(Condition.CLOSING, f"{_named(record, stage)} is closing: its worker is about to end")
+        return _verdict(Condition.CLOSING, record, stage, "closing", "its worker is about to end")
     if report is not None and report.state is StageState.SERVING:
         return Verdict(Condition.SERVING)
     return Verdict(Condition.SERVING) if settled else waiting
 
 
 def _missing(record: PipelineRecord, stage: StageRecord, why: str) -> Verdict:
-    return Verdict(Condition.MISSING, f"{_named(record, stage)} is gone: {why}")
+    return _verdict(Condition.MISSING, record, stage, "gone", why)
 
 
-def _named(record: PipelineRecord, stage: StageRecord) -> str:
-    return f"stage {stage.index} of {len(record.stages)} on worker {stage.worker}"
+def _verdict(condition: Condition, record: PipelineRecord, stage: StageRecord, state: str, why: str) -> Verdict:
+    named = f"stage {stage.index} of {len(record.stages)} on worker {stage.worker}"
+    return Verdict(condition, f"{named} is {state}: {why}", why)
 
 
 def is_present(report: StageReport | None) -> bool:
