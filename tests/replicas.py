@@ -26,6 +26,9 @@ from eldric.data.convert import model_metadata
 from eldric.data.importer import Importer
 from eldric.data.main import run
 from eldric.data.store import ModelStore
+from eldric.engine.gguf import ModelFile
+from eldric.engine.shard import ByteRange, LayerRange, shard_of
+from eldric.engine.spec import spec_of
 from eldric.security import Authority, Identity
 from eldric.v1 import stage_pb2
 from eldric.worker.range_cache.cache import RangeCache
@@ -37,6 +40,7 @@ from tests.stores import data_config, ignore, until
 #: Of 26 MB in 8 layers, so that a layer is some blocks long.
 SHAPE = SmallLlama(layers=8, hidden=384, heads=6, kv_heads=6, head_dim=64, ffn=256, context=256)
 MODEL = "big"
+BLOCK = 1 << 20
 
 
 def filled_store(folder: Path, path: Path, model: str = MODEL) -> stage_pb2.ModelSource:
@@ -203,6 +207,59 @@ def fetching_as(folder: Path, identity: Identity, limit_bytes: int = 0) -> Fetch
     cache, registry = RangeCache(folder, limit_bytes), CollectorRegistry()
     counts = FetchMetrics(registry, cache.nbytes)
     return Fetching(RangeFetcher(cache, lambda: identity, counts), cache, identity, counts, registry)
+
+
+def at(source: stage_pb2.ModelSource, *places: stage_pb2.ModelPlace) -> stage_pb2.ModelSource:
+    made = stage_pb2.ModelSource()
+    made.CopyFrom(source)
+    made.places.extend(places)
+    return made
+
+
+def ranges_of(path: Path, start: int, stop: int) -> tuple[ByteRange, ...]:
+    with ModelFile.open(path) as model:
+        return shard_of(model, spec_of(model), LayerRange(start, stop)).ranges
+
+
+def bring(
+    worker: Fetching,
+    source: stage_pb2.ModelSource,
+    path: Path,
+    layers: tuple[int, int],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> tuple[int, int]:
+    """Fetch a stage's ranges; they must be the file's. Returns the last (done, total) that was told."""
+    told = (0, 0)
+
+    def note(done: int, total: int) -> None:
+        nonlocal told
+        told = (done, total)
+        progress(done, total)
+
+    model, entry = worker.fetcher.open(source, cancelled)
+    try:
+        ranges = ranges_of(path, *layers)
+        worker.fetcher.fetch(entry, source, ranges, note, cancelled)
+        data, copies = path.read_bytes(), [copy.read_bytes() for copy in entry.paths]
+        assert copies[0][: model.header_bytes] == data[: model.header_bytes]
+        for part in ranges:
+            span = slice(part.offset, part.offset + part.length)
+            assert copies[part.file][span] == data[span]
+    finally:
+        model.close()
+        entry.close()
+    return told
+
+
+@dataclass(frozen=True, slots=True)
+class BigStore:
+    """A filled store's folder, the source of its one model, that model's file, and the cluster's authority."""
+
+    folder: Path
+    source: stage_pb2.ModelSource
+    path: Path
+    authority: Authority
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from eldric.cli.local import LocalCluster
 from eldric.cli.roster import NodeEntry, Shape
 from eldric.client import AsyncClient, PipelineInfo, StageProgress
 from eldric.security import Authority
+from tests.e2e.cli import Cli
 from tests.e2e.clusters import LiveCluster, _up, runs, until
 from tests.models import SmallLlama, write_small_llama
 
@@ -79,7 +80,12 @@ async def deploy(cluster: LiveCluster, layers: list[int], kill: str = "") -> set
 
 async def test_a_model_is_deployed_over_http_from_two_data_workers_and_one_may_die(cluster: LiveCluster) -> None:
     client = cluster.client
-    assert (await client.models.replicate(MODEL)).data_workers == DATA
+    cli = Cli(cluster.folder, {"ELDRIC_DIR": str(cluster.folder)})
+    refused = await asyncio.to_thread(cli, "models", "replicate", MODEL, "--copies", 3, code=1)
+    assert "3 copies: from 1 to 2, the number of data workers that are up" in refused.error
+    made = (await asyncio.to_thread(cli, "models", "replicate", MODEL, "--json")).json
+    assert made == {"model": MODEL, "data_workers": list(DATA)}
+    assert (await client.models.replicate(MODEL, to="data-2")).data_workers == DATA, "it is there already"
     assert (await client.models.show(MODEL)).data_workers == DATA
     assert [model.name for model in await client.models.list()] == [MODEL]
     size = (await client.models.show(MODEL)).info.size_bytes
