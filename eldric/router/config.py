@@ -26,6 +26,4 @@ class RouterConfig:
             if getattr(self, field) < 1:
                 raise InvalidRequest(f"{field} is {getattr(self, field)}, it must be at least 1")
         if self.max_bodies_bytes < self.max_body_bytes:
-            raise InvalidRequest(
-                f"max_bodies_bytes is {self.max_bodies_bytes}, max_body_bytes {self.max_body_bytes}"
-            )
+            raise InvalidRequest(f"max_bodies_bytes is {self.max_bodies_bytes}, max_body_bytes {self.max_body_bytes}")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from eldric.controller import convert
-from eldric.controller.costs import ModelShape, Options
+from eldric.controller.costs import DEFAULT_CHUNK, ModelShape, Options
 from eldric.controller.planner import Order, plan
 from eldric.controller.seating import WorkerView
 from eldric.data.convert import model_metadata
@@ -39,7 +39,7 @@ def test_a_plan_counts_what_the_worker_will_count(metadata: model_store_pb2.Mode
     with ModelFile.open(storyteller()) as file:
         costs = model_costs(file, spec_of(file))
     for stage in made.stages:
-        estimate = memory_estimate(costs, LayerRange(stage.start, stage.end), context=300, slots=2, chunk=128)
+        estimate = memory_estimate(costs, LayerRange(stage.start, stage.end), context=300, slots=2, chunk=DEFAULT_CHUNK)
         assert (stage.weights_bytes, stage.kv_bytes, stage.compute_bytes) == (
             estimate.weights,
             estimate.kv,
@@ -49,7 +49,7 @@ def test_a_plan_counts_what_the_worker_will_count(metadata: model_store_pb2.Mode
 
 def test_options_that_are_left_out_take_the_defaults_of_the_contract() -> None:
     order = convert.order_of(pipeline_pb2.DeployRequest(), shape_of())
-    assert order.options == Options(context=4096, slots=4, chunk=128, exact=True, weights="auto", kv_type="f16")
+    assert order.options == Options(context=4096, slots=4, chunk=64, exact=None, weights="auto", kv_type="f16")
     assert convert.order_of(pipeline_pb2.DeployRequest(), shape_of(context=512)).options.context == 512
     given = common_pb2.StageOptions(context=9000, slots=1, chunk=7, lanes=2, threads=3, exact=False, trace=True)
     order = convert.order_of(pipeline_pb2.DeployRequest(options=given), shape_of())
