@@ -1,6 +1,9 @@
 """eldric-cli data export: the model store's folder over NFS. eldric-cli mount: such a folder, without the kernel."""
 
+import json
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -57,7 +60,8 @@ def export(
     reached = advertise or (machine_address() if host in ("0.0.0.0", "::") else host)
     config = ExportConfig(_store(store, folder), NfsAddress(reached, path, port), host, tuple(clients or ()))
     if print_lines:
-        print(kernel_lines(config), end="")
+        lines = kernel_lines(config)
+        print_json({"exports": lines}) if as_json else print(lines, end="")
         return
     with serving(config) as server, announced(config):
         if as_json:
@@ -75,6 +79,9 @@ def mount(
     allow_other: Annotated[
         bool, typer.Option("--allow-other", help="Let other users of this machine read too.")
     ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object on stdout when the mount is there.")
+    ] = False,
 ) -> None:
     """Mount a model store through FUSE, where the kernel has no NFS client, until Ctrl-C.
 
@@ -91,7 +98,21 @@ def mount(
         raise NotReady(problem)
     from eldric.nfs.fuse import serve
 
-    serve(address, folder.absolute(), others=allow_other)
+    place = folder.absolute()
+    told = {"export": str(address), "folder": str(place)}
+    said = json.dumps(told) if as_json else f"{address} is mounted on {place}" if sys.stdout.isatty() else ""
+    threading.Thread(target=_announce, args=(place, said), daemon=True).start()
+    serve(address, place, others=allow_other)
+
+
+def _announce(place: Path, said: str) -> None:
+    """Say it once the mount is there."""
+    from eldric.nfs.mountinfo import mounts
+
+    while not any(each.point == str(place) for each in mounts()):
+        time.sleep(0.05)
+    if said:
+        print(said, flush=True)
 
 
 def _store(store: Path | None, folder: Path | None) -> Path:

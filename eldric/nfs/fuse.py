@@ -7,6 +7,7 @@ with direct_io: it has no shared mappings, and every reader would fetch all byte
 import errno
 import itertools
 import os
+import signal
 import stat
 import threading
 from collections.abc import Iterator
@@ -21,6 +22,9 @@ from eldric.nfs.remote import OpenFile, Remote
 
 #: Type of the mount in /proc/self/mountinfo is "fuse.NAME".
 SUBTYPE = "eldric-nfs"
+
+#: What libfuse's main says when a signal ended its loop.
+_LOOP_ENDED = 8
 
 _KINDS = {"file": stat.S_IFREG, "directory": stat.S_IFDIR, "symlink": stat.S_IFLNK}
 
@@ -76,14 +80,16 @@ class NfsFiles(mfusepy.Operations):  # type: ignore[misc]
 def serve(address: NfsAddress, folder: Path, *, others: bool = False) -> None:
     """Mounts an export on a folder and serves it until a signal or an unmount ends it.
 
-    others: let other users read too. Raises Unavailable when the server does not answer, NotReady when FUSE cannot
-    mount there.
+    others: let other users read too. For the main thread. Raises Unavailable when the server does not answer, NotReady
+    when FUSE cannot mount there.
     """
     try:
         remote = Remote(address)
     except OSError as error:
         raise Unavailable(error.strerror or str(error)) from error
     options: dict[str, Any] = {"allow_other": True} if others else {}
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)  # else libfuse leaves them to Python, which does not run meanwhile
     try:
         mfusepy.FUSE(
             NfsFiles(remote),
@@ -96,6 +102,8 @@ def serve(address: NfsAddress, folder: Path, *, others: bool = False) -> None:
             **options,
         )
     except RuntimeError as error:
+        if error.args == (_LOOP_ENDED,):
+            return
         raise NotReady(f"FUSE cannot mount on {folder} (code {error}): see the lines above") from error
     finally:
         remote.close()

@@ -29,12 +29,12 @@ def path(tmp_path: Path) -> Path:
 @pytest.fixture
 def probe() -> Iterator[Child]:
     child = Child("probe", {})
-    child.line(10)
     yield child
     child.close()
 
 
 def freeze(child: Child) -> None:
+    child.greet()
     os.kill(child._process.pid, signal.SIGSTOP)
 
 
@@ -47,9 +47,15 @@ def test_ranges_are_there_when_they_were_asked_for_in_order(path: Path) -> None:
         reader(1, 7 * MIB, MIB)
 
 
-def test_reading_waits_for_what_is_used_up(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reads no more than a piece ahead of what is used up."""
     monkeypatch.setattr(read_ahead, "WINDOW_BYTES", MIB)
     monkeypatch.setattr(read_ahead, "_STEP_BYTES", MIB)
+
+
+@pytest.mark.usefixtures("narrow")
+def test_reading_waits_for_what_is_used_up(path: Path) -> None:
     with ReadAhead([path], [ByteRange(0, 0, 8 * MIB)], lambda: False, stall_s=0.5) as reader:
         reader(0, 0, 2 * MIB)
         with pytest.raises(DeadlineExceeded):
@@ -76,13 +82,15 @@ def test_a_file_that_is_gone_is_an_error(tmp_path: Path) -> None:
         reader(0, 0, 1)
 
 
+@pytest.mark.usefixtures("narrow")
 def test_a_read_that_hangs_ends_with_its_deadline(path: Path) -> None:
     with ReadAhead([path], [ByteRange(0, 0, 8 * MIB)], lambda: False, stall_s=0.3) as reader:
         freeze(reader._child)
-        with pytest.raises(DeadlineExceeded, match=r"no byte of .* came for 0\.3 s, after 0 of 8388608 bytes"):
+        with pytest.raises(DeadlineExceeded, match=r"no byte of .* came for 0\.3 s, after \d+ of 8388608 bytes"):
             reader(0, 0, 8 * MIB)
 
 
+@pytest.mark.usefixtures("narrow")
 def test_a_read_that_hangs_can_be_cancelled(path: Path) -> None:
     with ReadAhead([path], [ByteRange(0, 0, 8 * MIB)], lambda: True) as reader:
         freeze(reader._child)

@@ -1,12 +1,13 @@
 """The process that touches files on a mount that may hang. Started as a script, with the standard library alone.
 
-The first line of its input is a request, a JSON object; its answers are lines. A failure is a line with an object
-{"errno", "message"}. It ends with its input, and can be killed at any time without harm.
+The first line of its input is a request, a JSON object; its first line of output, "{}", says that it has it. Then its
+answers are lines, a failure one with an object {"errno", "message"}. It ends with its input, and can be killed at any
+time without harm.
 
     look   {"files": [[path, header bytes], ...]}   -> {"sizes": [...], "sha256": of the first file's header}
     read   {"files": [path, ...], "ranges": [[file, offset, length], ...], "window": bytes}
            -> bytes read so far, again and again; stops when it is a window ahead of what its input says is used up
-    probe  {} -> "{}"; then for each line, a path, "{}" when a byte of that file came from the server
+    probe  {}, then a path a line -> "{}" for each path, when a byte of that file came from the server
 """
 
 import hashlib
@@ -108,6 +109,7 @@ def _say(line: str) -> None:
 def main(mode: str) -> None:
     lines = io.FileIO(_INPUT, closefd=False)  # unbuffered: `read` waits for its input itself
     request = json.loads(lines.readline())
+    _say("{}")
     try:
         if mode == "look":
             _say(json.dumps(look(request["files"])))
@@ -122,7 +124,6 @@ def main(mode: str) -> None:
 
 def _probe_for_ever(lines: Any) -> None:
     block = mmap.mmap(-1, _PAGE)
-    _say("{}")
     while path := lines.readline():
         try:
             probe(os.fsdecode(path[:-1]), block)

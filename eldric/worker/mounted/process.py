@@ -15,6 +15,7 @@ from eldric.engine.errors import LoadCancelled
 
 _SCRIPT = Path(__file__).with_name("child.py")
 _POLL_S = 0.2  # how often somebody who waits looks whether the wait was cancelled
+_START_S = 20.0  # how long a process may take to be there, on a machine that is very busy
 _END_S = 0.5  # how long a killed process may take to end before it is left to end by itself
 _MAX_LINE = 1 << 20
 
@@ -46,7 +47,7 @@ class Child:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
         )
-        self._rest = b""
+        self._rest, self._greeted = b"", False
         assert self._process.stdin is not None and self._process.stdout is not None
         self._input, self._output = self._process.stdin.fileno(), self._process.stdout.fileno()
         self._poll = select.poll()
@@ -65,7 +66,20 @@ class Child:
                 data = data[os.write(self._input, data) :]
 
     def line(self, timeout_s: float, cancelled: Callable[[], bool] = lambda: False) -> str:
-        """The next answer. Raises Silent, LoadCancelled when `cancelled` says so, OSError for a failure."""
+        """The next answer; the time that the process takes to be there does not count.
+
+        Raises Silent, LoadCancelled when `cancelled` says so, OSError for a failure.
+        """
+        self.greet(cancelled)
+        return self._line(timeout_s, cancelled)
+
+    def greet(self, cancelled: Callable[[], bool] = lambda: False) -> None:
+        """Wait until the process is there. Raises as `line` does."""
+        if not self._greeted:
+            self._line(_START_S, cancelled)
+            self._greeted = True
+
+    def _line(self, timeout_s: float, cancelled: Callable[[], bool]) -> str:
         deadline = time.monotonic() + timeout_s
         while b"\n" not in self._rest:
             left = deadline - time.monotonic()

@@ -20,8 +20,6 @@ log = logging.getLogger(__name__)
 #: Pause between two probes of a mount, and the longest wait for an answer, in seconds.
 INTERVAL_S = 2.0
 ANSWER_S = 1.0
-#: Longest wait for a new process to be there.
-_START_S = 10.0
 
 
 @dataclass(slots=True)
@@ -54,7 +52,6 @@ class Probe:
     def _running(self) -> Child:
         if self._child is None:
             self._child = Child("probe", {})
-            self._child.line(_START_S)
         return self._child
 
     def close(self) -> None:
