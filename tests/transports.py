@@ -2,7 +2,10 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
 from itertools import count
+
+import pytest
 
 from eldric.transport import registry
 from eldric.transport.base import Link, Peer, Transport, TransportOptions
@@ -14,7 +17,12 @@ QUICK = TransportOptions(silence_s=0.6, relay_silence_s=0.6, linger_s=0.5)
 SHORT = 0.05  # seconds in which nothing is expected to happen
 
 #: Every transport that links processes; each of them passes the whole suite of test_transport_*.py.
-BETWEEN_PROCESSES = ["zmq", "shm", "relay"]
+BETWEEN_PROCESSES = [
+    "zmq",
+    "shm",
+    pytest.param("ucx", marks=pytest.mark.skipif(not find_spec("ucxx"), reason="UCX is not installed: eldric[ucx]")),
+    "relay",
+]
 EVERY_TRANSPORT = [*BETWEEN_PROCESSES, "inproc"]
 
 

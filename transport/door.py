@@ -43,7 +43,7 @@ class Door:
         on_open: OnWire,
         on_end: OnWire,
     ) -> None:
-        """address: where this transport is to be reached by other means; empty when there are none."""
+        """address: where peers reach this transport by other means; empty when there are none."""
         self._pipeline_id, self._options, self._identity, self._address = pipeline_id, options, identity, address
         self._is_allowed, self._on_open, self._on_end = is_allowed, on_open, on_end
         self.refused = 0
@@ -71,10 +71,13 @@ class Door:
         dial: Callable[[float], socket.socket],
         peer: Peer,
         hello: frame_pb2.LinkHello,
-        descriptors: Sequence[int],
         timeout: float,
+        *,
+        descriptors: Sequence[int] = (),
+        address: bytes = b"",
     ) -> tuple[Wire, frame_pb2.LinkGrant]:
         """An outbound wire, and the receiver's first grant. dial(timeout_s): a socket that is connected to the peer.
+        descriptors, address: what the peer gets with it: open files, and where this end is to be reached.
 
         Tries again until the timeout. Raises ConnectFailed. A wire that the receiver refused is `closed`.
         """
@@ -84,7 +87,7 @@ class Door:
             try:
                 sock = dial(left_s)
                 try:
-                    return self._open(Conversation(sock, deadline), peer, hello, descriptors)
+                    return self._open(Conversation(sock, deadline), peer, hello, descriptors, address)
                 except BaseException:
                     sock.close()
                     raise
@@ -117,9 +120,14 @@ class Door:
         self._bell.close()
 
     def _open(
-        self, talk: Conversation, peer: Peer, hello: frame_pb2.LinkHello, descriptors: Sequence[int]
+        self,
+        talk: Conversation,
+        peer: Peer,
+        hello: frame_pb2.LinkHello,
+        descriptors: Sequence[int],
+        address: bytes,
     ) -> tuple[Wire, frame_pb2.LinkGrant]:
-        accepted, grant = open_outbound(talk, hello, self._identity, peer.public_key, self._address, descriptors)
+        accepted, grant = open_outbound(talk, hello, self._identity, peer.public_key, address, descriptors)
         wire = Wire(
             stage=peer.stage,
             epoch=hello.epoch,

@@ -16,9 +16,13 @@ Arrival: TypeAlias = tuple[int, Wire, bytes, memoryview]
 
 
 class Mailbox(ABC):
-    """`ring` may be called from any thread, all else by the transport's. Nothing but `sleep` blocks."""
+    """`ring` and `expect` may be called from any thread, all else by the transport's. `sleep` alone blocks for long."""
 
     address: bytes = b""  # where peers reach it, beside the door; empty: not needed
+
+    def expect(self, wire: Wire) -> None:
+        """An inbound wire has opened; `add` follows. Called by the door's threads."""
+        return
 
     @abstractmethod
     def add(self, wire: Wire) -> None:
@@ -35,6 +39,10 @@ class Mailbox(ABC):
     @abstractmethod
     def take(self) -> Arrival | None:
         """The next arrival, if there is one."""
+
+    def take_last(self) -> Arrival | None:
+        """As `take`, when a wire has ended: None only if nothing more of it can come."""
+        return self.take()
 
     @abstractmethod
     def tell(self, wire: Wire, grant: bytes) -> None:

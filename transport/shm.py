@@ -72,7 +72,9 @@ class ShmTransport(WiredTransport):
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             with theirs:
-                wire, grant = self._door.connect(dial, peer, hello, (memory.descriptor, theirs.fileno()), timeout)
+                wire, grant = self._door.connect(
+                    dial, peer, hello, timeout, descriptors=(memory.descriptor, theirs.fileno())
+                )
         except BaseException:
             ours.close()
             memory.close()

@@ -56,6 +56,9 @@ class WiredTransport(Transport):
     def _make_link(self, peer: Peer, hello: frame_pb2.LinkHello, timeout: float) -> Link:
         """Raises ConnectFailed, InvalidAddress."""
 
+    def _finish(self, deadline: float) -> None:
+        """Wait until the peers have taken what was sent, where the end of this transport would lose it."""
+
     @property
     def public_key(self) -> str:
         return "" if self._identity is None else self._identity.public_key.hex()
@@ -124,6 +127,7 @@ class WiredTransport(Transport):
         if self._closed:
             return
         self._closed = True
+        self._finish(time.monotonic() + self.options.linger_s)
         for link in self._links:
             link.close()
         self._door.close()
@@ -139,7 +143,8 @@ class WiredTransport(Transport):
 
     def _on_open(self, wire: Wire) -> None:
         """In a thread of the door's."""
-        self._opened.append(wire)
+        self._opened.append(wire)  # first, so that whatever comes by it comes from somebody who is known
+        self._mailbox.expect(wire)
         self._mailbox.ring()
 
     def _on_end(self, wire: Wire) -> None:
@@ -153,7 +158,7 @@ class WiredTransport(Transport):
         """The next arrival. None at the deadline, and when the bell was rung. Raises PeerLost, once all was taken."""
         mailbox = self._mailbox
         if self._ended or self.losses:
-            arrival = mailbox.take()
+            arrival = mailbox.take_last()
             if arrival is None:
                 self._raise_lost()
             return arrival
@@ -178,6 +183,8 @@ class WiredTransport(Transport):
     def _take(self, arrival: Arrival) -> Frame | None:
         """None when it is no frame for us, or not yet."""
         kind, wire, header, payload = arrival
+        if self._opened:
+            self._greet()
         window = self._inbound.get(wire)
         if window is None:  # it has been given up
             return None

@@ -22,6 +22,12 @@ PATIENT = replace(QUICK, silence_s=30)
 pytestmark = pytest.mark.parametrize("scheme", BETWEEN_PROCESSES)
 
 
+@pytest.fixture(autouse=True)
+def ucx_ways(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By shared memory; test_transport_frames.py takes TCP."""
+    monkeypatch.setenv("UCX_TLS", "sm,tcp")
+
+
 @contextmanager
 def other_process(receiver: Transport, frames: int = 3) -> Iterator[tuple["subprocess.Popen[str]", Link]]:
     """A stage 0 in another process that sends to `receiver`, and a link of `receiver` to it."""

@@ -24,6 +24,12 @@ from tests.transports import EVERY_TRANSPORT, QUICK, SHORT, fill, linked, make_t
 pytestmark = pytest.mark.parametrize("scheme", EVERY_TRANSPORT)
 
 
+@pytest.fixture(autouse=True)
+def ucx_ways(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By TCP; the other files of this suite take shared memory."""
+    monkeypatch.setenv("UCX_TLS", "tcp")
+
+
 def test_frames_arrive_whole_and_in_order(scheme: str) -> None:
     hidden = np.arange(6 * 64, dtype=np.float32).reshape(6, 64)
     with linked(scheme) as (_, link, receiver):

@@ -16,6 +16,12 @@ from tests.transports import EVERY_TRANSPORT, QUICK, SHORT, fill, linked, make_t
 pytestmark = pytest.mark.parametrize("scheme", EVERY_TRANSPORT)
 
 
+@pytest.fixture(autouse=True)
+def ucx_ways(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By shared memory; test_transport_frames.py takes TCP."""
+    monkeypatch.setenv("UCX_TLS", "sm,tcp")
+
+
 def test_closed_sender_is_lost_after_its_frames(scheme: str) -> None:
     options = replace(QUICK, linger_s=20)
     with linked(scheme, options) as (sender, link, receiver), ThreadPoolExecutor(1) as pool:

@@ -1,0 +1,272 @@
+"""One UCX worker: messages by tag, from buffers that are used again, and a thread that moves them meanwhile.
+
+A UCX worker does nothing but when it is called. Who waits for frames calls it; while the stage computes, the pump does.
+Layout of a message: its kind (1 byte), 3 unused, length of the header (4 bytes, little-endian), length of the payload
+(8 bytes); the header; at the next multiple of 64 the payload.
+"""
+
+import math
+import os
+import select
+import struct
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from eldric.transport.bell import Bell
+from eldric.transport.spin import give_way
+
+os.environ.setdefault("UCX_LOG_FILE", "stderr")  # else it writes to standard output, which is not its own
+os.environ.setdefault("UCX_WARN_UNUSED_ENV_VARS", "n")
+try:
+    from ucxx._lib import libucxx as libucxx
+    from ucxx._lib.arr import Array
+except ImportError as error:
+    raise ImportError(f"UCX is not installed: pip install 'eldric[ucx]' ({error})") from error
+
+PREFIX = struct.Struct("<B3xIQ")
+_ALIGNMENT = 64
+_PUSH_S = 0.002  # how long a sender moves a large message itself before the pump does
+_ATTENDED_S = 0.001  # who looked for frames that recently needs no pump
+_LOOK_S = 0.005  # between two looks of the pump whether it is needed
+_BUSY_S = 0.0002  # between two times that it moves messages that are on their way
+_CLOSE_S = 0.05  # longest wait for ways to other workers to close
+_IDLE_S = 0.5  # longest wait for a message
+_KEPT_BUFFERS = 4  # of each size
+_KEPT_SIZES = 8
+
+
+class Outgoing:
+    """A buffer that messages of one size are sent from. UCX keeps its memory registered while it lives."""
+
+    __slots__ = ("array", "memory", "view")
+
+    def __init__(self, size: int) -> None:
+        self.memory = np.empty(size, np.uint8)
+        self.view = memoryview(self.memory.data)
+        self.array = Array(self.memory)
+
+
+class Endpoint:
+    """A way to another worker. What has been sent by it and is not gone yet."""
+
+    def __init__(self, handle: Any, tag: int) -> None:
+        self.handle, self.tag = handle, libucxx.UCXXTag(tag)
+        self.sends: deque[tuple[Any, Outgoing]] = deque()
+
+    def close(self) -> Any:
+        """Begin to close it: gives UCX's request, which its worker's progress completes.
+
+        UCX's ways that block wait for a dead peer for ever.
+        """
+        handle, self.handle = self.handle, None
+        self.sends.clear()
+        return handle.close()
+
+
+class Worker:
+    """`lock` is held by every method that touches UCX; `ring` needs none."""
+
+    def __init__(self, collect: Callable[[], None]) -> None:
+        """collect: takes what has come off the worker; called with the lock held."""
+        context = libucxx.UCXContext({}, feature_flags=(libucxx.Feature.TAG, libucxx.Feature.WAKEUP))
+        self._worker: Any = libucxx.UCXWorker(context)
+        self._worker.init_blocking_progress_mode()
+        self.address: bytes = self._worker.address.tobytes()
+        self.lock = threading.Lock()
+        self._collect = collect
+        self._endpoints: list[Endpoint] = []
+        self._closing: list[Any] = []  # requests
+        self._retiring: list[tuple[Endpoint, float, Callable[[], None]]] = []
+        self._free: dict[int, list[Outgoing]] = {}
+        self._attended = 0.0
+        self._sleeping = False
+        self._bell = Bell()
+        self._poller = select.poll()
+        self._poller.register(self._bell, select.POLLIN)
+        self._poller.register(self._worker.epoll_file_descriptor, select.POLLIN)
+        self._pump_bell = Bell()
+        self._stop = False
+        self._pump = threading.Thread(target=self._run, name="eldric-transport-pump", daemon=True)
+        self._pump.start()
+
+    def connect(self, address: bytes, tag: int) -> Endpoint:
+        """A way to the worker of that address, on which messages carry that tag.
+
+        Without UCX's own error handling, which would rule shared memory out: the door knows who is gone.
+        """
+        with self.lock:
+            there = libucxx.UCXAddress.create_from_buffer(address)
+            endpoint = Endpoint(self._worker.create_endpoint_from_worker_address(there, False), tag)
+            self._endpoints.append(endpoint)
+        return endpoint
+
+    def send(self, endpoint: Endpoint, kind: int, header: bytes, payload: memoryview) -> None:
+        """Copy a message and send it. Never waits for the peer."""
+        begin = payload_begin(len(header))
+        size = begin + payload.nbytes
+        with self.lock:
+            buffer = self._buffer(size)
+            view = buffer.view
+            PREFIX.pack_into(view, 0, kind, len(header), payload.nbytes)
+            view[PREFIX.size : PREFIX.size + len(header)] = header
+            if payload.nbytes:
+                view[begin:size] = payload if payload.format == "B" and payload.ndim == 1 else payload.cast("B")
+            request = endpoint.handle.tag_send(buffer.array, endpoint.tag)
+            endpoint.sends.append((request, buffer))
+            self._worker.progress()
+            self._settle(endpoint)
+        if endpoint.sends:
+            self._push(endpoint)
+
+    def move(self) -> None:
+        """Take what has come, send on what has not gone. With the lock held."""
+        self._worker.progress()
+        self._collect()
+        for endpoint in self._endpoints:
+            if endpoint.sends:
+                self._settle(endpoint)
+        if self._retiring:
+            self._let_go(time.monotonic())
+
+    def attend(self) -> None:
+        """As `move`, for the thread that waits for frames."""
+        self._attended = time.monotonic()
+        with self.lock:
+            self.move()
+
+    def sleep(self, timeout_s: float | None) -> None:
+        """Until something has come or may be sent, or the bell is rung."""
+        self._sleeping = True
+        try:
+            with self.lock:
+                armed = self._worker.arm()
+            if armed:
+                for descriptor, _ in self._poller.poll(None if timeout_s is None else timeout_s * 1000):
+                    if descriptor == self._bell.fileno():
+                        self._bell.hear()
+        finally:
+            self._sleeping = False
+
+    def probe(self, tag: Any) -> int | None:
+        """Length of the next message with that tag. With the lock held."""
+        found = self._worker.tag_probe(tag)
+        return found.length if found.matched else None
+
+    def receive(self, memory: "np.ndarray[Any, Any]", tag: Any) -> Any:
+        """Start to receive the next message with that tag. With the lock held. Gives UCX's request."""
+        return self._worker.tag_recv(Array(memory), tag)
+
+    def take(self, endpoint: Endpoint, timeout_s: float) -> bytes | None:
+        """The header of the next message with the endpoint's tag, without payload. None: there is none."""
+        with self.lock:
+            self._worker.progress()
+            size = self.probe(endpoint.tag)
+            if size is None:
+                return None
+            memory = np.empty(size, np.uint8)
+            request = self.receive(memory, endpoint.tag)
+            end = time.monotonic() + timeout_s
+            while not request.completed:
+                if time.monotonic() > end:
+                    return None
+                self._worker.progress()
+        data = memory.tobytes()
+        if size < PREFIX.size:
+            return None
+        return data[PREFIX.size : PREFIX.size + PREFIX.unpack_from(data)[1]]
+
+    def retire(self, endpoint: Endpoint, deadline: float, then: Callable[[], None]) -> None:
+        """Let go of it once all that was sent is gone, at the latest at the deadline, and call `then`."""
+        with self.lock:
+            self._retiring.append((endpoint, deadline, then))
+            self.move()
+
+    def drain(self, deadline: float) -> None:
+        """Wait until all that retire have gone."""
+        while self._retiring and time.monotonic() < deadline:
+            self.attend()
+            give_way()
+
+    def _let_go(self, now: float) -> None:
+        for entry in tuple(self._retiring):
+            endpoint, deadline, then = entry
+            if not endpoint.sends or now > deadline:
+                self._retiring.remove(entry)
+                if endpoint in self._endpoints:
+                    self._endpoints.remove(endpoint)
+                    still = [request for request in self._closing if request and not request.completed]
+                    self._closing = [*still, endpoint.close()]
+                then()
+
+    def ring(self) -> None:
+        self._bell.ring()
+
+    def close(self) -> None:
+        self._stop = True
+        self._pump_bell.ring()
+        self._pump.join()
+        with self.lock:
+            self._let_go(math.inf)
+            self._closing += [endpoint.close() for endpoint in self._endpoints]
+            end = time.monotonic() + _CLOSE_S
+            while time.monotonic() < end and any(request and not request.completed for request in self._closing):
+                self._worker.progress()
+            self._closing.clear()
+            self._endpoints.clear()
+            self._free.clear()
+            self._worker.cancel_inflight_requests()
+            self._worker = None
+        self._bell.close()
+        self._pump_bell.close()
+
+    def _buffer(self, size: int) -> Outgoing:
+        free = self._free.get(size)
+        return free.pop() if free else Outgoing(size)
+
+    def _settle(self, endpoint: Endpoint) -> None:
+        """Take the buffers of what is gone back."""
+        sends = endpoint.sends
+        while sends and sends[0][0].completed:
+            _, buffer = sends.popleft()
+            size = len(buffer.view)
+            free = self._free.setdefault(size, [])
+            if len(free) < _KEPT_BUFFERS:
+                free.append(buffer)
+            if len(self._free) > _KEPT_SIZES:
+                del self._free[next(iter(self._free))]
+
+    def _push(self, endpoint: Endpoint) -> None:
+        end = time.monotonic() + _PUSH_S
+        while endpoint.sends and time.monotonic() < end:
+            with self.lock:
+                self.move()
+            give_way()
+
+    def _run(self) -> None:
+        """The pump."""
+        poller = select.poll()
+        poller.register(self._pump_bell, select.POLLIN)
+        poller.register(self._worker.epoll_file_descriptor, select.POLLIN)
+        while not self._stop:
+            wait_s, awake = _LOOK_S, True
+            if not self._sleeping and time.monotonic() - self._attended > _ATTENDED_S:
+                with self.lock:
+                    self.move()
+                    if any(endpoint.sends for endpoint in self._endpoints):
+                        wait_s = _BUSY_S
+                    else:
+                        awake = not self._worker.arm()
+            if awake:
+                time.sleep(wait_s)
+            else:
+                poller.poll(_IDLE_S * 1000)
+
+
+def payload_begin(header_bytes: int) -> int:
+    """Where the payload of a message begins."""
+    return -(-(PREFIX.size + header_bytes) // _ALIGNMENT) * _ALIGNMENT
