@@ -83,7 +83,7 @@ def mount(
         bool, typer.Option("--json", help="Print one JSON object on stdout when the mount is there.")
     ] = False,
 ) -> None:
-    """Mount a model store through FUSE, where the kernel has no NFS client, until Ctrl-C.
+    """Mount a model store through FUSE, where the kernel has no NFS client. Until Ctrl-C.
 
     Workers do this by themselves; where the kernel can, `mount -t nfs4` is as good. Needs `pip install eldric[fuse]`
     and libfuse.

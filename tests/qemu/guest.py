@@ -24,7 +24,7 @@ from eldric.worker.metrics import WorkerMetrics
 from eldric.worker.mounted.watch import MountWatch
 from eldric.worker.stages import StageTable
 
-FOLDER = Path("/tmp/worker")
+FOLDER = Path("/run/worker")
 
 
 def say(event: str, **facts: Any) -> None:

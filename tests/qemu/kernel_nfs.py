@@ -79,7 +79,7 @@ def main() -> int:
             (folder / "source").write_bytes(source.SerializeToString())
             image = Image(folder / "image")
             here = Path(__file__).resolve().parents[2]
-            guest = f"{shlex.quote(sys.executable)} -m tests.qemu.guest /tmp/given/source {LAYERS.start} {LAYERS.stop}"
+            guest = f"{shlex.quote(sys.executable)} -m tests.qemu.guest /run/given/source {LAYERS.start} {LAYERS.stop}"
             command = f"cd {shlex.quote(str(here))} && exec env PATH=/usr/sbin:/usr/bin:/sbin:/bin {guest}"
             with image.start(image.initrd(command, [folder / "source"])) as console:
                 try:

@@ -21,8 +21,9 @@ mount -t 9p -o ro,trans=virtio,version=9p2000.L,msize=262144,cache=loose host /h
 for place in proc dev; do mount -o bind /$place /host/$place; done
 mount -t sysfs sys /host/sys
 mount -t tmpfs tmp /host/tmp
-mkdir /host/tmp/given
-cp /given/* /host/tmp/given/
+mount -t tmpfs run /host/run
+mkdir /host/run/given
+cp /given/* /host/run/given/
 mkdir -p /dev/shm
 mount -t tmpfs shm /dev/shm
 stty -echo
@@ -50,7 +51,7 @@ class Image:
         return self._root / "boot" / f"vmlinuz-{self.version}"
 
     def initrd(self, command: str, given: Sequence[Path]) -> Path:
-        """One that runs a command on the host's files, with those that are `given` in /tmp/given, and ends."""
+        """One that runs a command on the host's files, with those that are `given` in /run/given, and ends."""
         tree = self.folder / "initrd"
         for name in ("bin", "proc", "dev", "given", "modules.d"):
             (tree / name).mkdir(parents=True)
