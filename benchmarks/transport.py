@@ -2,10 +2,12 @@
 
 Usage: python -m benchmarks.transport [--rounds 3] [--seconds 0.3] [--sizes 8192 16384 ...] [--cpus 0 1]
 
-The ceiling is a blocking TCP socket with NODELAY between two processes, measured in the same run. Every transport sends
-hidden states with the header of a decode step: round trips (two hops) one at a time, then a stream that is acknowledged
-once, at its end. All take turns in each round, because a machine's speed changes from one minute to the next. inproc
-runs between two threads of one process, all else between two processes. The last line is JSON.
+The ceiling is a blocking TCP socket with NODELAY between two processes, measured in the same run. Transports look for a
+frame for a moment before they sleep, which a blocking socket does not; a socket that does so, too, and ZeroMQ that does
+not are measured beside them. Every transport that is installed sends hidden states with the header of a decode step:
+round trips (two hops) one at a time, then a stream that is acknowledged once, at its end. All take turns in each round,
+because a machine's speed changes from one minute to the next. inproc runs between two threads of one process, all else
+between two processes. The last line is JSON.
 """
 
 import argparse
@@ -17,10 +19,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.report import percentile, print_json, print_table, spread
-from benchmarks.transport_ends import NearEnd, pin, socket_ends, transport_ends
+from benchmarks.transport_ends import NearEnd, Variant, pin, socket_ends, transport_ends
+from eldric.transport.registry import SAME_PROCESS, offers
 
 SIZES = tuple(1024 * kib for kib in (8, 16, 64, 256, 1024, 4096, 16384))
 CEILING = "tcp socket"
+SPINNING = "tcp socket, spinning"
+VARIANTS = (
+    Variant("zmq, plain", "zmq"),
+    Variant("zmq, plain, sleeping", "zmq", spins=False),
+    Variant("zmq, CURVE", "zmq", encrypt=True),
+    Variant("shm", "shm", encrypt=True),
+    Variant("ucx, tcp", "ucx", ucx_ways="tcp"),
+    Variant("ucx, shared memory", "ucx", ucx_ways="sm,tcp"),
+    Variant("inproc", "inproc", encrypt=True),
+)
 FEWEST = 5  # round trips in a round, however long they take
 STREAM_BYTES = 32 * 1024 * 1024
 MOST_FRAMES = 1000
@@ -60,10 +73,11 @@ def run(sizes: Sequence[int], rounds: int, seconds: float, cpus: Sequence[int]) 
     with ExitStack() as stack:
         ends = {
             CEILING: stack.enter_context(socket_ends(max(sizes), far)),
-            "zmq, plain": stack.enter_context(transport_ends("zmq", False, far)),
-            "zmq, CURVE": stack.enter_context(transport_ends("zmq", True, far)),
-            "inproc": stack.enter_context(transport_ends("inproc", True, far)),
+            SPINNING: stack.enter_context(socket_ends(max(sizes), far, spins=True)),
         }
+        for variant in VARIANTS:
+            if variant.scheme in (*offers(), *SAME_PROCESS):
+                ends[variant.name] = stack.enter_context(transport_ends(variant, far))
         for size in sizes:
             payload = memoryview(os.urandom(size))
             for _ in range(rounds):

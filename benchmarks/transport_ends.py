@@ -6,16 +6,29 @@ import socket
 import threading
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from typing import Protocol
 
 from eldric.transport.base import Link, Peer, Transport, TransportOptions
 from eldric.transport.frame import Frame, FrameDtype, FrameKind, Header, Run
 from eldric.transport.registry import create
+from eldric.transport.spin import give_way
 
 ROWS = 4  # of a decode step with four sequences
 RAW_HEADER_BYTES = 64  # about what a step's header takes
 ECHO, SINK, ANSWER, STOP = 1, 2, 3, 4  # what the far end does with a frame; travels as the step number
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """A transport and how it is set up."""
+
+    name: str
+    scheme: str
+    encrypt: bool = False
+    spins: bool = True  # whether receivers look for frames for a moment before they sleep
+    ucx_ways: str = ""  # what UCX may use
 
 
 class NearEnd(Protocol):
@@ -39,12 +52,13 @@ def step_header(action: int, payload_bytes: int) -> Header:
 
 
 class SocketEnd:
-    """A blocking TCP socket: a header of fixed size, then the payload."""
+    """A TCP socket: a header of fixed size, then the payload. spins: read it again and again instead of sleeping."""
 
-    def __init__(self, sock: socket.socket, largest: int) -> None:
+    def __init__(self, sock: socket.socket, largest: int, spins: bool) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._socket = sock
+        self._socket, self._spins = sock, spins
         self._buffer = memoryview(bytearray(RAW_HEADER_BYTES + largest))
+        self._byte = bytearray(1)
 
     def round_trip(self, payload: memoryview) -> None:
         self._send(ECHO, payload)
@@ -77,10 +91,20 @@ class SocketEnd:
 
     def _read(self, buffer: memoryview) -> None:
         while buffer.nbytes:
+            if self._spins:
+                while not self._is_readable():
+                    give_way()
             count = self._socket.recv_into(buffer)
             if not count:
                 raise ConnectionError("the other end closed the socket")
             buffer = buffer[count:]
+
+    def _is_readable(self) -> bool:
+        try:
+            self._socket.recv_into(self._byte, 1, socket.MSG_DONTWAIT | socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
+        return True
 
 
 class TransportEnd:
@@ -118,27 +142,29 @@ class TransportEnd:
 
 
 @contextmanager
-def socket_ends(largest: int, cpus: Collection[int]) -> Iterator[NearEnd]:
-    with other_process(_serve_socket, cpus, largest) as pipe:
-        end = SocketEnd(socket.create_connection(pipe.recv()), largest)
+def socket_ends(largest: int, cpus: Collection[int], spins: bool = False) -> Iterator[NearEnd]:
+    with other_process(_serve_socket, cpus, largest, spins) as pipe:
+        end = SocketEnd(socket.create_connection(pipe.recv()), largest, spins)
         yield end
         end.stop()
 
 
 @contextmanager
-def transport_ends(scheme: str, encrypt: bool, cpus: Collection[int]) -> Iterator[NearEnd]:
+def transport_ends(variant: Variant, cpus: Collection[int]) -> Iterator[NearEnd]:
     """Between two processes; inproc: between two threads of this one."""
-    near = _transport(scheme, 0, encrypt)
+    if variant.ucx_ways:
+        os.environ["UCX_TLS"] = variant.ucx_ways  # the only way to tell UCX; the other process inherits it
+    near = _transport(variant, 0)
     here, there = multiprocessing.Pipe()
-    if scheme == "inproc":
-        thread = threading.Thread(target=_serve_transport, args=(there, scheme, encrypt))
+    if variant.scheme == "inproc":
+        thread = threading.Thread(target=_serve_transport, args=(there, variant))
         thread.start()
         end = _meet(near, here)
         yield end
         end.stop()
         thread.join()
     else:
-        with other_process(_serve_transport, cpus, scheme, encrypt) as pipe:
+        with other_process(_serve_transport, cpus, variant) as pipe:
             end = _meet(near, pipe)
             yield end
             end.stop()
@@ -170,20 +196,23 @@ def _pinned(target, cpus, pipe, *arguments):  # type: ignore[no-untyped-def]
     target(pipe, *arguments)
 
 
-def _serve_socket(pipe: Connection, largest: int) -> None:
+def _serve_socket(pipe: Connection, largest: int, spins: bool) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         pipe.send(server.getsockname())
         sock, _ = server.accept()
     with sock:
-        SocketEnd(sock, largest).serve()
+        SocketEnd(sock, largest, spins).serve()
 
 
-def _serve_transport(pipe: Connection, scheme: str, encrypt: bool) -> None:
-    _meet(_transport(scheme, 1, encrypt), pipe).serve()
+def _serve_transport(pipe: Connection, variant: Variant) -> None:
+    _meet(_transport(variant, 1), pipe).serve()
 
 
-def _transport(scheme: str, stage: int, encrypt: bool) -> Transport:
-    transport = create(scheme, "benchmark", stage, TransportOptions(silence_s=30, encrypt=encrypt))
+def _transport(variant: Variant, stage: int) -> Transport:
+    options = TransportOptions(silence_s=30, encrypt=variant.encrypt)
+    if not variant.spins:
+        options = replace(options, spin_s=0.0)
+    transport = create(variant.scheme, "benchmark", stage, options)
     transport.set_epoch(1)
     return transport
 
