@@ -5,6 +5,7 @@ import errno
 import hashlib
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -235,6 +236,20 @@ source = stage_pb2.ModelSource.FromString(bytes.fromhex(sys.argv[3]))
 worker = fetching_as(Path(sys.argv[1]), Identity.load(Path(sys.argv[2])))
 bring(worker, source, Path(sys.argv[4]), (0, 8))
 """
+
+
+async def test_cancelling_ends_a_fetch_from_one_who_takes_connections_and_says_nothing(
+    big: BigStore, tmp_path: Path
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"https://127.0.0.1:{silent.getsockname()[1]}"
+        source = at(big.source, stage_pb2.ModelPlace(node_id="data/a", http_url=url))
+        began = time.monotonic()
+        with pytest.raises(LoadCancelled):
+            late = lambda: time.monotonic() > began + 0.5  # noqa: E731
+            worker = fetching(tmp_path, big.authority)
+            await asyncio.to_thread(bring, worker, source, big.path, (0, 8), cancelled=late)
+        assert time.monotonic() - began < 5
 
 
 async def test_a_killed_worker_goes_on_where_it_was(big: BigStore, tmp_path: Path) -> None:

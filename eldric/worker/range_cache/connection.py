@@ -140,14 +140,12 @@ class _Https(http.client.HTTPSConnection):
         self._tls, self._name = tls, name
 
     def connect(self) -> None:
-        plain = socket.create_connection((self.host, self.port), CONNECT_S)
-        try:
-            plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            plain.settimeout(SILENCE_S)
-            self.sock = self._tls.wrap_socket(plain, server_hostname=self._name)
-        except BaseException:
-            plain.close()
-            raise
+        self.sock = socket.create_connection((self.host, self.port), CONNECT_S)  # `close` closes it, whatever follows
+        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.sock.settimeout(SILENCE_S)
+        made = self._tls.wrap_socket(self.sock, server_hostname=self._name, do_handshake_on_connect=False)
+        self.sock = made  # before the handshake, which `abort` may have to end
+        made.do_handshake()
 
 
 def _https_address(text: str) -> tuple[str, int]:
