@@ -65,7 +65,7 @@ class TunnelService(tunnel_pb2_grpc.TunnelServicer, Collector):
                 if tunnel.session_id != hello.session:
                     continue
                 if tunnel.node_id != node_id:
-                    raise PermissionDenied("this session is another node's")
+                    raise PermissionDenied("the session is another node's")
                 self._metrics.streams.labels("resumed").inc()
                 return tunnel
         before = self._tunnels.get(node_id)

@@ -208,7 +208,7 @@ class TunnelClient:
         self._gap_s = welcome.gap_ms / 1000 or self._times.gap_s
         if self._carrier is not None and welcome.session == self._session_id:
             return self._carrier
-        self._end_session("the edge does not know this session any more")
+        self._end_session("the edge does not know the session any more")
         self._session_id = welcome.session
         carrier = self._carrier = Carrier(Session(is_node=True), self._times, self._destination, self._heard)
         for port in self._ports.values():

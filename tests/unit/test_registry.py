@@ -1,12 +1,14 @@
 """The registry: what happens to nodes, told as events, and what the registry makes of it."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from eldric.controller.nodes import Memory, NodeInfo, NodeState, StageKey, StageReport, StageState
-from eldric.controller.registry import LOST_KEPT_S, Node, NodeChanged, NodeRemoved, Probe, Registry
+from eldric.controller.registry import EDGE_LEASE_S, LOST_KEPT_S, Node, NodeChanged, NodeRemoved, Probe, Registry
 from eldric.errors import AlreadyExists, NotFound, VersionMismatch
 
 A = "worker/a"
@@ -87,6 +89,15 @@ def test_a_late_beat_is_probed_once_and_a_silent_node_with_a_link_keeps_its_leas
     assert node(registry).state is NodeState.SUSPECT
     assert pass_time(registry, 2.5, 3.0) == []
     assert pass_time(registry, 3.0, 3.25) == [NodeChanged(A)]
+    assert node(registry).state is NodeState.LOST
+
+
+def test_a_node_behind_an_edge_may_be_silent_while_its_tunnel_comes_back() -> None:
+    registry, _ = joined()
+    registry.register(replace(info(), edge_id="edge/e"), 0.0, 1000.0)
+    pass_time(registry, 0, 3.0 + EDGE_LEASE_S)
+    assert node(registry).state is NodeState.SUSPECT
+    assert pass_time(registry, 3.0 + EDGE_LEASE_S, 3.25 + EDGE_LEASE_S) == [NodeChanged(A)]
     assert node(registry).state is NodeState.LOST
 
 
