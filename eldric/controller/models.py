@@ -42,8 +42,7 @@ class Models:
         answers = await self._ask_all(nodes, model)
         for _, answer in answers:
             if isinstance(answer, model_store_pb2.ModelMetadata):
-                answer.source.ClearField("places")
-                answer.source.places.extend(_places(answer.source, answers))
+                answer.source.CopyFrom(_located(answer.source, answers))
                 return answer
         for _, answer in answers:
             if isinstance(answer, EldricError) and not isinstance(answer, NotFound):
@@ -57,14 +56,8 @@ class Models:
 
     async def located(self, source: stage_pb2.ModelSource) -> stage_pb2.ModelSource:
         """A kept source with the places that hold its files now; as it was where nobody says. Never raises."""
-        places = _places(source, await self._ask_all(self._nodes(), source.model))
-        if not places:
-            return source
-        made = stage_pb2.ModelSource()
-        made.CopyFrom(source)
-        made.ClearField("places")
-        made.places.extend(places)
-        return made
+        made = _located(source, await self._ask_all(self._nodes(), source.model))
+        return made if made.places else source
 
     def _nodes(self) -> list[Node]:
         alive = (NodeState.UP, NodeState.DRAINING)
@@ -114,16 +107,20 @@ def _has_it(task: "asyncio.Task[model_store_pb2.ModelMetadata | EldricError]") -
     return task.done() and isinstance(task.result(), model_store_pb2.ModelMetadata)
 
 
-def _places(source: stage_pb2.ModelSource, answers: Answers) -> list[stage_pb2.ModelPlace]:
-    """The data workers that hold these very files."""
-    places = []
+def _located(source: stage_pb2.ModelSource, answers: Answers) -> stage_pb2.ModelSource:
+    """The source with the data workers that hold these very files, and where their folders can be mounted from."""
+    made = stage_pb2.ModelSource()
+    made.CopyFrom(source)
+    made.ClearField("places")
+    made.ClearField("exports")
     for node, answer in answers:
         if not isinstance(answer, model_store_pb2.ModelMetadata):
             continue
         if is_same(source, answer.source):
-            places.append(stage_pb2.ModelPlace(node_id=node.id, http_url=node.info.http_url))
+            made.places.append(stage_pb2.ModelPlace(node_id=node.id, http_url=node.info.http_url))
+            made.exports.extend(answer.source.exports)
         else:
             log.warning(
                 "event=other_model source=%s model=%s: its files differ from the planned", node.id, source.model
             )
-    return places
+    return made

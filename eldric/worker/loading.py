@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
-from eldric.engine.errors import LoadCancelled
+from eldric.engine.errors import LoadCancelled, ModelUnreadable
 from eldric.engine.ggml.weights import WeightsMode
 from eldric.engine.gguf import ModelFile
 from eldric.engine.schedule import ScheduleConfig, Scheduler
 from eldric.engine.shard import LayerRange, MemoryEstimate, memory_estimate, model_costs, shard_of
 from eldric.engine.spec import ModelSpec, spec_of
 from eldric.engine.stage import KVType, Stage, StageConfig
-from eldric.errors import InvalidRequest
+from eldric.errors import DeadlineExceeded, InvalidRequest
 from eldric.v1 import common_pb2, stage_pb2
 from eldric.worker.body_thread import BodyThread
 from eldric.worker.compute_thread import Place
@@ -43,6 +43,9 @@ WEIGHTS_MODES: dict[str, WeightsMode] = {"auto": "auto", "mapped": "mapped", "re
 KV_TYPES: dict[str, KVType] = {"f16": "f16", "f32": "f32"}
 
 Choice = TypeVar("Choice")
+
+#: Called with a phase, bytes done and bytes in all.
+Tell = Callable[[str, int, int], None]
 
 
 @dataclass(slots=True)
@@ -166,7 +169,7 @@ class StageLoader:
             loop.call_soon_threadsafe(progress, event)
 
         try:
-            stage = await asyncio.to_thread(self._bring_in, plan, tell, cancelled)
+            stage = await asyncio.to_thread(self._bring_in_somehow, plan, tell, cancelled)
         except BaseException:
             plan.close()
             raise
@@ -181,7 +184,22 @@ class StageLoader:
             plan.opened.release()
             raise
 
-    def _bring_in(self, plan: LoadPlan, tell: Callable[[str, int, int], None], cancelled: Callable[[], bool]) -> Stage:
+    def _bring_in_somehow(self, plan: LoadPlan, tell: Tell, cancelled: Callable[[], bool]) -> Stage:
+        """From where the model was found, and over HTTP when that is a mount which fails or hangs meanwhile."""
+        try:
+            return self._bring_in(plan, tell, cancelled)
+        except (ModelUnreadable, DeadlineExceeded) as error:
+            other = self._models.instead(plan.opened, plan.request.source, cancelled)
+            if other is None:
+                raise
+            log.warning(
+                "event=mount_failed model=%s reason=%r: going on over HTTP", plan.request.source.model, str(error)
+            )
+        plan.close()
+        plan.opened = other
+        return self._bring_in(plan, tell, cancelled)
+
+    def _bring_in(self, plan: LoadPlan, tell: Tell, cancelled: Callable[[], bool]) -> Stage:
         ranges = shard_of(plan.model, plan.spec, plan.layers).ranges
         plan.opened.fetch(ranges, partial(tell, "fetching"), cancelled)
         mapping, config = partial(tell, "mapping"), self._stage_config(plan)

@@ -61,6 +61,15 @@ class Models:
             log.info("event=not_mounted model=%s reason=%r", source.model, error.message)
             return self._tell_both(source, cancelled, error)
 
+    def instead(self, opened: OpenModel, source: stage_pb2.ModelSource, cancelled: Cancelled) -> OpenModel | None:
+        """The same model over HTTP, where reading it from a mount failed; None where there is no such way.
+
+        Raises what RangeFetcher.open raises.
+        """
+        if opened.mounted is None or self._config.models == "mount" or self._fetcher is None or not source.places:
+            return None
+        return self._over_http(source, cancelled)
+
     def _tell_both(self, source: stage_pb2.ModelSource, cancelled: Cancelled, mount: EldricError) -> OpenModel:
         try:
             return self._over_http(source, cancelled)

@@ -209,6 +209,32 @@ async def test_a_mount_that_hangs_during_a_load_is_an_error_once_nothing_moves(
     assert 0.9 < after_s < 8
 
 
+@pytest.mark.usefixtures("slow_reader")
+async def test_a_load_whose_server_is_killed_goes_on_over_http_where_there_is_a_data_worker(
+    server: Server, mount: Mounted, store: Path, source: stage_pb2.ModelSource, tmp_path: Path
+) -> None:
+    authority = Authority.create("test")
+    fetched = fetching(tmp_path / "cache", authority)
+    async with replica(store, authority, "d1") as data:
+        told = stage_pb2.ModelSource()
+        told.CopyFrom(source)
+        told.places.append(data.place)
+        table, _ = worker(tmp_path, fetched.fetcher, models_dir=mount.folder)
+        phases: list[str] = []
+
+        def follow(event: stage_pb2.LoadProgress) -> None:
+            if not phases:
+                server.kill()
+            phases.append(event.phase)
+
+        try:
+            loaded = await table.load(request(told, 1, LAYERS - 1), follow)
+            assert loaded.memory.mapped_bytes > 0 and loaded.memory.locked_bytes == 0
+            assert list(dict.fromkeys(phases)) == ["mapping", "fetching"]
+        finally:
+            await table.close()
+
+
 async def test_another_file_under_a_mount_is_not_taken_for_the_model(
     mount: Mounted, source: stage_pb2.ModelSource, tmp_path: Path
 ) -> None:
