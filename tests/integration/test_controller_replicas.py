@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from eldric.controller.models import Models
+from eldric.data.export import ExportConfig, announced
 from eldric.errors import Unavailable
+from eldric.nfs.address import NfsAddress
 from eldric.v1 import stage_pb2
 from tests.controllers import World, controller_config, controller_here
 from tests.models import SmallLlama, write_small_llama
@@ -57,5 +59,9 @@ async def test_a_load_names_the_data_workers_that_hold_the_very_same_files(
         models = Models(controller_config(tmp_path), controller.cluster, controller.node.channels)
         located = await models.located(request.source)
         assert {place.node_id for place in located.places} == set(urls)
+        assert not located.exports
+        with announced(ExportConfig(second.store.folder, NfsAddress("second.example", "/models"))):
+            (export,) = (await models.located(request.source)).exports
+        assert export.host == "second.example"
         unknown = stage_pb2.ModelSource(model="nobody has it", places=request.source.places)
         assert await models.located(unknown) == unknown
