@@ -86,15 +86,15 @@ class TunnelService(tunnel_pb2_grpc.TunnelServicer, Collector):
         if self._tunnels.get(tunnel.node_id) is tunnel:
             del self._tunnels[tunnel.node_id]
 
-    async def _resolve(self, address: str) -> tuple[str, int]:
-        """Where a channel leads that a node opened. Raises EldricError."""
+    async def _resolve(self, node_id: str, address: str) -> tuple[str, int]:
+        """Where a channel leads that this node opened. Raises EldricError."""
         if address == CONTROLLER:
             return await self._targets.controller()
         for tunnel in self._tunnels.values():
             if (local := tunnel.local_port(address)) is not None:
                 return local
         try:
-            return self._targets.allow(address)
+            return self._targets.allow(address, node_id)
         except EldricError:
             self._metrics.refused.labels("address").inc()
             raise

@@ -29,15 +29,17 @@ class Targets:
         follower = ControllerFollower(node, "targets", self._watch)
         self.start, self.stop = follower.start, follower.stop
 
-    def allow(self, address: str) -> tuple[str, int]:
-        """Host and port of an address that a node may be connected to: one of a node of this cluster, or a free port
-        of such a node's machine, where its tensor endpoints are.
+    def allow(self, address: str, caller: str) -> tuple[str, int]:
+        """Host and port of an address that a node may be connected to: one of another node of this cluster, or a free
+        port of another worker's machine, where its tensor endpoints are. caller: the node's id; what it says of
+        itself opens nothing.
 
         Addresses of this edge itself are not its business. Raises PermissionDenied, InvalidRequest.
         """
         host, port = split_address(address)
+        edge_id = self._node.config.node_id
         for node in self._nodes.values():
-            if node.edge_id == self._node.config.node_id or node.id == self._node.config.node_id:
+            if node.edge_id == edge_id or node.id in (edge_id, caller):
                 continue
             if (host, port) in _faces(node):
                 return host, port

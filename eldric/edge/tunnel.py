@@ -15,8 +15,8 @@ from eldric.v1 import tunnel_pb2
 
 log = logging.getLogger(__name__)
 
-#: Host and port for an address that a node asks for. Raises EldricError.
-Resolve = Callable[[str], Coroutine[Any, Any, tuple[str, int]]]
+#: Host and port for an address that a node, given by its id, asks for. Raises EldricError.
+Resolve = Callable[[str, str], Coroutine[Any, Any, tuple[str, int]]]
 
 
 class NodeTunnel:
@@ -181,7 +181,7 @@ class NodeTunnel:
         self._carrier.wake()
 
     async def _destination(self, opened: Opened) -> tuple[str, int]:
-        return await self._resolve(opened.address)
+        return await self._resolve(self.node_id, opened.address)
 
     def local_port(self, address: str) -> tuple[str, int] | None:
         """Where on this machine an address of this tunnel's ports listens."""

@@ -39,6 +39,7 @@ class Carrier:
         self._destination = destination
         self._on_event = on_event
         self._pipes: dict[int, Pipe] = {}
+        self._port_of: dict[int, int] = {}  # exposed port of a channel that came in there
         self._waiting: dict[int, Pipe] = {}  # for the session's turn, in order
         self._unacknowledged = 0
         self._must_acknowledge = False
@@ -132,6 +133,8 @@ class Carrier:
             pipe.abort()
             return pipe
         try:
+            if port_id and list(self._port_of.values()).count(port_id) >= self.session.limits.port_channels:
+                raise QueueIsFull(f"port {port_id} of the tunnel has as many channels as one may have")
             channel = self.session.open(port_id=port_id, address=address)
         except QueueIsFull as error:
             self.refused += 1
@@ -139,6 +142,8 @@ class Carrier:
             pipe.abort()
             return pipe
         self._add(channel, pipe)
+        if port_id:
+            self._port_of[channel] = port_id
         return pipe
 
     def _add(self, channel: int, pipe: Pipe) -> None:
@@ -197,6 +202,7 @@ class Carrier:
     def gone(self, channel: int) -> None:
         """The pipe of a channel has closed."""
         self._pipes.pop(channel, None)
+        self._port_of.pop(channel, None)
         self._waiting.pop(channel, None)
 
     def wake(self) -> None:

@@ -21,6 +21,7 @@ class TunnelLimits:
 
     channels: int = 256  # at once, by either side
     ports: int = 64  # exposed at once
+    port_channels: int = 96  # at once by one exposed port: whoever floods it leaves room for the others
     kept_bytes: int = 32 << 20  # sent and not acknowledged: beyond it, channels are not read
     held_bytes: int = 32 << 20  # came and not passed on yet: the channel that brings more is ended
     kept_messages: int = 1 << 16  # beyond it, the other side is taken for one that never acknowledges

@@ -205,6 +205,12 @@ async def test_a_tunnel_leads_to_nodes_of_the_cluster_and_nowhere_else(tmp_path:
         with contextlib.suppress(ConnectionError):
             assert await there_and_back(await tunnel.reach(f"127.0.0.1:{port}"), b"hello") == b""
         assert refused(edge, "address") == 1
+        own = registry_pb2.Node(id="worker/w1", kind=registry_pb2.WORKER, grpc_address=f"127.0.0.1:{port}")
+        own.name, own.incarnation, own.protocol = "w1", 1, PROTOCOL
+        await world.calls.registry.Register(registry_pb2.RegisterRequest(node=own))
+        await until(lambda: edge.targets.knows("worker/w1"))  # what it says of itself opens nothing
+        with contextlib.suppress(ConnectionError):
+            assert await there_and_back(await tunnel.reach(f"127.0.0.1:{port}"), b"hello") == b""
         await world.add_workers("w7")  # its tensor ports are free ports of its machine
         await until(lambda: edge.targets.knows("worker/w7"))
         assert await there_and_back(await tunnel.reach(f"127.0.0.1:{port}"), b"hello") == b"hello"
@@ -261,7 +267,7 @@ async def test_a_session_cannot_be_taken_over_by_another_node(tmp_path: Path) ->
 
 
 async def test_tunnels_channels_and_ports_are_bounded(tmp_path: Path) -> None:
-    async with behind(tmp_path, tunnels=1, limits=TunnelLimits(channels=2, ports=1)) as there:
+    async with behind(tmp_path, tunnels=1, limits=TunnelLimits(channels=4, ports=1, port_channels=2)) as there:
         with pytest.raises(QueueIsFull):
             await open_tunnel(there.edge.node.grpc_address, there.authority.issue_identity("worker", "w2"), hello())
         address = await there.tunnel.expose("127.0.0.1", there.port)
