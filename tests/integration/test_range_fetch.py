@@ -56,6 +56,27 @@ async def test_a_shard_is_fetched_once_and_another_split_fetches_what_is_new(big
     assert await asyncio.to_thread(bring, worker, source, big.path, (2, 6)) == (0, 0), "a warm cache asks nobody"
 
 
+async def test_an_edge_that_came_wrong_is_noticed_and_mended_when_its_block_is_complete(
+    big: BigStore, tmp_path: Path
+) -> None:
+    """A shard's edges may come without a sum of their own."""
+    worker = fetching(tmp_path / "cache", big.authority)
+    async with serving(big.folder, big.authority, "a") as served:
+        source = at(big.source, stage_pb2.ModelPlace(node_id="data/a", http_url=served.worker.node.http_url))
+        await asyncio.to_thread(bring, worker, source, big.path, (2, 4))
+        entry = worker.cache.open(source)
+        edges = [extent.stop - 1 for extent in entry.have()[0] if extent.stop % BLOCK]
+        for edge in edges:
+            byte = entry.read(0, Extent(edge, edge + 1))
+            entry.write(0, edge, memoryview(bytes([byte[0] ^ 1])))
+        entry.close()
+        assert edges
+        if big.source.files[0].header_bytes - 1 in edges:  # the header's sum is looked at when it is opened
+            with pytest.raises(NotReady, match="the cached header of 'big' differs"):
+                await asyncio.to_thread(worker.fetcher.open, source, lambda: False)
+        await asyncio.to_thread(bring, worker, source, big.path, (0, 8))
+
+
 async def test_a_split_set_comes_in_parts(big: BigStore, tmp_path: Path) -> None:
     first = write_small_llama(tmp_path / "parts.gguf", SmallLlama(layers=4), split_tensors=12)
     source = filled_store(tmp_path / "a", first, "parts")
