@@ -82,7 +82,7 @@ class LinkStats:
     bytes: int  # of payloads
     queue_frames: int  # under way; the peer tells what it took only now and then, so up to a quarter of its queue more
     queue_bytes: int
-    round_trip_s: float = 0.0  # to the peer's machine and back, by the transport's own measure; 0: not known
+    round_trip_s: float = 0.0  # to the peer and back, the median of the last ones; 0: not known
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,8 +119,8 @@ class Link(ABC):
         Raises QueueFull (nothing was sent), LinkClosed, and CorruptFrame for a frame that the peer would drop.
         """
 
-    def refresh(self) -> None:
-        """Take in what the peer said since the last frame was sent, for `stats`."""
+    def refresh(self, ask: bool) -> None:
+        """Take in what the peer said since the last frame was sent, for `stats`. ask: measure the round trip, too."""
         return
 
     @property
@@ -242,11 +242,14 @@ class Transport(ABC):
     def wake(self) -> None:
         """Make the current `recv`, or else the next one, return None. Any thread; never blocks; wakes may merge."""
 
-    def settle(self) -> None:
-        """Bring the counters of links up to date at both their ends. For a time when there is nothing else to do."""
+    def settle(self, ask: bool = False) -> None:
+        """Bring the counters of links up to date at both their ends. For a time when there is nothing else to do.
+
+        ask: measure their round trips, where it takes asking the peer, who should be waiting in its recv.
+        """
         for link in self._links:
             if link.closed is None:
-                link.refresh()
+                link.refresh(ask)
 
     def on_loss(self, call: Callable[[], None]) -> bool:
         """Call this, which never blocks, in any thread as soon as `recv` has a lost peer to report.

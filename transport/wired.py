@@ -103,8 +103,8 @@ class WiredTransport(Transport):
             self._woken = True
             self._mailbox.ring()
 
-    def settle(self) -> None:
-        super().settle()
+    def settle(self, ask: bool = False) -> None:
+        super().settle(ask)
         for wire, window in self._inbound.items():
             if not window.is_told:
                 self._mailbox.tell(wire, window.grant())

@@ -100,8 +100,8 @@ class ZmqTransport(Transport):
     def wake(self) -> None:
         self._inbox.wake()
 
-    def settle(self) -> None:
-        super().settle()
+    def settle(self, ask: bool = False) -> None:
+        super().settle(ask)
         self._inbox.settle()
 
     def on_loss(self, call: Callable[[], None]) -> bool:

@@ -613,8 +613,8 @@ class LinkStatus(_message.Message):
     encryption: _builtins.str
     """What protects frames on their way: "curve", "tls", "host" (they do not leave the machine), "none"."""
     round_trip_ms: _builtins.float
-    """A short message's way to the receiver's machine and back, in milliseconds, by the transport's own measure. 0: not
-    known.
+    """A short message's way to the receiver and back, in milliseconds: the median of the last ones, measured when nothing
+    else was to be done, so with the time that a sleeping thread takes to wake. 0: not known.
     """
     frames: _builtins.int
     bytes: _builtins.int

@@ -22,7 +22,7 @@ _SEND_S = 30.0
 _LOOK_S, _LONG_LOOK_S = 0.02, 1.0
 
 #: How long no frame must have come for a stage to bring its counters up to date, and how often it does so.
-_REST_S, _RESTS = 0.05, 4
+_REST_S, _RESTS = 0.05, 5
 
 #: (received_ns, began_ns, computed_ns) of a step in this stage.
 Times = tuple[int, int, int]
@@ -193,8 +193,9 @@ class Ring:
         if self._rests > _RESTS:
             self._patience_s = math.inf
             return
+        ask = self._rests == 2 + self._stage % (_RESTS - 1)  # neighbours do not ask at the same time
         for transport in {self._receiver, self._sender}:
-            transport.settle()
+            transport.settle(ask)
 
     def _look_now(self) -> None:
         """The sender has noticed something. Any thread."""

@@ -50,7 +50,7 @@ class FakeTransport:
     def allow(self, keys: Any) -> None:
         pass
 
-    def settle(self) -> None:
+    def settle(self, ask: bool) -> None:
         pass
 
     def set_epoch(self, epoch: int) -> None:
