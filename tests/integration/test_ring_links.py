@@ -145,13 +145,15 @@ async def test_a_link_tells_what_it_is_and_what_went_over_it() -> None:
 
 
 @pytest.mark.parametrize("links", [("zmq", "shm"), ("shm", "shm"), ("zmq", "zmq")])
-async def test_nothing_is_under_way_in_a_ring_that_rests(links: tuple[str, str]) -> None:
+async def test_in_a_ring_that_rests_nothing_is_under_way_and_round_trips_are_measured(links: tuple[str, str]) -> None:
     if not set(links) <= set(offers()):
         pytest.skip("there is no shared memory transport on this system")
     async with ring(storyteller(), even(storyteller(), 2), links) as pipeline:
         await pipeline.generate(PROMPT, 4)
         async with asyncio.timeout(2):
             while any(link_of(pipeline, index).queue_frames for index in range(2)):
+                await asyncio.sleep(0.05)
+            while not all(link_of(pipeline, index).round_trip_ms for index in range(2)):
                 await asyncio.sleep(0.05)
         assert not any(link_of(pipeline, index).queue_bytes for index in range(2))
 
