@@ -4,7 +4,8 @@
     python -m benchmarks.vs_llamacpp_rpc --quants q4_0 --rounds 1
     python -m benchmarks.vs_llamacpp_rpc --network       three hosts on slow links; see network_rpc.py; needs root
 
-Two workers of one pinned thread each, on both sides; a 1.1B-shaped Llama with random weights (speed depends on shape,
+Two workers of one pinned thread each, on both sides, over encrypted TCP as between machines (--transport shm shows what
+one machine gives instead); a 1.1B-shaped Llama with random weights (speed depends on shape,
 not on weights). llama.cpp runs at the -ub that is best for its prefill, found in the same run. Rounds are interleaved:
 in each, every measurement is made for llama.cpp, for Eldric over two workers, and for Eldric alone on one. Ratios are
 of medians; the spread is printed beside them. The last line is JSON.
@@ -126,10 +127,12 @@ def best_ubatch(
 
 
 @contextlib.contextmanager
-def deployed(client: Client, model: str, name: str, workers: list[str]) -> Iterator[float]:
+def deployed(client: Client, model: str, name: str, workers: list[str], transport: str) -> Iterator[float]:
     """Yields the seconds from the request to ready."""
     began = time.monotonic()
-    client.deploy(model, name=name, stages=len(workers), workers=workers, context=CONTEXT, slots=SLOTS)
+    client.deploy(
+        model, name=name, stages=len(workers), workers=workers, context=CONTEXT, slots=SLOTS, transport=transport
+    )
     seconds = time.monotonic() - began
     try:
         yield seconds
@@ -138,7 +141,7 @@ def deployed(client: Client, model: str, name: str, workers: list[str]) -> Itera
 
 
 def compare(
-    quant: str, rounds: int, ubatches: Sequence[int], folder: Path, model: Path, programs: Path
+    quant: str, rounds: int, ubatches: Sequence[int], folder: Path, model: Path, programs: Path, transport: str
 ) -> dict[str, Any]:
     name = quant.replace("_", "-")
     pool = ThreadPoolExecutor(max(STREAMS))
@@ -153,13 +156,13 @@ def compare(
         for _ in range(rounds):
             with llamacpp.llama_server(programs, model, servers, ubatch=ubatch, slots=SLOTS, context=CONTEXT) as server:
                 starts["llama.cpp RPC"].append(server.start_s)
-            with deployed(client, stored, f"{name}-timed", ["worker-1", "worker-2"]) as seconds:
+            with deployed(client, stored, f"{name}-timed", ["worker-1", "worker-2"], transport) as seconds:
                 starts["eldric"].append(seconds)
         server = stack.enter_context(
             llamacpp.llama_server(programs, model, servers, ubatch=ubatch, slots=SLOTS, context=CONTEXT)
         )
-        stack.enter_context(deployed(client, stored, name, ["worker-1", "worker-2"]))
-        stack.enter_context(deployed(client, stored, f"{name}-alone", ["worker-1"]))
+        stack.enter_context(deployed(client, stored, name, ["worker-1", "worker-2"], transport))
+        stack.enter_context(deployed(client, stored, f"{name}-alone", ["worker-1"], transport))
         sides = {
             "llama.cpp RPC": llama_generate(server, pool),
             "eldric": eldric_generate(folder, name),
@@ -208,6 +211,7 @@ def main() -> None:
     parser.add_argument("--quants", nargs="+", default=["q4_0", "q4_k_m"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--ubatches", type=int, nargs="+", default=UBATCHES, help="of llama.cpp, to choose from")
+    parser.add_argument("--transport", default="zmq", help="of Eldric's links: zmq (encrypted TCP), shm or auto")
     parser.add_argument("--network", action="store_true", help="three workers on links of 1 Gbit/s; needs root")
     parser.add_argument("--tokens", type=int, default=DECODE_TOKENS, help="with --network: of each stream")
     parser.add_argument("--rate-mbit", type=float, default=1000.0, help="with --network: of each host's link")
@@ -230,8 +234,11 @@ def main() -> None:
     ):
         for quant in arguments.quants:
             model = write_model(Path(shapes) / f"llama-1.1b-{quant}.gguf", SHAPES["1.1b"], quant)
-            results.append(compare(quant, arguments.rounds, arguments.ubatches, folder, model, programs))
-    print_json("vs_llamacpp_rpc", {"rounds": arguments.rounds, "shape": "1.1b", "threads": 1}, results)
+            results.append(
+                compare(quant, arguments.rounds, arguments.ubatches, folder, model, programs, arguments.transport)
+            )
+    config = {"rounds": arguments.rounds, "shape": "1.1b", "threads": 1, "transport": arguments.transport}
+    print_json("vs_llamacpp_rpc", config, results)
 
 
 if __name__ == "__main__":
