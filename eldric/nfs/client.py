@@ -1,4 +1,4 @@
-"""The FUSE client as a process: python -m eldric.nfs.client nfs://HOST[:PORT]/PATH FOLDER."""
+"""The FUSE client as a process of a worker's: python -m eldric.nfs.client nfs://HOST[:PORT]/PATH FOLDER."""
 
 import sys
 from pathlib import Path
@@ -12,7 +12,7 @@ def main(arguments: list[str]) -> int:
     try:
         from eldric.nfs.fuse import serve
 
-        serve(NfsAddress.parse(arguments[0]), Path(arguments[1]))
+        serve(NfsAddress.parse(arguments[0]), Path(arguments[1]), private=True)
     except (EldricError, OSError) as error:  # OSError: there is no libfuse
         print(error, file=sys.stderr)
         return 1

@@ -77,11 +77,11 @@ class NfsFiles(mfusepy.Operations):  # type: ignore[misc]
         return 0
 
 
-def serve(address: NfsAddress, folder: Path, *, others: bool = False) -> None:
-    """Mounts an export on a folder and serves it until a signal or an unmount ends it.
+def serve(address: NfsAddress, folder: Path, *, others: bool = False, private: bool = False) -> None:
+    """Mounts an export on a folder and serves it until a signal or an unmount ends it. For the main thread.
 
-    others: let other users read too. For the main thread. Raises Unavailable when the server does not answer, NotReady
-    when FUSE cannot mount there.
+    others: let other users read too. private: for one worker, which ends it; others do not take it for their own.
+    Raises Unavailable when the server does not answer, NotReady when FUSE cannot mount there.
     """
     try:
         remote = Remote(address)
@@ -96,7 +96,7 @@ def serve(address: NfsAddress, folder: Path, *, others: bool = False) -> None:
             str(folder),
             foreground=True,
             ro=True,
-            fsname=str(address),
+            fsname=f"{address}#private" if private else str(address),
             subtype=SUBTYPE,
             auto_cache=True,  # what was read stays in the page cache when the file is opened again
             **options,

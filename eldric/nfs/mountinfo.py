@@ -95,7 +95,7 @@ def folders_of(export: NfsAddress, among: Iterable[Mount]) -> list[Path]:
 
 def _inside(mount: Mount, export: NfsAddress) -> str | None:
     """The export's folder, relative to where a mount shows it; None if it does not."""
-    if mount.source == str(export):  # by this program's own client
+    if mount.source == str(export):  # by `eldric-cli mount`
         return mount.root.lstrip("/")
     if mount.kind not in ("nfs", "nfs4"):
         return None

@@ -14,6 +14,7 @@ from eldric.engine.errors import InvalidModel, InvalidPrompt
 from eldric.engine.gguf import ModelFile
 from eldric.engine.tokenizer import Tokenizer
 from eldric.errors import DataLoss, EldricError, NotFound, Unavailable
+from eldric.nfs.mountinfo import remote_mount
 from eldric.node import Node
 from eldric.v1 import model_store_pb2, model_store_pb2_grpc, registry_pb2, registry_pb2_grpc, stage_pb2
 
@@ -152,8 +153,11 @@ def _from_file(source: stage_pb2.ModelSource, mount: Path | None) -> Vocabulary 
     path = PurePosixPath(source.files[0].path) if source.files else PurePosixPath()
     if path.is_absolute() or ".." in path.parts or not path.parts or not (mount or source.folder):
         return None
+    folder = mount or Path(source.folder)
+    if remote_mount(folder) is not None:
+        return None  # a file server that hangs would hang the router, and a header is soon pulled
     try:
-        with ModelFile.open((mount or Path(source.folder)).joinpath(*path.parts)) as model:
+        with ModelFile.open(folder.joinpath(*path.parts)) as model:
             if source.header_sha256 and bytes.fromhex(model.header_sha256()) != source.header_sha256:
                 return None
             return _make_vocabulary(model)

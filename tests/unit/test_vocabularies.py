@@ -13,12 +13,13 @@ import pytest
 from eldric.engine.gguf import ModelFile
 from eldric.errors import Unavailable
 from eldric.node import Node
+from eldric.router import vocabularies as vocabularies_module
 from eldric.router.vocabularies import Vocabularies
 from eldric.v1 import stage_pb2
 from tests.models import SmallLlama, storyteller, write_small_llama
 
 #: A node whose cluster cannot be reached.
-ALONE = cast(Node, SimpleNamespace(config=SimpleNamespace(controllers=())))
+ALONE = cast(Node, SimpleNamespace(controllers=()))
 
 
 @pytest.fixture
@@ -77,6 +78,14 @@ async def test_the_least_used_is_dropped_beyond_the_limit(store: Path, executor:
 async def test_another_file_of_that_name_is_not_used(store: Path, executor: Executor) -> None:
     with pytest.raises(Unavailable):
         await Vocabularies(ALONE, None, executor, 4).get(source(store, "a.gguf", header_sha256=b"\0" * 32))
+
+
+async def test_a_file_on_a_mount_that_may_hang_is_left_alone(
+    store: Path, executor: Executor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vocabularies_module, "remote_mount", lambda folder: object() if folder == store else None)
+    with pytest.raises(Unavailable, match="controller"):  # it would pull the header
+        await Vocabularies(ALONE, None, executor, 4).get(source(store, "a.gguf"))
 
 
 @pytest.mark.parametrize("path", ["../a.gguf", "/etc/passwd", "", "b.gguf/x", "none.gguf"])
