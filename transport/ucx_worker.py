@@ -30,7 +30,10 @@ except ImportError as error:
 
 PREFIX = struct.Struct("<B3xIQ")
 _ALIGNMENT = 64
-_PUSH_S = 0.002  # how long a sender moves a large message itself before the pump does
+#: Up to here a message goes at once. Larger ones wait until the receiver asks for them, which costs a round trip more,
+#: and the receiver's time; UCX by itself makes those of 16 KiB wait.
+_EAGER_BYTES = 256 * 1024
+_PUSH_S = 0.0005  # how long a sender moves a large message itself before the pump does
 _ATTENDED_S = 0.001  # who looked for frames that recently needs no pump
 _LOOK_S = 0.005  # between two looks of the pump whether it is needed
 _BUSY_S = 0.0002  # between two times that it moves messages that are on their way
@@ -73,7 +76,9 @@ class Worker:
 
     def __init__(self, collect: Callable[[], None]) -> None:
         """collect: takes what has come off the worker; called with the lock held."""
-        context = libucxx.UCXContext({}, feature_flags=(libucxx.Feature.TAG, libucxx.Feature.WAKEUP))
+        context = libucxx.UCXContext(
+            {"RNDV_THRESH": str(_EAGER_BYTES)}, feature_flags=(libucxx.Feature.TAG, libucxx.Feature.WAKEUP)
+        )
         self._worker: Any = libucxx.UCXWorker(context)
         self._worker.init_blocking_progress_mode()
         self.address: bytes = self._worker.address.tobytes()
