@@ -13,7 +13,7 @@ from typing import Protocol
 from eldric.transport.base import Link, Peer, Transport, TransportOptions
 from eldric.transport.frame import Frame, FrameDtype, FrameKind, Header, Run
 from eldric.transport.registry import create
-from eldric.transport.spin import give_way
+from eldric.transport.spin import Spinner
 
 ROWS = 4  # of a decode step with four sequences
 RAW_HEADER_BYTES = 64  # about what a step's header takes
@@ -52,11 +52,11 @@ def step_header(action: int, payload_bytes: int) -> Header:
 
 
 class SocketEnd:
-    """A TCP socket: a header of fixed size, then the payload. spins: read it again and again instead of sleeping."""
+    """A TCP socket: a header of fixed size, then the payload. spins: look for a moment first, as transports do."""
 
     def __init__(self, sock: socket.socket, largest: int, spins: bool) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._socket, self._spins = sock, spins
+        self._socket, self._spinner = sock, Spinner(TransportOptions().spin_s if spins else 0.0)
         self._buffer = memoryview(bytearray(RAW_HEADER_BYTES + largest))
         self._byte = bytearray(1)
 
@@ -91,10 +91,10 @@ class SocketEnd:
 
     def _read(self, buffer: memoryview) -> None:
         while buffer.nbytes:
-            if self._spins:
-                while not self._is_readable():
-                    give_way()
+            found = self._spinner.wait(self._is_readable, None)
             count = self._socket.recv_into(buffer)
+            if not found:
+                self._spinner.slept()
             if not count:
                 raise ConnectionError("the other end closed the socket")
             buffer = buffer[count:]

@@ -38,6 +38,7 @@ _ATTENDED_S = 0.001  # who looked for frames that recently needs no pump
 _LOOK_S = 0.005  # between two looks of the pump whether it is needed
 _BUSY_S = 0.0002  # between two times that it moves messages that are on their way
 _CLOSE_S = 0.05  # longest wait for ways to other workers to close
+_SENDING_S = 0.001  # longest sleep while messages are on their way
 _IDLE_S = 0.5  # longest wait for a message
 _KEPT_BUFFERS = 4  # of each size
 _KEPT_SIZES = 8
@@ -145,13 +146,15 @@ class Worker:
             self.move()
 
     def sleep(self, timeout_s: float | None) -> None:
-        """Until something has come or may be sent, or the bell is rung."""
+        """Until something has come or may be sent, or the bell is rung, or for a while."""
         self._sleeping = True
         try:
             with self.lock:
                 armed = self._worker.arm()
+                longest_s = _SENDING_S if any(endpoint.sends for endpoint in self._endpoints) else _IDLE_S
             if armed:
-                for descriptor, _ in self._poller.poll(None if timeout_s is None else timeout_s * 1000):
+                wait_s = longest_s if timeout_s is None else min(timeout_s, longest_s)
+                for descriptor, _ in self._poller.poll(wait_s * 1000):
                     if descriptor == self._bell.fileno():
                         self._bell.hear()
         finally:
@@ -266,6 +269,8 @@ class Worker:
                         wait_s = _BUSY_S
                     else:
                         awake = not self._worker.arm()
+                if self._sleeping:  # it fell asleep just now, and what it waits for may be here already
+                    self._bell.ring()
             if awake:
                 time.sleep(wait_s)
             else:

@@ -70,6 +70,19 @@ def test_payloads_of_any_size(scheme: str, size: int) -> None:
             assert np.array_equal(np.frombuffer(frame.payload, np.uint8), payload)
 
 
+def test_stream_of_large_frames_arrives(scheme: str) -> None:
+    payload = bytes(2 * 1024 * 1024)
+    with linked(scheme) as (_, link, receiver), ThreadPoolExecutor(1) as pool:
+
+        def send_all() -> None:
+            for number in range(16):
+                link.send(numbered(number), payload, timeout=10)
+
+        sending = pool.submit(send_all)
+        assert [receive(receiver, 10).header.step for _ in range(16)] == list(range(16))
+        sending.result(timeout=5)
+
+
 def test_sent_memory_may_be_used_again(scheme: str) -> None:
     hidden = np.ones(200_000, np.uint8)
     with linked(scheme) as (_, link, receiver):
