@@ -18,7 +18,7 @@ from eldric.data.locks import NO_LOCKS, locked
 from eldric.data.names import stored_names
 from eldric.data.remote import Remote
 from eldric.data.sums import Sums
-from eldric.errors import AlreadyExists, NotReady
+from eldric.errors import AlreadyExists, EldricError, NotReady
 
 log = logging.getLogger(__name__)
 
@@ -45,14 +45,7 @@ class Partials:
         if folder.is_symlink():  # nobody here made it
             folder.unlink()
         folder.mkdir(parents=True, exist_ok=True)
-        with contextlib.ExitStack() as stack:
-            try:
-                stack.enter_context(locked(folder / _LOCK, shared=False))
-            except BlockingIOError:
-                raise AlreadyExists(f"{model!r} is being pulled by another data worker right now") from None
-            except OSError as error:
-                if error.errno not in NO_LOCKS:
-                    raise
+        with _alone(folder, AlreadyExists(f"{model!r} is being pulled by another data worker right now")):
             _begin(folder, _plan(remote))
             yield folder
 
@@ -82,14 +75,7 @@ class Partials:
         folder = self._folder / model
         if folder.is_symlink() or not folder.is_dir():
             return False
-        with contextlib.ExitStack() as stack:
-            try:
-                stack.enter_context(locked(folder / _LOCK, shared=False))
-            except BlockingIOError:
-                raise NotReady(f"{model!r} is being pulled right now: end that first") from None
-            except OSError as error:
-                if error.errno not in NO_LOCKS:
-                    raise
+        with _alone(folder, NotReady(f"{model!r} is being pulled right now: end that first")):
             shutil.rmtree(folder, ignore_errors=True)
         return True
 
@@ -104,6 +90,20 @@ class Partials:
                 if time.time() - max(path.stat().st_mtime for path in (folder, *folder.iterdir())) > KEPT_S:
                     log.info("event=partial_download_deleted id=%s", folder.name)
                     shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _alone(folder: Path, refusal: EldricError) -> Iterator[None]:
+    """Holds a download's lock, where the file system has locks. Raises `refusal` when another process holds it."""
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(folder / _LOCK, shared=False))
+        except BlockingIOError:
+            raise refusal from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+        yield
 
 
 def _plan(remote: Remote) -> list[list[object]]:
