@@ -1,5 +1,6 @@
 """The pipelines that a router knows, and which of them answer for a name."""
 
+import asyncio
 import contextlib
 import itertools
 from collections.abc import Iterable, Iterator
@@ -10,6 +11,9 @@ from eldric.router.errors import ModelNotFound, PipelineLoading, PipelineLost
 from eldric.v1 import pipeline_pb2, stage_pb2
 
 DEPLOYING, READY, DEGRADED = pipeline_pb2.DEPLOYING, pipeline_pb2.READY, pipeline_pb2.DEGRADED
+
+#: How long a request waits for a pipeline to be ready whose stages are all loaded, in seconds.
+SETTLING_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +48,7 @@ class Pipelines:
     _entries: dict[str, _Entry] = field(default_factory=dict)
     _removed: dict[str, int] = field(default_factory=dict)  # when, for lists that were asked for earlier
     _clock: Iterator[int] = field(default_factory=lambda: itertools.count(1))
+    _news: asyncio.Event = field(default_factory=asyncio.Event)  # set, and replaced, when a pipeline changes
 
     # What the controller says
 
@@ -54,10 +59,16 @@ class Pipelines:
             self._entries[info.id] = _Entry(info, _route(info), next(self._clock))
         else:
             known.info, known.route, known.changed = info, _route(info), next(self._clock)
+        self._tell()
 
     def remove(self, pipeline_id: str) -> None:
         self._entries.pop(pipeline_id, None)
         self._removed[pipeline_id] = next(self._clock)
+        self._tell()
+
+    def _tell(self) -> None:
+        news, self._news = self._news, asyncio.Event()
+        news.set()
 
     def begin_listing(self) -> tuple[int, dict[str, int]]:
         """Call before asking for all pipelines, and give the result to `listed` with the answer."""
@@ -82,6 +93,23 @@ class Pipelines:
         self.synchronised = True
 
     # What a request asks
+
+    async def settled_routes(self, name: str) -> list[Route]:
+        """As `routes`, but waits a moment for a pipeline whose stages are all loaded: whoever deployed it may know that
+        it is ready before this router does."""
+        deadline = asyncio.get_running_loop().time() + SETTLING_S
+        while True:
+            news = self._news
+            try:
+                return self.routes(name)
+            except PipelineLoading as error:
+                if error.progress < 1:
+                    raise
+                try:
+                    async with asyncio.timeout_at(deadline):
+                        await news.wait()
+                except TimeoutError:
+                    raise error from None
 
     def routes(self, name: str) -> list[Route]:
         """The ready pipelines that answer for a pipeline's or a model's name.

@@ -90,7 +90,7 @@ class Prompts:
 
     async def find(self, name: str) -> Target:
         """Raises ModelNotFound, PipelineLoading, PipelineLost, and what Vocabularies.get raises."""
-        first, *others = self._pipelines.routes(name)
+        first, *others = await self._pipelines.settled_routes(name)
         # Replicas of the very same file only: a model may have been replaced in the store under its name.
         same = (first, *(each for each in others if each.source.header_sha256 == first.source.header_sha256))
         return Target(name, same, await self._vocabularies.get(first.source), self._executor)

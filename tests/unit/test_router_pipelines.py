@@ -1,5 +1,6 @@
 """Which pipelines answer for a name, in which order, and what a lost or late word of the controller does."""
 
+import asyncio
 from typing import Any
 
 import pytest
@@ -94,6 +95,29 @@ def test_a_loading_model_says_how_far_it_is() -> None:
             "progress": 0.42,
         },
     )
+
+
+async def test_a_request_waits_for_a_model_that_is_about_to_be_ready() -> None:
+    pipelines = known(info("m", state=pipeline_pb2.DEPLOYING, progress=1.0))
+    waiting = asyncio.ensure_future(pipelines.settled_routes("m"))
+    await asyncio.sleep(0)
+    pipelines.update(info("other"))
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    pipelines.update(info("m"))
+    assert [route.name for route in await waiting] == ["m"]
+
+
+async def test_a_request_waits_neither_long_nor_for_a_model_that_is_half_loaded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("eldric.router.pipelines.SETTLING_S", 0.05)
+    pipelines = known(info("m", state=pipeline_pb2.DEPLOYING, progress=0.99), info("n"))
+    with pytest.raises(PipelineLoading):
+        await asyncio.wait_for(pipelines.settled_routes("m"), 0.04)
+    pipelines.update(info("n", state=pipeline_pb2.DEPLOYING, progress=1.0))
+    with pytest.raises(PipelineLoading):
+        await pipelines.settled_routes("n")
 
 
 def test_a_degraded_model_is_lost_unless_a_replica_is_ready() -> None:
