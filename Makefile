@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PROTOS := $(wildcard protos/eldric/v1/*.proto)
 
-.PHONY: setup programs demo test check fmt bench protos clean
+.PHONY: setup programs extras demo test check fmt bench protos clean
 
 setup: $(READY)
 
@@ -19,6 +19,10 @@ PROGRAMS := nfs-ganesha nfs-ganesha-vfs fuse3 iproute2
 programs:
 	command -v ganesha.nfsd && command -v fusermount3 && command -v ss || { \
 		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends $(PROGRAMS); }
+
+# Optional packages that some tests use; without them those tests are skipped.
+extras: $(READY)
+	$(BIN)/python -m pip install --quiet --editable '.[dev,ucx]'
 
 demo: $(READY)
 	$(BIN)/python -m eldric.cli.demo
