@@ -94,7 +94,7 @@ class Sampler:
     prompt and generated tokens goes on exactly as the one that generated them.
     """
 
-    __slots__ = ("_adjusts", "_bias", "_counts", "_params", "_recent", "_vocab_size")
+    __slots__ = ("_adjusts", "_bias", "_counts", "_greedy", "_params", "_recent", "_vocab_size")
 
     def __init__(self, params: SamplingParams, vocab_size: int, prompt_tokens: Sequence[int]) -> None:
         """Raises InvalidSampling for a parameter out of range or a biased token outside the vocabulary."""
@@ -107,6 +107,7 @@ class Sampler:
             np.fromiter(params.logit_bias.values(), np.float32),
         )
         self._adjusts = bool(params.logit_bias) or params.penalizes
+        self._greedy = params.greedy
         self._recent: deque[int] = deque()
         self._counts: Counter[int] = Counter()
         if params.penalizes:
@@ -118,15 +119,18 @@ class Sampler:
         """Choose the token for `position`, its absolute index in the sequence. logits: [vocab_size], left unchanged.
         Raises EngineError if the logits are not numbers.
         """
-        if logits.shape != (self._vocab_size,):
+        if len(logits) != self._vocab_size:
             raise EngineError(f"logits have shape {logits.shape}, expected ({self._vocab_size},)")
         params = self._params
-        adjusted = self._adjust(logits)
+        adjusted = self._adjust(logits) if self._adjusts else logits
         token = int(adjusted.argmax())
-        if not math.isfinite(adjusted[token]):  # argmax finds whatever is not a number
-            raise EngineError(f"the largest logit is {adjusted[token]}")
-        if not params.greedy:
-            token = _draw(adjusted, params, float(adjusted[token]), uniform(params.seed, position))
+        largest: float = adjusted.item(token)
+        if largest - largest != 0:  # infinite or not a number, which argmax finds; cheaper than a call
+            raise EngineError(f"the largest logit is {largest}")
+        if self._greedy and not self._adjusts and params.logprobs is None:
+            return Sampled(token, None, ())
+        if not self._greedy:
+            token = _draw(adjusted, params, largest, uniform(params.seed, position))
         if params.penalizes:
             self._remember(token)
         if params.logprobs is None:
@@ -143,9 +147,7 @@ class Sampler:
                 del self._counts[oldest]
 
     def _adjust(self, logits: Logits) -> Logits:
-        """The logits with bias and penalties, if there are any in a buffer that the next call overwrites."""
-        if not self._adjusts:
-            return logits
+        """The logits with bias and penalties, in a buffer that the next call overwrites."""
         adjusted, params = _buffers.get("adjusted", self._vocab_size), self._params
         np.copyto(adjusted, logits)
         tokens, bias = self._bias

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from typing import cast
 
 from eldric.engine.errors import EngineError
 from eldric.engine.stage import Stage
@@ -45,7 +46,7 @@ class BodyThread(ComputeThread):
     def _step(self, frame: Frame) -> None:
         received_ns = time.perf_counter_ns()
         header = frame.header
-        runs = tuple([Run(*run) for run in header.runs])
+        runs = cast(tuple[Run, ...], header.runs)  # the transport's have the same fields in the same order
         try:
             output, times = self._compute(StepInput(runs, hidden=frame.array()), received_ns)
         except EngineError as error:
