@@ -20,7 +20,7 @@ CALL_S = 2.0
 CONNECT_S = 2.0
 CLOSE_S = 0.5
 #: After a call that got no answer, others fail at once for so long, in seconds: they need not all wait.
-RETRY_S = 2.0
+RETRY_S = 0.5
 #: Protocol versions that are tried, best first.
 VERSIONS = ("4.1", "4.0")
 

@@ -200,13 +200,9 @@ async def interrupted_load(
 async def test_a_server_that_is_killed_during_a_load_is_an_error(
     server: Server, mount: Mounted, source: stage_pb2.ModelSource, tmp_path: Path
 ) -> None:
-    """Mostly at once. A call that nfs-rs makes again by itself may take longer: then the load's deadline ends it."""
     error, after_s = await interrupted_load(mount, source, tmp_path, server.kill)
-    if isinstance(error, DeadlineExceeded):
-        assert "its file server hangs" in str(error) and after_s < read_ahead.STALL_S + 4
-    else:
-        assert isinstance(error, ModelUnreadable) and "cannot be read, after" in str(error)
-        assert after_s < 8
+    assert isinstance(error, ModelUnreadable) and "cannot be read, after" in str(error)
+    assert after_s < 8
 
 
 @pytest.mark.usefixtures("slow_reader")

@@ -53,9 +53,10 @@ class ReadAhead:
 
     def __call__(self, file: int, offset: int, length: int) -> None:
         start = self._position(file, offset)
-        if start >= self._told + _STEP_BYTES:
-            self._told = start
-            self._child.say(str(start))
+        least = start + length - WINDOW_BYTES  # what must count as used up, or the reader stops before these bytes
+        if start >= self._told + _STEP_BYTES or least > self._told:
+            self._told = max(start, least)
+            self._child.say(str(self._told))
         try:
             while self._done < start + length:
                 self._done = int(self._child.line(self._stall_s, self._cancelled))
