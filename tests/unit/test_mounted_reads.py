@@ -56,13 +56,23 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("narrow")
 def test_reading_waits_for_what_is_used_up(path: Path) -> None:
-    with ReadAhead([path], [ByteRange(0, 0, 8 * MIB)], lambda: False, stall_s=0.5) as reader:
-        reader(0, 0, 2 * MIB)
-        with pytest.raises(DeadlineExceeded):
-            reader(0, 0, 4 * MIB)  # nothing is used up: no more than a window, and a piece, comes
+    with ReadAhead([path], [ByteRange(0, 0, 8 * MIB)], lambda: False) as reader:
+        reader(0, 0, MIB)
+        come = MIB
+        with pytest.raises(Silent):
+            while True:
+                come = int(reader._child.line(0.5, lambda: False))
+        assert come <= 2 * MIB  # nothing is used up: no more than a window, and a piece, comes
     with ReadAhead([path], [ByteRange(0, 0, 8 * MIB)], lambda: False) as reader:
         for piece in range(8):
             reader(0, piece * MIB, MIB)
+
+
+@pytest.mark.usefixtures("narrow")
+def test_more_than_the_window_may_be_asked_for_at_once(path: Path) -> None:
+    with ReadAhead([path], [ByteRange(0, 0, 8 * MIB)], lambda: False) as reader:
+        reader(0, MIB, 5 * MIB)
+        reader(0, 6 * MIB, 2 * MIB)
 
 
 def test_a_file_that_was_cut_is_an_error_that_says_where(path: Path) -> None:
