@@ -83,15 +83,17 @@ class Calls:
     async def wait_for_node(self, kind: "registry_pb2.NodeKind.ValueType", name: str) -> None:
         """Returns once that node is up."""
         async with asyncio.timeout(15):
-            while (await self.nodes(kind)).get(name) != "UP":
-                await asyncio.sleep(0.01)
+            async for event in self.registry.Watch(registry_pb2.WatchNodesRequest(kind=kind)):
+                if event.node.name == name and event.node.state == registry_pb2.UP and not event.removed:
+                    return
 
     async def wait_for(self, state: "pipeline_pb2.PipelineState.ValueType", name: str = MODEL) -> Any:
         """The pipeline's info once it is in that state."""
         async with asyncio.timeout(15):
-            while (info := await self.status(name)).state != state:
-                await asyncio.sleep(0.01)
-        return info
+            async for event in self.pipeline.Watch(pipeline_pb2.WatchPipelinesRequest()):
+                if event.pipeline.name == name and event.pipeline.state == state and not event.removed:
+                    return event.pipeline
+        raise AssertionError("the controller ended the stream")
 
 
 class World:
