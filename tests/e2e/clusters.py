@@ -3,11 +3,14 @@
 import asyncio
 import contextlib
 import os
+import shutil
 import signal
 import ssl
+import subprocess
+import sys
 import warnings
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +33,28 @@ ENDLESS = "endless"
 ENDLESS_LLAMA = SmallLlama(layers=6, context=16384, type="Q8_0")
 
 
+def container() -> list[str]:
+    """A command in front of another, which then runs in a container as far as shared memory is concerned."""
+    for options in (["--ipc"], ["--map-root-user", "--ipc"]):
+        command = [shutil.which("unshare") or "unshare", *options]
+        try:
+            subprocess.run([*command, "true"], check=True, capture_output=True, timeout=5)
+        except (OSError, subprocess.SubprocessError):
+            continue
+        return command
+    return []
+
+
+CONTAINER = container() if sys.platform == "linux" else []
+
+
 @dataclass(slots=True)
 class LiveCluster:
     """A cluster that runs. `client` is an operator's."""
 
     local: LocalCluster
     client: AsyncClient
+    restarted: "list[subprocess.Popen[bytes]]" = field(default_factory=list)  # children of this process
 
     @property
     def folder(self) -> Path:
@@ -67,6 +86,32 @@ class LiveCluster:
         process = self.process(name)
         process.kill()
         await until(lambda: not runs(process))
+
+    async def restart(
+        self, worker: str, *, within: Sequence[str] = (), environment: Mapping[str, str] | None = None
+    ) -> None:
+        """End a worker, and start it again `within` a command that runs another, and with these variables."""
+        command = self.process(worker).cmdline()
+        await self.kill(worker)
+        with (self.folder / "restarted.log").open("ab") as output:
+            process = subprocess.Popen(
+                [*within, *command],
+                env={**os.environ, **(environment or {})},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+        self.restarted.append(process)
+        await self.until_member(worker, process.pid)
+
+    async def until_member(self, worker: str, pid: int, limit_s: float = 15.0) -> None:
+        """Until the controller counts that process as up."""
+        async with asyncio.timeout(limit_s):
+            while (worker, "up", pid) not in [
+                (each.name, each.state, each.pid) for each in await self.client.workers()
+            ]:
+                await asyncio.sleep(0.02)
 
     @property
     def router_url(self) -> str:
@@ -161,18 +206,30 @@ async def metrics_of(client: httpx.AsyncClient) -> dict[tuple[str, ...], float]:
 
 
 @contextlib.asynccontextmanager
-async def local_cluster(folder: Path, workers: int = 3, **shape: Any) -> AsyncIterator[LiveCluster]:
-    """A cluster that ends with the block, whatever was done to it. shape: other fields of cli.roster.Shape."""
+async def local_cluster(
+    folder: Path, workers: int = 3, *, flags: Sequence[str] = (), **shape: Any
+) -> AsyncIterator[LiveCluster]:
+    """A cluster that ends with the block, whatever was done to it.
+
+    flags: of `eldric-cli worker`, for every worker; shape: other fields of cli.roster.Shape.
+    """
     local = LocalCluster.create(folder / "cluster", Shape(workers=workers, threads=1, **shape))
+    local.nodes = [
+        replace(entry, arguments=(*entry.arguments, *flags)) if entry.kind == "worker" else entry
+        for entry in local.nodes
+    ]
+    restarted: list[subprocess.Popen[bytes]] = []
     try:
         await asyncio.to_thread(_up, local)
         async with AsyncClient(folder=local.folder) as client:
-            yield LiveCluster(local, client)
+            yield LiveCluster(local, client, restarted)
     finally:
         left = processes.find(map(local.node_folder, local.nodes))
         for pid in left.values():
             os.kill(pid, signal.SIGCONT)
         processes.end(left)
+        for process in restarted:
+            process.wait(10)
 
 
 @contextlib.asynccontextmanager

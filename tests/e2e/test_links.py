@@ -1,9 +1,6 @@
 """Processes whose links go by different transports: shared memory between two, sockets to one in a container."""
 
 import asyncio
-import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,7 +10,7 @@ from eldric.client.types import PipelineInfo
 from eldric.errors import Unavailable
 from eldric.transport.registry import offers
 from eldric.v1 import stage_pb2
-from tests.e2e.clusters import LiveCluster, local_cluster, tokens_until
+from tests.e2e.clusters import CONTAINER, LiveCluster, local_cluster, tokens_until
 
 WORKERS = ("worker-1", "worker-2", "worker-3")
 
@@ -21,41 +18,11 @@ WORKERS = ("worker-1", "worker-2", "worker-3")
 SOON_S = 0.5
 
 
-def container() -> list[str]:
-    """A command in front of another, which then runs in a container as far as shared memory is concerned."""
-    for options in (["--ipc"], ["--map-root-user", "--ipc"]):
-        command = [shutil.which("unshare") or "unshare", *options]
-        try:
-            subprocess.run([*command, "true"], check=True, capture_output=True, timeout=5)
-        except (OSError, subprocess.SubprocessError):
-            continue
-        return command
-    return []
-
-
-CONTAINER = container() if sys.platform == "linux" else []
-
 pytestmark = [
     pytest.mark.timeout(90),
     pytest.mark.skipif(not CONTAINER, reason="this system gives no namespaces"),
     pytest.mark.skipif("shm" not in offers(), reason="there is no shared memory transport on this system"),
 ]
-
-
-async def contain(cluster: LiveCluster, worker: str) -> "subprocess.Popen[bytes]":
-    """End a worker, and start it again in a container; it ends with the cluster."""
-    command = cluster.process(worker).cmdline()
-    await cluster.kill(worker)
-    with (cluster.folder / "contained.log").open("ab") as output:
-        process = subprocess.Popen(
-            [*CONTAINER, *command], stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
-        )
-    async with asyncio.timeout(15):
-        while {"name": worker, "state": "up", "pid": process.pid} not in [
-            {"name": each.name, "state": each.state, "pid": each.pid} for each in await cluster.client.workers()
-        ]:
-            await asyncio.sleep(0.02)
-    return process
 
 
 def transports(info: PipelineInfo) -> list[str]:
@@ -78,7 +45,7 @@ async def test_links_of_one_host_go_by_shared_memory_and_ends_are_noticed_on_eac
         assert transports(await cluster.deploy_endless()) == ["shm"] * 3
         answer = (await tokens_until(cluster.endless(), 20))[:20]
         await cluster.client.undeploy("endless")
-        contained = await contain(cluster, "worker-2")
+        await cluster.restart("worker-2", within=CONTAINER)
         info = await cluster.deploy_endless()
         assert [stage.worker for stage in info.stages] == list(WORKERS)
         assert transports(info) == ["zmq", "zmq", "shm"] and not any(s.link.fallback for s in info.stages if s.link)
@@ -98,4 +65,3 @@ async def test_links_of_one_host_go_by_shared_memory_and_ends_are_noticed_on_eac
             assert transports(await cluster.until_state("ready")) == ["zmq", "zmq", "shm"]
             await cluster.until_routed()
             assert (await tokens_until(cluster.endless(), 20))[:20] == answer
-    contained.wait(10)
