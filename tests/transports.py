@@ -20,6 +20,7 @@ UCX_ALONE = "ELDRIC_TEST_UCX"
 
 #: Every transport that links processes; each of them passes the whole suite of test_transport_*.py.
 BETWEEN_PROCESSES = ["ucx"] if os.environ.get(UCX_ALONE) else ["zmq", "shm", "relay"]
+WITH_A_DOOR = [scheme for scheme in BETWEEN_PROCESSES if scheme in ("shm", "ucx")]
 EVERY_TRANSPORT = BETWEEN_PROCESSES if os.environ.get(UCX_ALONE) else [*BETWEEN_PROCESSES, "inproc"]
 
 

@@ -24,8 +24,6 @@ from eldric.v1 import frame_pb2
 
 logger = logging.getLogger(__name__)
 
-_GRANT_S = 1.0  # longest wait for the rest of a grant whose beginning has come
-
 
 class UcxTransport(WiredTransport):
     """See the module. Each transport has a UCX worker of its own, and two threads beside the stage's."""
@@ -34,7 +32,7 @@ class UcxTransport(WiredTransport):
 
     def __init__(self, pipeline_id: str, stage: int, options: TransportOptions | None = None) -> None:
         options = options or TransportOptions()
-        mailbox = UcxMailbox(options.max_payload_bytes)
+        mailbox = UcxMailbox(options)
         super().__init__(pipeline_id, stage, options, mailbox)
         self._worker = mailbox.worker
         logger.warning("tensor channel without encryption pipeline=%s stage=%d", pipeline_id, stage)
@@ -152,8 +150,9 @@ class UcxLink(WindowedLink):
         self._worker.sleep(wait_s)
 
     def _take_grants(self) -> None:
-        while self._open and (message := self._worker.take(self._endpoint, _GRANT_S)) is not None:
-            self._granted(message)
+        while self._open and (message := self._worker.take(self._endpoint)) is not None:
+            if message:
+                self._granted(message)
 
     def _refused(self, reason: str) -> None:
         self._wire.hang_up(reason)

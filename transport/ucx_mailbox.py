@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from eldric.transport.base import TransportOptions
 from eldric.transport.errors import CorruptFrame
 from eldric.transport.frame import MAX_HEADER_BYTES
 from eldric.transport.mailbox import CORRUPT, END, FRAME, HELLO, NOTHING, Arrival, Mailbox
@@ -19,26 +20,32 @@ from eldric.transport.ucx_worker import PREFIX, Endpoint, Worker, libucxx, paylo
 TAG = struct.Struct("<Q")
 GRANT = 5  # kind of a message that goes from receiver to sender, after those of mailbox.py
 
+_SPARE_MESSAGES = 16  # hellos, beside the frames of a window
 _LAST_S = 0.02  # for what a peer that is gone had sent to come out of the kernel
 _KINDS = frozenset({FRAME, HELLO, END, CORRUPT})
 
 
 @dataclass(slots=True, eq=False)
 class _Inlet:
-    """One inbound wire, and the message of it that is being received."""
+    """One inbound wire, the message of it that is being received, and what waits to be taken."""
 
     wire: Wire
     tag: Any
     back: Endpoint
     memory: "np.ndarray[Any, Any]" = field(default_factory=lambda: np.empty(0, np.uint8))
     request: Any = None
+    arrived: int = 0  # messages and their bytes; counted by whoever holds the worker's lock
+    arrived_bytes: int = 0
+    taken: int = 0  # by the transport's thread
+    taken_bytes: int = 0
 
 
 class UcxMailbox(Mailbox):
-    """See the module."""
+    """See the module. Of what a peer sends beyond its window, nothing is taken from UCX."""
 
-    def __init__(self, max_payload_bytes: int) -> None:
-        self._max_bytes = payload_begin(MAX_HEADER_BYTES) + max_payload_bytes
+    def __init__(self, options: TransportOptions) -> None:
+        self._max_bytes = payload_begin(MAX_HEADER_BYTES) + options.max_payload_bytes
+        self._most, self._most_bytes = options.queue_frames + _SPARE_MESSAGES, options.queue_bytes
         self._inlets: dict[Wire, _Inlet] = {}
         self._refused: dict[Wire, CorruptFrame] = {}
         self._arrived: deque[Arrival] = deque()
@@ -71,6 +78,8 @@ class UcxMailbox(Mailbox):
     def remove(self, wire: Wire) -> None:
         with self.worker.lock:
             inlet = self._inlets.pop(wire, None)
+            if inlet is not None:
+                self._let_go(inlet)
         if inlet is not None:
             self.worker.retire(inlet.back, 0.0, lambda: None)
 
@@ -81,14 +90,14 @@ class UcxMailbox(Mailbox):
     def take(self) -> Arrival | None:
         if not self._arrived:
             self.worker.attend()
-        return self._arrived.popleft() if self._arrived else None
+        return self._take() if self._arrived else None
 
     def take_last(self) -> Arrival | None:
         end = time.monotonic() + _LAST_S
         while not self._arrived and time.monotonic() < end:
             self.worker.attend()
             give_way()
-        return self._arrived.popleft() if self._arrived else None
+        return self._take() if self._arrived else None
 
     def tell(self, wire: Wire, grant: bytes) -> None:
         inlet = self._inlets.get(wire)
@@ -100,6 +109,8 @@ class UcxMailbox(Mailbox):
 
     def close(self) -> None:
         with self.worker.lock:
+            for inlet in self._inlets.values():
+                self._let_go(inlet)
             self._inlets.clear()
         self._arrived.clear()
         self.worker.close()
@@ -107,8 +118,12 @@ class UcxMailbox(Mailbox):
     def _collect(self) -> None:
         """Called by the worker, which holds its lock."""
         for inlet in self._inlets.values():
-            while self._advance(inlet):
+            while self._has_room(inlet) and self._advance(inlet):
                 pass
+
+    def _has_room(self, inlet: _Inlet) -> bool:
+        waiting, waiting_bytes = inlet.arrived - inlet.taken, inlet.arrived_bytes - inlet.taken_bytes
+        return waiting < self._most and waiting_bytes < self._most_bytes
 
     def _advance(self, inlet: _Inlet) -> bool:
         """Whether a message came whole, so that there may be another."""
@@ -121,8 +136,24 @@ class UcxMailbox(Mailbox):
         if not inlet.request.completed:
             return False
         inlet.request, memory = None, inlet.memory
-        self._arrived.append(_arrival(inlet.wire, memory.data.toreadonly()))
+        arrival = _arrival(inlet.wire, memory.data.toreadonly())
+        inlet.arrived += 1
+        inlet.arrived_bytes += arrival[3].nbytes
+        self._arrived.append(arrival)
         return True
+
+    def _take(self) -> Arrival:
+        arrival = self._arrived.popleft()
+        inlet = self._inlets.get(arrival[1])
+        if inlet is not None:
+            inlet.taken += 1
+            inlet.taken_bytes += arrival[3].nbytes
+        return arrival
+
+    def _let_go(self, inlet: _Inlet) -> None:
+        """With the worker's lock held. What is being received may still be written to."""
+        if inlet.request is not None:
+            self.worker.leave([(inlet.request, inlet.memory)])
 
 
 def _arrival(wire: Wire, message: memoryview) -> Arrival:

@@ -12,8 +12,8 @@ import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -24,7 +24,7 @@ os.environ.setdefault("UCX_LOG_FILE", "stderr")  # else it writes to standard ou
 os.environ.setdefault("UCX_WARN_UNUSED_ENV_VARS", "n")
 try:
     from ucxx._lib import libucxx as libucxx
-    from ucxx._lib.arr import Array
+    from ucxx._lib.arr import Array as Array
 except ImportError as error:
     raise ImportError(f"UCX is not installed: pip install 'eldric[ucx]' ({error})") from error
 
@@ -40,6 +40,8 @@ _BUSY_S = 0.0002  # between two times that it moves messages that are on their w
 _CLOSE_S = 0.05  # longest wait for ways to other workers to close
 _SENDING_S = 0.001  # longest sleep while messages are on their way
 _IDLE_S = 0.5  # longest wait for a message
+_MAX_SMALL_BYTES = 4096  # of a message without payload: a receiver's grant
+_VERSION_MASK = 0x0F  # of a UCX address's first byte: UCX ends the process for one of a version that it does not know
 _KEPT_BUFFERS = 4  # of each size
 _KEPT_SIZES = 8
 
@@ -55,21 +57,27 @@ class Outgoing:
         self.array = Array(self.memory)
 
 
+#: A request of UCX's, and the memory that it reads or writes until it is completed. Neither may be let go before.
+Request: TypeAlias = tuple[Any, Any]
+
+
 class Endpoint:
-    """A way to another worker. What has been sent by it and is not gone yet."""
+    """A way to another worker. What has been sent by it and is not gone yet, and what comes back by it."""
 
     def __init__(self, handle: Any, tag: int) -> None:
         self.handle, self.tag = handle, libucxx.UCXXTag(tag)
         self.sends: deque[tuple[Any, Outgoing]] = deque()
+        self.incoming: Request | None = None
 
-    def close(self) -> Any:
-        """Begin to close it: gives UCX's request, which its worker's progress completes.
+    def close(self) -> list[Request]:
+        """Begin to close it: gives UCX's requests, which its worker's progress completes.
 
         UCX's ways that block wait for a dead peer for ever.
         """
         handle, self.handle = self.handle, None
+        left = [*self.sends, *([self.incoming] if self.incoming else [])]
         self.sends.clear()
-        return handle.close()
+        return [*left, (handle.close(), None)]
 
 
 class Worker:
@@ -86,7 +94,7 @@ class Worker:
         self.lock = threading.Lock()
         self._collect = collect
         self._endpoints: list[Endpoint] = []
-        self._closing: list[Any] = []  # requests
+        self._left: list[Request] = []  # that nobody waits for
         self._retiring: list[tuple[Endpoint, float, Callable[[], None]]] = []
         self._free: dict[int, list[Outgoing]] = {}
         self._attended = 0.0
@@ -104,7 +112,11 @@ class Worker:
         """A way to the worker of that address, on which messages carry that tag.
 
         Without UCX's own error handling, which would rule shared memory out: the door knows who is gone.
+        Raises libucxx.UCXError, RuntimeError, and ValueError for what is no address. UCX does not survive everything
+        that looks like one; whoever is let in at the door is trusted with that.
         """
+        if not address or (address[0] ^ self.address[0]) & _VERSION_MASK:
+            raise ValueError("it is no address of a UCX worker like this one")
         with self.lock:
             there = libucxx.UCXAddress.create_from_buffer(address)
             endpoint = Endpoint(self._worker.create_endpoint_from_worker_address(there, False), tag)
@@ -169,24 +181,31 @@ class Worker:
         """Start to receive the next message with that tag. With the lock held. Gives UCX's request."""
         return self._worker.tag_recv(Array(memory), tag)
 
-    def take(self, endpoint: Endpoint, timeout_s: float) -> bytes | None:
-        """The header of the next message with the endpoint's tag, without payload. None: there is none."""
+    def take(self, endpoint: Endpoint) -> bytes | None:
+        """The header of the next message with the endpoint's tag, without payload; empty: it is none of this protocol.
+
+        None: there is none.
+        """
         with self.lock:
             self._worker.progress()
-            size = self.probe(endpoint.tag)
-            if size is None:
-                return None
-            memory = np.empty(size, np.uint8)
-            request = self.receive(memory, endpoint.tag)
-            end = time.monotonic() + timeout_s
-            while not request.completed:
-                if time.monotonic() > end:
+            if endpoint.incoming is None:
+                size = self.probe(endpoint.tag)
+                if size is None:
                     return None
-                self._worker.progress()
-        data = memory.tobytes()
-        if size < PREFIX.size:
-            return None
+                memory = np.empty(size if size <= _MAX_SMALL_BYTES else 1, np.uint8)  # UCX cuts off the rest
+                endpoint.incoming = self.receive(memory, endpoint.tag), memory
+            request, memory = endpoint.incoming
+            if not request.completed:
+                return None
+            endpoint.incoming = None
+        data: bytes = memory.tobytes()
+        if len(data) < PREFIX.size:
+            return b""
         return data[PREFIX.size : PREFIX.size + PREFIX.unpack_from(data)[1]]
+
+    def leave(self, requests: Iterable[Request]) -> None:
+        """Nobody waits for these any more. With the lock held."""
+        self._left = [each for each in (*self._left, *requests) if each[0] and not each[0].completed]
 
     def retire(self, endpoint: Endpoint, deadline: float, then: Callable[[], None]) -> None:
         """Let go of it once all that was sent is gone, at the latest at the deadline, and call `then`."""
@@ -207,8 +226,7 @@ class Worker:
                 self._retiring.remove(entry)
                 if endpoint in self._endpoints:
                     self._endpoints.remove(endpoint)
-                    still = [request for request in self._closing if request and not request.completed]
-                    self._closing = [*still, endpoint.close()]
+                    self.leave(endpoint.close())
                 then()
 
     def ring(self) -> None:
@@ -220,15 +238,19 @@ class Worker:
         self._pump.join()
         with self.lock:
             self._let_go(math.inf)
-            self._closing += [endpoint.close() for endpoint in self._endpoints]
+            for endpoint in self._endpoints:
+                self.leave(endpoint.close())
             end = time.monotonic() + _CLOSE_S
-            while time.monotonic() < end and any(request and not request.completed for request in self._closing):
+            while time.monotonic() < end and self._left:
                 self._worker.progress()
-            self._closing.clear()
+                self.leave(())
             self._endpoints.clear()
-            self._free.clear()
             self._worker.cancel_inflight_requests()
+            memories = [memory for _, memory in self._left]
+            self._left.clear()
             self._worker = None
+            memories.clear()
+            self._free.clear()
         self._bell.close()
         self._pump_bell.close()
 
