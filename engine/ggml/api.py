@@ -41,6 +41,7 @@ _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ggml_mul": (_P, (_P, _P, _P)),
     "ggml_add": (_P, (_P, _P, _P)),
     "ggml_mul_mat": (_P, (_P, _P, _P)),
+    "ggml_custom_4d": (_P, (_P, _I, _L, _L, _L, _L, _P, _I, _P, _I, _P)),
     "ggml_swiglu_split": (_P, (_P, _P, _P)),
     "ggml_rope_ext": (_P, (_P, _P, _P, _P, _I, _I, _I, _F, _F, _F, _F, _F, _F)),
     "ggml_flash_attn_ext": (_P, (_P, _P, _P, _P, _P, _F, _F, _F)),

@@ -6,6 +6,8 @@ and length are written into the tensor structs before each computation. So atten
 length costs, and what a row computes depends on its own sequence alone.
 """
 
+import ctypes
+
 from eldric.engine.errors import UnsupportedModel
 from eldric.engine.ggml.arena import Arena
 from eldric.engine.ggml.backend import Backend
@@ -13,10 +15,13 @@ from eldric.engine.ggml.graph import Graph, GraphShape
 from eldric.engine.ggml.kv import KVCache
 from eldric.engine.ggml.ports import Port, Ports
 from eldric.engine.ggml.weights import Weights
+from eldric.engine.kernels.panels import Panel
 from eldric.engine.shard import Shard
 from eldric.engine.spec import ModelSpec
+from eldric.engine.tensor_types import TensorType
 
 _ROPE_MODES = {"norm": 0, "neox": 2}  # GGML_ROPE_TYPE_NORMAL, GGML_ROPE_TYPE_NEOX
+_ALL_THREADS = -1  # GGML_N_TASKS_MAX
 _BETA_FAST, _BETA_SLOW = 32.0, 1.0  # without effect unless rope is extended by YaRN
 
 
@@ -102,7 +107,7 @@ class GraphPlan:
             rows = 1 if shape.is_chunk else shape.rows
             normed = self._norm(hidden, "output_norm")
             output = "token_embd" if self.spec.tied_output else "output"
-            logits = self.api.ggml_mul_mat(self.ctx, self._matrix(self.b.weight(output), rows), normed)
+            logits = self._times(self.b.weight(output), normed, rows)
             hidden = self._place(logits, self.ports.logits)
         elif hidden:
             self._place(hidden, self.ports.hidden_out)
@@ -197,19 +202,33 @@ class GraphPlan:
 
     def _product(self, role: str, layer: int, vectors: int, rows: int) -> int:
         """A weight matrix times each row, and the bias if the model has one."""
-        matrix = self._matrix(self.b.weight(role, layer), rows)
-        product: int = self.api.ggml_mul_mat(self.ctx, matrix, vectors)
+        product = self._times(self.b.weight(role, layer), vectors, rows)
         bias = f"{role}_bias"
         if bias in self.spec.family.tensors and (name := self.b.weight(bias, layer)) in self.b.weights:
             product = self.api.ggml_add(self.ctx, product, self.b.weights[name].plain)
         return product
 
-    def _matrix(self, name: str, rows: int) -> int:
-        """Decode steps of any number of rows use the same layout in exact mode."""
+    def _times(self, name: str, vectors: int, rows: int) -> int:
+        """A matrix times each row. Decode steps of any number of rows use the same layout in exact mode."""
         weight = self.b.weights[name]
+        if weight.panel is not None:
+            return self._times_panel(weight.panel, vectors, rows)
+        matrix = weight.matrix(rows)
         if self.b.exact and not self.shape.is_chunk:
-            return weight.packed or weight.plain
-        return weight.matrix(rows)
+            matrix = weight.packed or weight.plain
+        product: int = self.api.ggml_mul_mat(self.ctx, matrix, vectors)
+        return product
+
+    def _times_panel(self, panel: Panel, vectors: int, rows: int) -> int:
+        sources = (ctypes.c_void_p * 1)(vectors)
+        product: int = self.api.ggml_custom_4d(
+            self.ctx,
+            int(TensorType.F32),
+            *(panel.rows, rows, 1, 1),
+            *(sources, len(sources)),
+            *(panel.product, _ALL_THREADS, panel.task),
+        )
+        return product
 
     def _rows_of(self, port: Port, rows: int, first: int = 0) -> int:
         view: int = self.api.ggml_view_2d(

@@ -103,7 +103,7 @@ class GgmlModel:
 
     @property
     def compute_bytes(self) -> int:
-        return self._graphs.nbytes + self._ports.nbytes
+        return self._graphs.nbytes + self._ports.nbytes + self._weights.scratch_bytes
 
     @property
     def compute_ns(self) -> int:
@@ -172,6 +172,7 @@ class GgmlModel:
             self._padded_decode = [decode_rows(self._matrices, rows) for rows in range(decode + 1)]
         self._padded_chunk = [-(-rows // _CHUNK_MULTIPLE) * _CHUNK_MULTIPLE for rows in range(options.chunk + 1)]
         rows = max(*self._padded_decode, *self._padded_chunk)
+        self._weights.take_scratch(rows)
         self._cache = KVCache(
             self._backend,
             spec,

@@ -1,8 +1,9 @@
 """Which layout of a weight matrix is used when, and which results do not depend on the rows beside them.
 
-A matrix is *mapped* (the file's own bytes) or *packed*: a private copy in a layout of the device's own, named as ggml
-names the buffer type. All of this was measured, on ggml 0.26 and an x86-64 with AVX-512 and AMX (`benchmarks/engine.py`
-prints speeds; tests/integration/test_stage_exact.py holds the bits). What was not measured is not used.
+A matrix is *mapped* (the file's own bytes) or *packed*: a private copy in panels, which the engine's own kernels take
+(eldric.engine.kernels), or in a layout of the device's own, named as ggml names the buffer type. All of this was
+measured, on ggml 0.26 and an x86-64 with AVX-512 and AMX (`benchmarks/engine.py` prints speeds;
+tests/integration/test_stage_exact.py holds the bits). What was not measured is not used.
 """
 
 from collections.abc import Iterable
@@ -10,7 +11,7 @@ from typing import NamedTuple
 
 from eldric.engine.tensor_types import TensorType
 
-MAPPED = "mapped"
+MAPPED, PANELS = "mapped", "panels"
 AMX, REPACK = "AMX", "CPU_REPACK"  # tiles of Intel's matrix unit; rows interleaved for vector units
 
 _MOST_ROWS = 64  # rows of a step up to which bits were compared
@@ -65,9 +66,9 @@ def exact_rows(kind: TensorType, layout: str) -> RowRange:
     """How many rows a product may have so that each row gets the same bits, whatever the other rows are.
 
     ggml takes another kernel for a single row of floats, for 8 rows or more of mapped K-quants, and for 4 or more of
-    interleaved ones. Nothing is promised for what was not tried.
+    interleaved ones. The engine's own kernels take rows one by one. Nothing is promised for what was not tried.
     """
-    if layout == AMX:
+    if layout in (AMX, PANELS):
         return RowRange(1, _MOST_ROWS)
     if layout == REPACK:
         return RowRange(1, _MOST_ROWS if kind in _BLOCKS_OF_32 else 3)

@@ -11,9 +11,10 @@ from eldric.engine.ggml.arena import Arena
 from eldric.engine.ggml.backend import WEIGHTS, Backend, Buffer
 from eldric.engine.ggml.lookup import TokenTable
 from eldric.engine.ggml.mapping import Fetch, Mapping, Mappings, read_in
-from eldric.engine.ggml.policy import MAPPED, keeps_mapped, packed_pays, worth_packing
+from eldric.engine.ggml.policy import MAPPED, PANELS, keeps_mapped, packed_pays, worth_packing
 from eldric.engine.ggml.structs import MAX_DIMS, Tensor
 from eldric.engine.gguf import ModelFile
+from eldric.engine.kernels.panels import Panel, Panels, panel_bytes
 from eldric.engine.shard import Shard
 from eldric.engine.tensor_types import TensorType
 from eldric.engine.tensors import TensorInfo
@@ -24,12 +25,13 @@ Progress = Callable[[int, int], None]
 
 @dataclass(slots=True)
 class Weight:
-    """One tensor: its structs in the file's layout and in one of the device's own, 0 where there is none."""
+    """One tensor: its structs in the file's layout and in one of the device's own, 0 where there is none; or panels."""
 
     info: TensorInfo
     plain: int = 0
     packed: int = 0
     packing: str = ""  # the packed one's buffer type
+    panel: Panel | None = None
 
     def matrix(self, rows: int) -> int:
         """The tensor for a product of so many rows."""
@@ -40,6 +42,8 @@ class Weight:
     @property
     def layout(self) -> str:
         """That of the packed tensor if there is one."""
+        if self.panel is not None:
+            return PANELS
         return self.packing if self.packed else MAPPED
 
 
@@ -57,11 +61,13 @@ class Weights:
         self.token_table: TokenTable | None = None  # for a device that cannot look rows up in the embedding
         self._buffers: list[Buffer] = []
         self._arenas: list[Arena] = []
+        self._panels: Panels | None = None
         self._mappings = Mappings(model.paths, model.file_sizes, shard.ranges)
         self.mapped_bytes = 0
         self.locked_bytes = 0
         self.packed_bytes = 0
         self.copied_bytes = 0
+        self.scratch_bytes = 0
 
     def __getitem__(self, name: str) -> Weight:
         return self._by_name[name]
@@ -89,8 +95,12 @@ class Weights:
             if self._api.ggml_type_name(int(info.type)) in (None, b"NONE"):
                 raise UnsupportedModel(f"ggml {self._backend.library.version} has no type {info.type.name}")
         self._by_name = {info.name: Weight(info) for info in infos}
+        budget = pack_budget_bytes
+        if mode == "auto" and self._backend.is_cpu and self._backend.is_host:
+            budget = self._pack_panels([info for info in infos if info.name in matrices], budget)
         if mode != "mapped":
-            self._pack([info for info in infos if info.name in matrices], mode, pack_budget_bytes)
+            left = [info for info in infos if info.name in matrices and self._by_name[info.name].panel is None]
+            self._pack(left, mode, budget)
         if looked_up is not None and not self._can_look_up(self._shard.tensors[looked_up]):
             info, looked_up = self._shard.tensors[looked_up], None
             self.token_table = TokenTable(self._backend.library, info, self._address(info))
@@ -103,9 +113,17 @@ class Weights:
         if not self._backend.can_map and self.token_table is None:
             self._mappings.close()
 
+    def take_scratch(self, rows: int) -> None:
+        """Memory that products of up to so many rows need besides. Raises OutOfMemory."""
+        if self._panels is not None:
+            self._panels.take_scratch(rows, self._backend.threads)
+            self.scratch_bytes = self._panels.scratch_bytes
+
     def close(self) -> None:
         for buffer in self._buffers:
             buffer.close()
+        if self._panels is not None:
+            self._panels.close()
         for arena in self._arenas:
             arena.close()
         self._mappings.close()
@@ -124,9 +142,26 @@ class Weights:
             return True
         if self.token_table is not None and info is self.token_table.info and info.name not in matrices:
             return False
+        if weight.panel is not None:
+            return False
         if not weight.packed:
             return True
         return mode == "auto" and keeps_mapped(info.type, weight.packing)
+
+    def _pack_panels(self, infos: list[TensorInfo], budget: int | None) -> int | None:
+        """Choose the matrices that the engine's own kernels multiply, and take their memory. Returns what is left."""
+        chosen: list[TensorInfo] = []
+        for info in infos:
+            nbytes = panel_bytes(info)
+            if nbytes is not None and (budget is None or nbytes <= budget):
+                chosen.append(info)
+                budget = None if budget is None else budget - nbytes
+        if chosen:
+            self._panels = Panels(chosen)
+            self.packed_bytes += self._panels.nbytes
+            for info in chosen:
+                self._by_name[info.name].panel = self._panels[info.name]
+        return budget
 
     def _pack(self, infos: list[TensorInfo], mode: WeightsMode, budget: int | None) -> None:
         """Make the structs of the matrices that get a copy in a layout of the device's own, and their buffers.
@@ -208,6 +243,8 @@ class Weights:
             read_in(mapping, info.offset, info.nbytes, on_piece, self._fetch)
             address = self._address(info)
             in_place = bool(weight.plain) and self._api.ggml_get_data(weight.plain) == address
+            if weight.panel is not None:
+                weight.panel.pack(address)
             copies = [weight.packed] if in_place else [weight.packed, weight.plain]
             for tensor in filter(None, copies):
                 self._api.ggml_backend_tensor_set(tensor, address, 0, info.nbytes)

@@ -1,0 +1,137 @@
+"""Compiles the kernels of a format for the processor at hand, once: the machine code is kept in the user's cache.
+
+A kept file is taken only if it lies in a folder that nobody but the user can write to, and begins with the digest of
+what follows. Its name tells the processor, the compiler and the sources, so anything new makes a new file.
+"""
+
+import functools
+import hashlib
+import logging
+import os
+import stat
+import tempfile
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import platformdirs
+from llvmlite import __version__ as compiler_version
+from llvmlite import binding
+
+from eldric.engine.kernels.formats import FORMATS, Format
+from eldric.engine.kernels.isa import Isa, host_features, isa_of
+from eldric.engine.kernels.product import write_module
+from eldric.engine.tensor_types import TensorType
+
+log = logging.getLogger(__name__)
+
+_DIGEST_BYTES = hashlib.sha256().digest_size
+_lock = threading.Lock()  # llvmlite's compiler is used by one thread at a time
+
+
+@dataclass(frozen=True, slots=True)
+class Kernels:
+    """A format's compiled functions, as addresses. They stay for the life of the process."""
+
+    layout: Format
+    isa: Isa
+    pack: int
+    product: int
+    engine: object  # owns the machine code
+
+
+def kernels_for(kind: TensorType, isa: Isa | None = None) -> Kernels | None:
+    """The kernels of a type, or None if there are none for it or for this processor. isa: instead of the best one."""
+    chosen = isa or isa_of(host_features())
+    made = FORMATS.get(kind)
+    if chosen is None or made is None:
+        return None
+    with _lock:
+        return _compiled(kind, chosen)
+
+
+@functools.cache
+def _compiled(kind: TensorType, isa: Isa) -> Kernels:
+    layout = FORMATS[kind](isa.lanes)
+    machine = _machine()
+    code = _kept(kind, isa)
+    if code is None:
+        code = _compile(write_module(layout, isa), machine)
+        _keep(kind, isa, code)
+    engine = binding.create_mcjit_compiler(binding.parse_assembly(""), machine)
+    engine.add_object_file(binding.ObjectFileRef.from_data(code))
+    engine.finalize_object()
+    pack, product = (engine.get_function_address(name) for name in ("pack", "product"))
+    return Kernels(layout, isa, pack, product, engine)
+
+
+def _machine() -> binding.TargetMachine:
+    binding.initialize_native_target()
+    binding.initialize_native_asmprinter()
+    features = binding.get_host_cpu_features().flatten()
+    target = binding.Target.from_default_triple()
+    return target.create_target_machine(cpu=binding.get_host_cpu_name(), features=features, opt=3)
+
+
+def _compile(text: str, machine: binding.TargetMachine) -> bytes:
+    module = binding.parse_assembly(text)
+    module.verify()
+    builder = binding.create_pass_builder(machine, binding.create_pipeline_tuning_options(speed_level=2))
+    builder.getModulePassManager().run(module, builder)
+    code: bytes = machine.emit_object(module)
+    return code
+
+
+def _kept(kind: TensorType, isa: Isa) -> bytes | None:
+    path = _folder() / _name(kind, isa)
+    try:
+        if not _is_private(path.parent):
+            return None
+        content = path.read_bytes()
+    except OSError:
+        return None
+    digest, code = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
+    if hashlib.sha256(code).digest() != digest:
+        log.warning("kernel_cache_damaged=%s", path)
+        return None
+    return code
+
+
+def _keep(kind: TensorType, isa: Isa, code: bytes) -> None:
+    folder = _folder()
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
+            file.write(hashlib.sha256(code).digest() + code)
+        os.replace(file.name, folder / _name(kind, isa))
+    except OSError as error:
+        log.info("kernels_not_kept=%s reason=%s", folder, error)
+
+
+def _folder() -> Path:
+    return platformdirs.user_cache_path("eldric") / "kernels"
+
+
+def _is_private(folder: Path) -> bool:
+    """Whether only this user can put files there: machine code in it is run."""
+    if not hasattr(os, "getuid"):
+        return True
+    status = folder.stat()
+    return status.st_uid == os.getuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+def _name(kind: TensorType, isa: Isa) -> str:
+    parts = (kind.name, isa.name, compiler_version, *binding.llvm_version_info, binding.get_host_cpu_name())
+    features = sorted(name for name, there in host_features().items() if there)
+    digest = _digest((*map(str, parts), *features, _sources()))
+    return f"{kind.name.lower()}-{isa.name}-{digest[:32]}"
+
+
+@functools.cache
+def _sources() -> str:
+    return _digest(path.read_text() for path in sorted(Path(__file__).parent.glob("*.py")))
+
+
+def _digest(parts: Iterable[str]) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()

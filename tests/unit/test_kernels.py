@@ -1,0 +1,212 @@
+"""The engine's own matrix kernels: what they compute, and that it depends on nothing else."""
+
+import ctypes
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType, quants
+from numpy.typing import NDArray
+
+from eldric.engine.ggml.structs import Tensor
+from eldric.engine.kernels import compiler
+from eldric.engine.kernels.compiler import kernels_for
+from eldric.engine.kernels.formats import FORMATS
+from eldric.engine.kernels.isa import AVX2, AVX512_VNNI, AVX_VNNI, Isa, host_features, isa_of
+from eldric.engine.kernels.panels import Panels, panel_bytes
+from eldric.engine.kernels.product import PASS_ROWS
+from eldric.engine.tensor_types import TensorType
+from eldric.engine.tensors import TensorInfo
+
+Floats = NDArray[np.float32]
+
+COLUMNS, ROWS = 512, 48
+KINDS = sorted(FORMATS)
+_HALVES = {TensorType.Q4_1: (0, 2), TensorType.Q4_K: (0, 2), TensorType.Q6_K: (208,)}  # where the scales are
+_PRODUCT = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_void_p)
+
+pytestmark = pytest.mark.skipif(isa_of(host_features()) is None, reason="no kernels for this processor")
+
+
+def runnable() -> Iterator[Isa]:
+    features = host_features()
+    if features.get("avx2"):
+        yield AVX2
+    if features.get("avxvnni"):
+        yield AVX_VNNI
+    if features.get("avx512vnni"):
+        yield AVX512_VNNI
+
+
+def info(kind: TensorType, rows: int) -> TensorInfo:
+    return TensorInfo("m", kind, (COLUMNS, rows), 0, 0, rows * kind.row_bytes(COLUMNS))
+
+
+@dataclass
+class Matrix:
+    """Random blocks of a type, with scales of the size that weights have."""
+
+    kind: TensorType
+
+    def __post_init__(self) -> None:
+        draw = np.random.default_rng(int(self.kind))
+        blocks = COLUMNS // self.kind.block_size
+        raw = draw.integers(0, 256, (ROWS, blocks, self.kind.type_bytes), dtype=np.uint8)
+        for offset in _HALVES.get(self.kind, (0,)):
+            scales = draw.uniform(-0.01, 0.01, (ROWS, blocks, 1)).astype(np.float16)
+            raw[:, :, offset : offset + 2] = scales.view(np.uint8)
+        self.raw = raw.reshape(ROWS, -1)
+        self.values = quants.dequantize(self.raw, GGMLQuantizationType[self.kind.name]).astype(np.float64)
+        self.info = info(self.kind, ROWS)
+
+
+def multiply(matrix: Matrix, vectors: Floats, threads: int = 1, rows: int = PASS_ROWS) -> Floats:
+    """vectors: [rows, columns]. Returns [rows, rows of the matrix], computed by threads one after the other."""
+    panels = Panels([matrix.info])
+    panels.take_scratch(rows, threads)
+    panel = panels["m"]
+    panel.pack(matrix.raw.ctypes.data)
+    result = np.full((len(vectors), ROWS), np.nan, np.float32)
+    source, target = Tensor(), Tensor()
+    for tensor, array in ((source, vectors), (target, result)):
+        tensor.data, tensor.ne[0], tensor.ne[1] = array.ctypes.data, array.shape[1], array.shape[0]
+        tensor.nb[0], tensor.nb[1] = 4, array.strides[0]
+    target.src[0] = ctypes.addressof(source)
+    for thread in range(threads):
+        _PRODUCT(panel.product)(ctypes.addressof(target), thread, threads, panel.task)
+    panels.close()
+    return result
+
+
+def activations(rows: int) -> Floats:
+    return np.random.default_rng(rows).standard_normal((rows, COLUMNS), np.float32)
+
+
+def in_bytes(vectors: Floats, block: int) -> NDArray[np.float64]:
+    """The values that ggml's quantize_row_q8_0 (blocks of 32) or quantize_row_q8_K leaves of activations."""
+    blocks = vectors.reshape(len(vectors), -1, block)
+    most = np.abs(blocks).max(-1, keepdims=True)
+    scale = most / np.float32(127)
+    if block == 32:
+        scale = scale.astype(np.float16).astype(np.float32)
+    whole: NDArray[np.float64] = np.rint(blocks * (np.float32(127) / most)).astype(np.float64)
+    values: NDArray[np.float64] = whole * scale
+    return values.reshape(vectors.shape)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_products_are_those_of_the_dequantized_matrix(kind: TensorType) -> None:
+    matrix, vectors = Matrix(kind), activations(5)
+    expected = in_bytes(vectors, kind.block_size) @ matrix.values.T
+    np.testing.assert_allclose(multiply(matrix, vectors), expected, rtol=0, atol=2e-6 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_a_row_gets_the_same_bits_beside_any_number_of_rows_and_on_any_thread(kind: TensorType) -> None:
+    matrix, vectors = Matrix(kind), activations(2 * PASS_ROWS + 3)
+    alone = np.concatenate([multiply(matrix, row[None]) for row in vectors])
+    for rows in (*range(2, 19), 31, PASS_ROWS, PASS_ROWS + 1, len(vectors)):
+        np.testing.assert_array_equal(multiply(matrix, vectors[:rows]), alone[:rows], err_msg=f"{rows} rows")
+    for threads in (2, 3, 5):
+        np.testing.assert_array_equal(multiply(matrix, vectors[:9], threads), alone[:9], err_msg=f"{threads} threads")
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_every_vector_extension_gives_the_same_bits(kind: TensorType, monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix, vectors, found = Matrix(kind), activations(21), {}
+    for isa in runnable():
+        monkeypatch.setattr("eldric.engine.kernels.panels.kernels_for", lambda kind, isa=isa: kernels_for(kind, isa))
+        found[isa.name] = multiply(matrix, vectors)
+    assert len(found) >= 1
+    for name, result in found.items():
+        np.testing.assert_array_equal(result, found["avx2"], err_msg=name)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_rows_of_zeros_and_of_extremes_are_exact(kind: TensorType) -> None:
+    matrix = Matrix(kind)
+    vectors = np.zeros((4, COLUMNS), np.float32)
+    vectors[1], vectors[2, ::2] = 127.0, -127.0
+    vectors[3, 7] = 127.0
+    expected = vectors.astype(np.float64) @ matrix.values.T
+    result = multiply(matrix, vectors)
+    assert not result[0].any()
+    np.testing.assert_allclose(result, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
+
+
+def test_strides_of_a_view_are_heeded() -> None:
+    matrix, wide = Matrix(TensorType.Q4_0), activations(6)
+    np.testing.assert_array_equal(multiply(matrix, wide[::2]), multiply(matrix, wide[::2].copy()))
+
+
+def test_matrices_that_fill_no_panel_or_have_no_kernels_are_left_alone() -> None:
+    assert panel_bytes(Matrix(TensorType.Q4_0).info)
+    assert panel_bytes(info(TensorType.Q4_0, ROWS + 1)) is None
+    assert panel_bytes(info(TensorType.F16, ROWS)) is None
+
+
+def test_extension_follows_from_the_features() -> None:
+    older = {"avx2": True, "fma": True, "f16c": True}
+    assert isa_of({**older, "avx512vnni": True, "avx512bw": True}) is AVX512_VNNI
+    assert isa_of({**older, "avxvnni": True}) is AVX_VNNI
+    assert isa_of(older) is AVX2
+    assert isa_of({"avx2": True}) is None and isa_of({}) is None
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder for compiled kernels, and a process that has compiled none."""
+    monkeypatch.setattr(compiler, "_folder", lambda: tmp_path / "kernels")
+    monkeypatch.setattr(compiler, "_compiled", compiler._compiled.__wrapped__)
+    return tmp_path / "kernels"
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Each module that is compiled."""
+    seen: list[str] = []
+    compile_module = compiler._compile
+
+    def watched(text: str, machine: object) -> bytes:
+        seen.append(text)
+        return compile_module(text, machine)
+
+    monkeypatch.setattr(compiler, "_compile", watched)
+    return seen
+
+
+def test_kernels_are_compiled_once_and_kept(folder: Path, compiled: list[str]) -> None:
+    assert kernels_for(TensorType.Q4_0) and kernels_for(TensorType.Q4_0)
+    assert len(compiled) == 1
+    assert [path.name[:5] for path in folder.iterdir()] == ["q4_0-"]
+
+
+def test_damaged_kernels_are_compiled_again(folder: Path, compiled: list[str]) -> None:
+    kernels_for(TensorType.Q4_0)
+    (kept,) = folder.iterdir()
+    content = kept.read_bytes()
+    for broken in (content[:-1], content[:100] + b"\0" + content[101:], b""):
+        kept.write_bytes(broken)
+        assert kernels_for(TensorType.Q4_0)
+        assert kept.read_bytes() == content
+    assert len(compiled) == 4
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions as on POSIX")
+def test_kernels_that_others_could_have_written_are_not_run(folder: Path, compiled: list[str]) -> None:
+    kernels_for(TensorType.Q4_0)
+    folder.chmod(0o777)
+    kernels_for(TensorType.Q4_0)
+    assert len(compiled) == 2
+
+
+def test_a_folder_that_cannot_be_written_to_costs_only_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: Path, compiled: list[str]
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(compiler, "_folder", lambda: tmp_path / "file" / "kernels")
+    assert kernels_for(TensorType.Q4_0) and kernels_for(TensorType.Q4_0)
+    assert len(compiled) == 2
