@@ -35,7 +35,15 @@ def list_models(
         out.print("the store is empty; add a model with `eldric-cli models add FILE`")
         return
     listing = table(
-        "name", "architecture", "right:parameters", "type", "right:layers", "right:context", "right:size", "problem"
+        "name",
+        "architecture",
+        "right:parameters",
+        "type",
+        "right:layers",
+        "right:context",
+        "right:size",
+        "right:copies",
+        "problem",
     )
     for model in models:
         listing.add_row(
@@ -46,6 +54,7 @@ def list_models(
             str(model.layers),
             str(model.context),
             human_bytes(model.size_bytes),
+            copies(model),
             model.problem,
         )
     out.print(listing)
@@ -83,6 +92,8 @@ def show(
         ("files", ", ".join(path for path, _ in details.files)),
         ("SHA-256", ", ".join(details.sha256)),
         ("data workers", ", ".join(details.data_workers)),
+        ("copies", copies(info)),
+        ("replication", details.replication),
     ):
         if value != "":
             listing.add_row(field, str(value))
@@ -193,6 +204,11 @@ def say_what_came(model: ModelInfo) -> None:
     out.print(f"{model.name}: {model.architecture}, {model.layers} layers, {human_bytes(model.size_bytes)}")
     if model.problem:
         err.print(f"it cannot be deployed: {model.problem}", style="yellow")
+
+
+def copies(model: ModelInfo) -> str:
+    """How many data workers hold it, and how many should: "2", "1 of 2"."""
+    return f"{model.copies} of {model.copies_wanted}" if model.copies_wanted else str(model.copies)
 
 
 def count(number: float) -> str:

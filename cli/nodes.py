@@ -81,6 +81,16 @@ def controller(
     http_port: HttpPort = None,
     grpc_port: GrpcPort = None,
     join_port: JoinPort = None,
+    replicate_after: Annotated[
+        float,
+        option(
+            "--replicate-after",
+            metavar="SECONDS",
+            help="A copy of a model that is missing for so long is made anew (`models replicate`).",
+            default="600",
+            min=0.0,
+        ),
+    ] = 600.0,
     log_level: LogLevel = "INFO",
     quiet: Quiet = False,
     as_json: Json = False,
@@ -91,7 +101,8 @@ def controller(
 
     ports = _ports(http_port, grpc_port, join_port)
     node = _node("controller", folder, host=host, advertise=advertise, log_level=log_level, **ports)
-    _serve(node, lambda: run(ControllerConfig(node)), quiet=quiet, as_json=as_json)
+    config = ControllerConfig(node, replicate_after_s=replicate_after)
+    _serve(node, lambda: run(config), quiet=quiet, as_json=as_json)
 
 
 @app.command()

@@ -19,13 +19,17 @@ def replicate(
     to: Annotated[str, option("--to", metavar="DATA-WORKER", help="The data worker that gets a copy.")] = "",
     copies: Annotated[
         int | None,
-        option("--copies", metavar="N", help="Data workers that hold it in the end.", default="2", min=1),
+        option("--copies", metavar="N", help="Data workers that should hold it.", default="2", min=1),
     ] = None,
     folder: options.Dir = None,
     controller: options.Controller = None,
     as_json: options.Json = False,
 ) -> None:
-    """Copy a model to more data workers: workers read from all, and one may fail."""
+    """Have several data workers hold a model: workers read from all, and one may fail.
+
+    The controller keeps the number up: a copy that is gone for ten minutes (its --replicate-after) is made anew on
+    another data worker. With --to one copy is made, once.
+    """
     if to and copies is not None:
         raise InvalidRequest("--to and --copies exclude each other: name a data worker, or say how many copies")
     with client_of(folder, controller) as client, Tracker(quiet=as_json) as tracker:

@@ -40,10 +40,10 @@ if TYPE_CHECKING:
 MODEL = "tale"
 
 
-def controller_config(folder: Path, http_port: int = 0) -> ControllerConfig:
-    """A controller with short beats. Port 0: free ones."""
+def controller_config(folder: Path, http_port: int = 0, **settings: Any) -> ControllerConfig:
+    """A controller with short beats. Port 0: free ones. settings: further ones of ControllerConfig."""
     node = NodeConfig("controller", "main", folder, http_port=http_port, drain_s=2.0)
-    return ControllerConfig(node, beat_interval_ms=200, lease_ms=1500, settle_ms=4000)
+    return ControllerConfig(node, beat_interval_ms=200, lease_ms=1500, settle_ms=4000, **settings)
 
 
 class Calls:
@@ -126,21 +126,26 @@ class World:
             self._nodes.append(worker.node)
         await asyncio.gather(*(self.workers[name].start() for name in names))
 
-    async def add_store(self, name: str = "store", path: Path | None = None) -> DataWorker:
-        """A data worker that has MODEL, which is the storyteller or another file."""
+    async def add_empty_store(self, name: str = "store") -> DataWorker:
+        """A data worker."""
         folder = issue(self.authority, self.folder, "data", name)
         node = NodeConfig("data", name, folder, http_port=0, grpc_port=0, controllers=(self.address,), drain_s=1.0)
         models = self.folder / ("models" if name == "store" else f"models-{name}")
         store = DataWorker(DataConfig(node, models), Identity.load(folder))
         await store.node.start()
         self._nodes.append(store.node)
+        await store.member.registered.wait()
+        return store
+
+    async def add_store(self, name: str = "store", path: Path | None = None) -> DataWorker:
+        """A data worker that has MODEL, which is the storyteller or another file."""
+        store = await self.add_empty_store(name)
         operator = self.authority.issue_identity("client", "tester")
         async with channel(store.node.grpc_address, operator, "data") as connection:
             stub: Any = ModelStoreStub(connection)
             request = model_store_pb2.ImportRequest(path=str(path or storyteller()), id=MODEL)
             async for _ in stub.Import(request):
                 pass
-        await store.member.registered.wait()
         return store
 
     def stages(self) -> list[tuple[str, int, int]]:
@@ -151,12 +156,16 @@ class World:
 
 
 @contextlib.asynccontextmanager
-async def controller_here(folder: Path) -> AsyncIterator[tuple[World, Controller]]:
-    """A controller in this process."""
-    authority = Authority.create("test")
-    home = issue(authority, folder, "controller", "main")
-    authority.save(home / "authority")
-    controller = await Controller.open(controller_config(home), Identity.load(home))
+async def controller_here(folder: Path, **settings: Any) -> AsyncIterator[tuple[World, Controller]]:
+    """A controller in this process; settings of its configuration. Opened again in its folder it knows what it knew."""
+    home = folder / "main"
+    if (home / "authority").exists():
+        authority = Authority.load(home / "authority")
+    else:
+        authority = Authority.create("test")
+        home = issue(authority, folder, "controller", "main")
+        authority.save(home / "authority")
+    controller = await Controller.open(controller_config(home, **settings), Identity.load(home))
     await controller.node.start()
     try:
         async with World(folder, authority, controller.node.grpc_address) as world:

@@ -1,6 +1,6 @@
 """Data workers that hold the same model, honest ones as processes and liars as threads, and a fetcher for their ranges.
 
-Usage, as a process: python -m tests.replicas FOLDER NAME
+Usage, as a process: python -m tests.replicas FOLDER NAME CONTROLLER
 """
 
 import asyncio
@@ -35,7 +35,7 @@ from eldric.worker.range_cache.cache import RangeCache
 from eldric.worker.range_cache.fetcher import RangeFetcher
 from eldric.worker.range_cache.metrics import FetchMetrics
 from tests.models import SmallLlama, write_small_llama
-from tests.stores import data_config, ignore, until
+from tests.stores import NOBODY, data_config, ignore, until
 
 #: Of 26 MB in 8 layers, so that a layer is some blocks long.
 SHAPE = SmallLlama(layers=8, hidden=384, heads=6, kv_heads=6, head_dim=64, ffn=256, context=256)
@@ -87,11 +87,11 @@ class Replica:
 
 
 @contextlib.asynccontextmanager
-async def replica(folder: Path, authority: Authority, name: str) -> AsyncIterator[Replica]:
-    """Serves the store in folder/models until the block ends."""
+async def replica(folder: Path, authority: Authority, name: str, controller: str = NOBODY) -> AsyncIterator[Replica]:
+    """Serves the store in folder/models until the block ends; by default nobody is its controller."""
     authority.issue_identity("data", name).save(folder / "node")
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "tests.replicas", str(folder), name, stderr=asyncio.subprocess.DEVNULL
+        sys.executable, "-m", "tests.replicas", str(folder), name, controller, stderr=asyncio.subprocess.DEVNULL
     )
     made = Replica(folder, name, authority, process)
     try:
@@ -263,4 +263,4 @@ class BigStore:
 
 
 if __name__ == "__main__":
-    asyncio.run(run(data_config(Path(sys.argv[1]), name=sys.argv[2])))
+    asyncio.run(run(data_config(Path(sys.argv[1]), sys.argv[3], sys.argv[2])))

@@ -43,7 +43,11 @@ def as_unknown_architecture(path: Path, source: Path) -> Path:
     return path
 
 
-def data_config(folder: Path, controller: str = "127.0.0.1:1", name: str = "store") -> DataConfig:
+#: The address of a controller that is not there.
+NOBODY = "127.0.0.1:1"
+
+
+def data_config(folder: Path, controller: str = NOBODY, name: str = "store") -> DataConfig:
     """A data worker on free ports, its store in folder/models; by default nobody is its controller."""
     node = NodeConfig("data", name, folder / "node", http_port=0, grpc_port=0, controllers=(controller,), drain_s=1.0)
     return DataConfig(node, folder / "models", jobs=1, queue=1)

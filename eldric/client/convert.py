@@ -1,5 +1,6 @@
 """Messages to the client's types."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -7,7 +8,7 @@ from google.protobuf.message import Message
 
 from eldric.client import types
 from eldric.errors import InvalidRequest
-from eldric.v1 import common_pb2, inference_pb2, model_store_pb2, pipeline_pb2, registry_pb2, stage_pb2
+from eldric.v1 import common_pb2, inference_pb2, model_store_pb2, pipeline_pb2, registry_pb2, replication_pb2, stage_pb2
 
 _FINISH: dict[int, types.Finish] = {
     inference_pb2.STOP: "stop",
@@ -179,9 +180,30 @@ def import_event(event: model_store_pb2.ImportEvent) -> types.PullEvent:
     return types.ImportProgress(event.phase, event.done_bytes, event.total_bytes)
 
 
-def model_details(metadata: model_store_pb2.ModelMetadata, data_workers: tuple[str, ...]) -> types.ModelDetails:
+def with_copies(info: types.ModelInfo, copies: int, wanted: replication_pb2.ModelReplication) -> types.ModelInfo:
+    return dataclasses.replace(info, copies=copies, copies_wanted=wanted.copies)
+
+
+def replication(wanted: replication_pb2.ModelReplication) -> str:
+    """What is done about copies that are missing, in words; "" where there are enough."""
+    parts = []
+    for copy in wanted.copying:
+        share = f" ({100 * copy.done_bytes // copy.total_bytes} %)" if copy.total_bytes else ""
+        parts.append(f"{copy.data_worker} copies it from {copy.from_data_worker}{share}")
+    if wanted.problem:
+        parts.append(wanted.problem)
+    if wanted.waits_ms:
+        parts.append(f"another copy is made in {-(-wanted.waits_ms // 1000)} s")
+    return "; ".join(parts)
+
+
+def model_details(
+    metadata: model_store_pb2.ModelMetadata,
+    data_workers: tuple[str, ...],
+    wanted: replication_pb2.ModelReplication,
+) -> types.ModelDetails:
     return types.ModelDetails(
-        info=model(metadata.info),
+        info=with_copies(model(metadata.info), len(data_workers), wanted),
         hidden_size=metadata.hidden_size,
         heads=metadata.heads,
         kv_heads=metadata.kv_heads,
@@ -193,6 +215,7 @@ def model_details(metadata: model_store_pb2.ModelMetadata, data_workers: tuple[s
         header=dict(metadata.header),
         origin=metadata.origin,
         data_workers=data_workers,
+        replication=replication(wanted),
     )
 
 

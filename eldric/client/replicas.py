@@ -1,6 +1,7 @@
-"""The cluster's data workers together: who holds a model, and copies of it on more of them."""
+"""The cluster's data workers together: who holds a model, and a copy of it on one more of them."""
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -9,7 +10,8 @@ from urllib.parse import urlsplit
 from eldric.channels import call_errors
 from eldric.client import convert, types
 from eldric.client.connections import Connections
-from eldric.errors import AlreadyExists, EldricError, InvalidRequest, NotFound, Unavailable
+from eldric.client.copy_goals import CopyGoals
+from eldric.errors import AlreadyExists, EldricError, NotFound, Unavailable
 from eldric.replicas import is_same
 from eldric.v1 import model_store_pb2, model_store_pb2_grpc, registry_pb2
 
@@ -33,6 +35,7 @@ class Replicas:
 
     def __init__(self, connections: Connections) -> None:
         self._connections, self._timeout_s = connections, connections.timeout_s
+        self._goals = CopyGoals(connections)
 
     async def stores(self) -> list[Store]:
         """The data workers that are up, by name."""
@@ -53,12 +56,15 @@ class Replicas:
 
         answers = await self._ask_all(await self.stores(), ask)
         found: dict[str, types.ModelInfo] = {}
+        copies: Counter[str] = Counter()
         for _, answer in answers:
             for info in answer.models:
+                copies[info.id] += 1
                 known = found.get(info.id)
                 if known is None or (known.problem and not info.problem):  # damaged here, sound there
                     found[info.id] = convert.model(info)
-        return [found[name] for name in sorted(found)]
+        wanted = await self._goals.all()
+        return [convert.with_copies(found[name], copies[name], wanted[name]) for name in sorted(found)]
 
     async def holders(self, model: str) -> list[tuple[Store, model_store_pb2.ModelMetadata]]:
         """Who holds a model, with what each says of it. Raises NotFound, or why a data worker cannot say."""
@@ -83,14 +89,13 @@ class Replicas:
             raise NotFound(f"the model store has no model {model!r}")
         return found
 
-    async def replicate_events(
-        self, model: str, to: str = "", copies: int = 2
+    async def copy_events(
+        self, model: str, to: str
     ) -> AsyncGenerator[types.ReplicaProgress | types.ModelReplicas, None]:
-        """Copy a model from a data worker that holds it to others: progress, then who holds it now.
+        """Have the data worker `to` copy a model from one that holds it: progress, then who holds it now.
 
-        to: name of the data worker that gets it; empty: as many, by name, as there must be for `copies` in all.
         Closing the iterator stops it; what has come is kept, and the same call goes on from there. Raises NotFound,
-        InvalidRequest, AlreadyExists when another model has the name there, and what an import raises.
+        AlreadyExists when another model has the name there, and what an import raises.
         """
         stores = await self.stores()
         holders = await self._holders(stores, model)
@@ -98,12 +103,15 @@ class Replicas:
         others = [store.name for store, held in holders if not is_same(held.source, metadata.source)]
         if others:
             raise AlreadyExists(f"{model!r} is another model on {', '.join(others)} than on {source.name}")
-        names = [store.name for store, _ in holders]
-        for target in _targets(stores, names, to, copies):
+        target = next((store for store in stores if store.name == to), None)
+        if target is None:
+            there = ", ".join(store.name for store in stores)
+            raise NotFound(f"there is no data worker {to!r} that is up; there are: {there}")
+        names = {store.name for store, _ in holders}
+        if target.name not in names:
             async for event in self._copy(model, source, target):
                 yield event
-            names.append(target.name)
-        yield types.ModelReplicas(model, tuple(sorted(names)))
+        yield types.ModelReplicas(model, tuple(sorted({*names, target.name})))
 
     async def _copy(self, model: str, source: Store, target: Store) -> AsyncGenerator[types.ReplicaProgress, None]:
         address = urlsplit(source.node.http_url).netloc
@@ -134,17 +142,3 @@ class Replicas:
             errors = [each for each in answers if isinstance(each, EldricError)]
             raise min(errors, key=lambda error: isinstance(error, NotFound))
         return good
-
-
-def _targets(stores: Sequence[Store], holders: Sequence[str], to: str, copies: int) -> list[Store]:
-    """Raises NotFound when there is no such data worker, InvalidRequest when there are too few."""
-    if to:
-        chosen = [store for store in stores if store.name == to]
-        if not chosen:
-            names = ", ".join(store.name for store in stores)
-            raise NotFound(f"there is no data worker {to!r} that is up; there are: {names}")
-        return [store for store in chosen if store.name not in holders]
-    if not 1 <= copies <= len(stores):
-        raise InvalidRequest(f"{copies} copies: from 1 to {len(stores)}, the number of data workers that are up")
-    free = [store for store in stores if store.name not in holders]
-    return free[: max(0, copies - len(holders))]

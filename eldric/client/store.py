@@ -6,8 +6,9 @@ from pathlib import Path
 
 from eldric.client import convert, types
 from eldric.client.connections import Connections
+from eldric.client.copy_goals import CopyGoals
 from eldric.client.replicas import Replicas
-from eldric.errors import DataLoss, NotFound, Unavailable
+from eldric.errors import DataLoss, InvalidRequest, NotFound, Unavailable
 from eldric.v1 import model_store_pb2, model_store_pb2_grpc
 
 _DATA_WORKER = "the data worker"
@@ -18,7 +19,7 @@ class Models:
 
     def __init__(self, connections: Connections) -> None:
         self._connections = connections
-        self._replicas = Replicas(connections)
+        self._replicas, self._goals = Replicas(connections), CopyGoals(connections)
 
     async def list(self) -> list[types.ModelInfo]:
         """The models of all data workers, each once."""
@@ -27,13 +28,33 @@ class Models:
     async def show(self, name: str) -> types.ModelDetails:
         """What the first data worker that holds it says of it, and who holds it."""
         holders = await self._replicas.holders(name)
-        return convert.model_details(holders[0][1], tuple(store.name for store, _ in holders))
+        wanted = await self._goals.all()
+        return convert.model_details(holders[0][1], tuple(store.name for store, _ in holders), wanted[name])
 
     def replicate_events(
         self, name: str, to: str = "", copies: int = 2
     ) -> AsyncGenerator[types.ReplicaProgress | types.ModelReplicas, None]:
-        """Copy a model to more data workers; see Replicas.replicate_events."""
-        return self._replicas.replicate_events(name, to, copies)
+        """Have so many data workers hold a model, from now on, or have the data worker `to` copy it: progress, then who
+        holds it.
+
+        copies: what the controller keeps up; leaving early leaves that as it is. 1: no copy is made any more. See
+        CopyGoals.reached_events; of `to`, Replicas.copy_events.
+        """
+        return self._replicas.copy_events(name, to) if to else self._kept_events(name, copies)
+
+    async def _kept_events(
+        self, name: str, copies: int
+    ) -> AsyncGenerator[types.ReplicaProgress | types.ModelReplicas, None]:
+        """Who holds it in the end, by their own word: also those that hold more copies than are wanted."""
+        if copies < 1:
+            raise InvalidRequest(f"{copies} copies: at least 1")
+        await self._replicas.holders(name)  # raises NotFound
+        async with contextlib.aclosing(self._goals.reached_events(name, copies)) as events:
+            async for event in events:
+                if isinstance(event, types.ReplicaProgress):
+                    yield event
+        names = sorted(store.name for store, _ in await self._replicas.holders(name))
+        yield types.ModelReplicas(name, tuple(names))
 
     async def replicate(self, name: str, to: str = "", copies: int = 2) -> types.ModelReplicas:
         """See `replicate_events`."""
@@ -91,7 +112,9 @@ class Models:
                 call.cancel()
 
     async def remove(self, name: str) -> None:
-        """Remove a model from every data worker that holds it, or the rest of an interrupted pull. Raises NotFound."""
+        """Remove a model from every data worker that holds it, or the rest of an interrupted pull; no copy is made any
+        more. Raises NotFound."""
+        await self._goals.drop(name)
         missing: list[NotFound] = []
         stores = await self._replicas.stores()
         for store in stores:

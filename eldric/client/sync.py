@@ -188,11 +188,11 @@ class SyncModels:
     def replicate_events(
         self, name: str, to: str = "", copies: int = 2
     ) -> Events[types.ReplicaProgress | types.ModelReplicas]:
-        """See Replicas.replicate_events."""
+        """See Models.replicate_events."""
         return self._client._iterate(self._models.replicate_events(name, to, copies))
 
     def replicate(self, name: str, to: str = "", copies: int = 2) -> types.ModelReplicas:
-        """See Replicas.replicate_events."""
+        """See Models.replicate_events."""
         return self._client._run(self._models.replicate(name, to, copies))
 
     def remove(self, name: str) -> None:

@@ -126,6 +126,8 @@ class ModelInfo:
     parameters: int
     context: int
     problem: str = ""  # why it cannot be deployed
+    copies: int = 0  # data workers that hold it; 0: not asked
+    copies_wanted: int = 0  # data workers that should hold it; 0: nothing is set
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +144,7 @@ class ModelDetails:
     header: Mapping[str, str]
     origin: str = ""  # path or source that it was imported from
     data_workers: tuple[str, ...] = ()  # names of those that hold it
+    replication: str = ""  # what is done about copies that are missing, or what hinders it
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,12 +13,14 @@ from eldric.controller.deployments import PipelineState
 from eldric.controller.fresh import FreshReports
 from eldric.controller.heartbeat_service import HeartbeatService
 from eldric.controller.membership_service import MembershipService
-from eldric.controller.metrics import ClusterCollector, ControllerMetrics
+from eldric.controller.metrics import ClusterCollector, ControllerMetrics, ReplicationCollector
 from eldric.controller.models import Models
 from eldric.controller.nodes import NodeInfo, NodeState
 from eldric.controller.pipeline_service import PipelineService
 from eldric.controller.planning import Planning
 from eldric.controller.registry_service import RegistryService
+from eldric.controller.replication_service import ReplicationService
+from eldric.controller.replicator import Replicator
 from eldric.controller.ring import RingMaker
 from eldric.controller.state import Store
 from eldric.controller.workers import Workers
@@ -33,6 +35,8 @@ from eldric.v1 import (
     pipeline_pb2_grpc,
     registry_pb2,
     registry_pb2_grpc,
+    replication_pb2,
+    replication_pb2_grpc,
 )
 
 #: In the controller's folder.
@@ -53,12 +57,15 @@ class Controller:
         self.node.metrics.register(ClusterCollector(self.cluster))
         workers = Workers(config, self.node.channels, lambda: self.node.identity)
         rings = RingMaker(self.cluster, workers)
-        planning = Planning(self.cluster, Models(config, self.cluster, self.node.channels))
+        models = Models(config, self.cluster, self.node.channels)
+        planning = Planning(self.cluster, models)
         self._config = config
         self._store = store
         self._deployer = Deployer(self.cluster, store, planning, rings, metrics)
         tick_s = config.beat_interval_ms / 1000 / _TICKS
         self._caretaker = Caretaker(self.cluster, workers, rings, self._deployer, metrics, tick_s)
+        self._replicator = Replicator(config, self.cluster, store, models, self.node.channels)
+        self.node.metrics.register(ReplicationCollector(self._replicator.statuses))
         self._serve(authority, metrics, FreshReports(self.cluster, workers))
         self.node.health(self._look)
         self.node.on_start(self._start)
@@ -73,6 +80,7 @@ class Controller:
         store = await Store.open(folder / STATE_FILE)
         try:
             controller = cls(config, identity, authority, store)
+            await controller._replicator.open()
             await controller._deployer.recover(time.monotonic() + config.settle_ms / 1000)
         except BaseException:
             await store.close()
@@ -95,6 +103,11 @@ class Controller:
             PipelineService(cluster, self._deployer, fresh),
             pipeline_pb2_grpc.add_PipelineServicer_to_server,
             pipeline_pb2.DESCRIPTOR.services_by_name["Pipeline"],
+        )
+        node.service(
+            ReplicationService(self._replicator),
+            replication_pb2_grpc.add_ReplicationServicer_to_server,
+            replication_pb2.DESCRIPTOR.services_by_name["Replication"],
         )
         node.service(
             MembershipService(authority, self._store, cluster),
@@ -129,9 +142,11 @@ class Controller:
             permanent=True,
         )
         self._caretaker.start()
+        self._replicator.start()
 
     async def close(self) -> None:
         """Ends what goes on in the background and closes the state."""
+        await self._replicator.close()
         await self._caretaker.close()
         await self._store.close()
 

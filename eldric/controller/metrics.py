@@ -1,7 +1,7 @@
 """What a controller counts, for Prometheus."""
 
 from collections import Counter as Tally
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import GaugeMetricFamily, Metric
@@ -10,6 +10,7 @@ from prometheus_client.registry import Collector
 from eldric.controller.cluster import Cluster
 from eldric.controller.deployments import PipelineState
 from eldric.controller.nodes import NodeState
+from eldric.controller.replication import Status
 
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0)
 
@@ -50,3 +51,17 @@ class ClusterCollector(Collector):
             memory.add_metric([view.name, "offered"], view.memory_bytes)
             memory.add_metric([view.name, "committed"], view.used_bytes)
         return iter((nodes, pipelines, memory))
+
+
+class ReplicationCollector(Collector):
+    """How many data workers hold the models whose number of copies was set."""
+
+    def __init__(self, statuses: Callable[[], list[Status]]) -> None:
+        self._statuses = statuses
+
+    def collect(self) -> Iterator[Metric]:
+        copies = GaugeMetricFamily("eldric_model_copies", "Copies of a model in stores", labels=["model", "kind"])
+        for status in self._statuses():
+            copies.add_metric([status.goal.model, "wanted"], status.goal.copies)
+            copies.add_metric([status.goal.model, "held"], len(status.holders))
+        return iter((copies,))

@@ -1,4 +1,4 @@
-"""What the controller keeps over a restart: pipelines and join tokens, in SQLite.
+"""What the controller keeps over a restart: pipelines, numbers of copies and join tokens, in SQLite.
 
 Every method is one transaction, and returns when it is on disk. A kill between two of them leaves the state before or
 after, never a mixture; what the states in between mean is said in `deployer`.
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from eldric.controller.pipelines import Phase, PipelineRecord, StageRecord
+from eldric.controller.replication import Goal
 from eldric.errors import DataLoss, NotReady, Unauthenticated, Unavailable
 from eldric.security import JoinToken, TokenRecord
 from eldric.v1 import common_pb2, pipeline_pb2, stage_pb2
@@ -40,6 +41,11 @@ MIGRATIONS = (
     CREATE TABLE join_tokens (
         id TEXT PRIMARY KEY, secret_sha256 BLOB NOT NULL, kind TEXT NOT NULL, expires_at REAL NOT NULL,
         uses_left INTEGER
+    ) STRICT;
+    """,
+    """
+    CREATE TABLE replications (
+        model TEXT PRIMARY KEY, copies INTEGER NOT NULL, source BLOB NOT NULL
     ) STRICT;
     """,
 )
@@ -84,6 +90,23 @@ class Store:
 
     async def delete(self, pipeline_id: str) -> None:
         await self._run(lambda database: database.execute("DELETE FROM pipelines WHERE id = ?", (pipeline_id,)))
+
+    async def goals(self) -> list[Goal]:
+        """How many data workers should hold which models."""
+
+        def read(database: sqlite3.Connection) -> list[Goal]:
+            rows = database.execute("SELECT model, copies, source FROM replications ORDER BY model")
+            return [Goal(model, copies, stage_pb2.ModelSource.FromString(source)) for model, copies, source in rows]
+
+        return await self._run(read)
+
+    async def save_goal(self, goal: Goal) -> None:
+        """Keeps a goal in place of what was kept for its model."""
+        row = goal.model, goal.copies, goal.source.SerializeToString()
+        await self._run(lambda database: database.execute("INSERT OR REPLACE INTO replications VALUES (?, ?, ?)", row))
+
+    async def delete_goal(self, model: str) -> None:
+        await self._run(lambda database: database.execute("DELETE FROM replications WHERE model = ?", (model,)))
 
     async def add_token(self, record: TokenRecord, now: float) -> None:
         """Keeps a token, and forgets those that have expired."""

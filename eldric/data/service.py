@@ -63,7 +63,8 @@ class ModelStoreService(model_store_pb2_grpc.ModelStoreServicer):
         self._readers.shutdown(wait=False, cancel_futures=True)
 
     async def List(self, request: pb.ListModelsRequest, context: Any) -> pb.ListModelsResponse:
-        return pb.ListModelsResponse(models=[model_info(model) for model in await self.refresh()])
+        models = [model_info(model) for model in await self.refresh()]
+        return pb.ListModelsResponse(models=models, free_bytes=await self._in_thread(self._store.free_bytes))
 
     async def Metadata(self, request: pb.ModelRequest, context: Any) -> pb.ModelMetadata:
         metadata = model_metadata(await self.find(request.id))

@@ -68,6 +68,13 @@ class ModelStore:
             raise NotFound(f"the model store has no model {model!r}")
         return found
 
+    def free_bytes(self) -> int:
+        """What the disk has free. Raises NotReady when it cannot say."""
+        try:
+            return shutil.disk_usage(self.folder).free
+        except OSError as error:
+            raise NotReady(f"the model store {self.folder} cannot be used: {error.strerror}") from None
+
     def check_free(self, model: str) -> None:
         """Raises AlreadyExists for a name in use."""
         if self.find(model) is not None:

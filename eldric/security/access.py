@@ -61,6 +61,8 @@ RULES: dict[str, Rule] = {
     "ModelStore/Tensors": Rule(NODES),
     "ModelStore/Blocks": Rule(NODES),
     "ModelStore/Pull": Rule(NODES),
+    "ModelStore/Import": _kinds("controller"),
+    "Replication/List": Rule(NODES),
     "Tunnel/Open": Rule(MEMBERS),
     "Tunnel/Tunnels": Rule(NODES),
     "Membership/Join": Rule(NODES, strangers=True),

@@ -27,7 +27,7 @@ from eldric.v1 import stage_pb2 as eldric_dot_v1_dot_stage__pb2
 from google.api import annotations_pb2 as google_dot_api_dot_annotations__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x65ldric/v1/model_store.proto\x12\teldric.v1\x1a\x16\x65ldric/v1/common.proto\x1a\x15\x65ldric/v1/stage.proto\x1a\x1cgoogle/api/annotations.proto\"\x1a\n\x0cModelRequest\x12\n\n\x02id\x18\x01 \x01(\t\"\x13\n\x11ListModelsRequest\"\xad\x01\n\tModelInfo\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06layers\x18\x02 \x01(\r\x12\x12\n\nsize_bytes\x18\x03 \x01(\x04\x12\x0e\n\x06\x66ormat\x18\x04 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x05 \x01(\t\x12\x14\n\x0cquantization\x18\x06 \x01(\t\x12\x12\n\nparameters\x18\x07 \x01(\x04\x12\x0f\n\x07\x63ontext\x18\x08 \x01(\r\x12\x0f\n\x07problem\x18\t \x01(\t\":\n\x12ListModelsResponse\x12$\n\x06models\x18\x01 \x03(\x0b\x32\x14.eldric.v1.ModelInfo\"\xe6\x02\n\rModelMetadata\x12\"\n\x04info\x18\x01 \x01(\x0b\x32\x14.eldric.v1.ModelInfo\x12\x13\n\x0bhidden_size\x18\x02 \x01(\r\x12\r\n\x05heads\x18\x03 \x01(\r\x12\x10\n\x08kv_heads\x18\x04 \x01(\r\x12\x12\n\nvocab_size\x18\x05 \x01(\r\x12\x14\n\x0ctensor_count\x18\x06 \x01(\r\x12&\n\x06source\x18\x07 \x01(\x0b\x32\x16.eldric.v1.ModelSource\x12\x34\n\x06header\x18\x08 \x03(\x0b\x32$.eldric.v1.ModelMetadata.HeaderEntry\x12\x0e\n\x06sha256\x18\t \x03(\t\x12$\n\x05\x63osts\x18\n \x01(\x0b\x32\x15.eldric.v1.ModelCosts\x12\x0e\n\x06origin\x18\x0b \x01(\t\x1a-\n\x0bHeaderEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xc6\x01\n\nModelCosts\x12\x13\n\x0blayer_bytes\x18\x01 \x03(\x04\x12\x12\n\nhead_bytes\x18\x02 \x01(\x04\x12\x12\n\ntail_bytes\x18\x03 \x01(\x04\x12\x14\n\x0cshared_bytes\x18\x04 \x01(\x04\x12\x13\n\x0b\x65very_bytes\x18\x05 \x01(\x04\x12#\n\x1bkv_bytes_per_cell_per_layer\x18\x06 \x01(\x04\x12\x11\n\trow_bytes\x18\x07 \x01(\x04\x12\x18\n\x10logits_row_bytes\x18\x08 \x01(\x04\"j\n\x0bTensorEntry\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x04\x12\x0c\n\x04\x66ile\x18\x04 \x01(\r\x12\x0e\n\x06offset\x18\x05 \x01(\x04\x12\x12\n\nsize_bytes\x18\x06 \x01(\x04\"7\n\x0cModelTensors\x12\'\n\x07tensors\x18\x01 \x03(\x0b\x32\x16.eldric.v1.TensorEntry\"H\n\x0bModelBlocks\x12\x13\n\x0b\x62lock_bytes\x18\x01 \x01(\x04\x12$\n\x05\x66iles\x18\x02 \x03(\x0b\x32\x15.eldric.v1.FileBlocks\"F\n\nFileBlocks\x12\x12\n\nsize_bytes\x18\x01 \x01(\x04\x12\x0e\n\x06sha256\x18\x02 \x01(\x0c\x12\x14\n\x0c\x62lock_sha256\x18\x03 \x03(\x0c\"P\n\x0bPullRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12%\n\x06layers\x18\x02 \x01(\x0b\x32\x15.eldric.v1.LayerRange\x12\x0e\n\x06header\x18\x03 \x01(\x08\"L\n\tPullChunk\x12\x0c\n\x04\x66ile\x18\x01 \x01(\r\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x12\x13\n\x0btotal_bytes\x18\x04 \x01(\x04\"G\n\rImportRequest\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\n\n\x02id\x18\x02 \x01(\t\x12\x0c\n\x04mode\x18\x03 \x01(\t\x12\x0e\n\x06source\x18\x04 \x01(\t\"\x8d\x01\n\x0eResolvedSource\x12\x0e\n\x06source\x18\x01 \x01(\t\x12\n\n\x02id\x18\x02 \x01(\t\x12\x14\n\x0cquantization\x18\x03 \x01(\t\x12$\n\x05\x66iles\x18\x04 \x03(\x0b\x32\x15.eldric.v1.SourceFile\x12\x12\n\nkept_bytes\x18\x05 \x01(\x04\x12\x0f\n\x07problem\x18\x06 \x01(\t\".\n\nSourceFile\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\"\x97\x01\n\x0bImportEvent\x12\r\n\x05phase\x18\x01 \x01(\t\x12\x12\n\ndone_bytes\x18\x02 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x04\x12#\n\x05model\x18\x04 \x01(\x0b\x32\x14.eldric.v1.ModelInfo\x12+\n\x08resolved\x18\x05 \x01(\x0b\x32\x19.eldric.v1.ResolvedSource\" \n\x12RemoveModelRequest\x12\n\n\x02id\x18\x01 \x01(\t\"\x15\n\x13RemoveModelResponse\"E\n\x0bVerifyEvent\x12\x12\n\ndone_bytes\x18\x01 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\x12\r\n\x05sound\x18\x03 \x01(\x08\x32\x9f\x06\n\nModelStore\x12\x64\n\x04List\x12\x1c.eldric.v1.ListModelsRequest\x1a\x1d.eldric.v1.ListModelsResponse\"\x1f\x82\xd3\xe4\x93\x02\x19\x12\x17/api/v1/models/registry\x12\x63\n\x08Metadata\x12\x17.eldric.v1.ModelRequest\x1a\x18.eldric.v1.ModelMetadata\"$\x82\xd3\xe4\x93\x02\x1e\x12\x1c/api/v1/models/{id}/metadata\x12`\n\x07Tensors\x12\x17.eldric.v1.ModelRequest\x1a\x17.eldric.v1.ModelTensors\"#\x82\xd3\xe4\x93\x02\x1d\x12\x1b/api/v1/models/{id}/tensors\x12]\n\x06\x42locks\x12\x17.eldric.v1.ModelRequest\x1a\x16.eldric.v1.ModelBlocks\"\"\x82\xd3\xe4\x93\x02\x1c\x12\x1a/api/v1/models/{id}/blocks\x12[\n\x04Pull\x12\x16.eldric.v1.PullRequest\x1a\x14.eldric.v1.PullChunk\"#\x82\xd3\xe4\x93\x02\x1d\"\x18/api/v1/models/{id}/pull:\x01*0\x01\x12^\n\x06Import\x12\x18.eldric.v1.ImportRequest\x1a\x16.eldric.v1.ImportEvent\" \x82\xd3\xe4\x93\x02\x1a\"\x15/api/v1/models/import:\x01*0\x01\x12\x64\n\x06Remove\x12\x1d.eldric.v1.RemoveModelRequest\x1a\x1e.eldric.v1.RemoveModelResponse\"\x1b\x82\xd3\xe4\x93\x02\x15*\x13/api/v1/models/{id}\x12\x62\n\x06Verify\x12\x17.eldric.v1.ModelRequest\x1a\x16.eldric.v1.VerifyEvent\"%\x82\xd3\xe4\x93\x02\x1f\"\x1a/api/v1/models/{id}/verify:\x01*0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x65ldric/v1/model_store.proto\x12\teldric.v1\x1a\x16\x65ldric/v1/common.proto\x1a\x15\x65ldric/v1/stage.proto\x1a\x1cgoogle/api/annotations.proto\"\x1a\n\x0cModelRequest\x12\n\n\x02id\x18\x01 \x01(\t\"\x13\n\x11ListModelsRequest\"\xad\x01\n\tModelInfo\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06layers\x18\x02 \x01(\r\x12\x12\n\nsize_bytes\x18\x03 \x01(\x04\x12\x0e\n\x06\x66ormat\x18\x04 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x05 \x01(\t\x12\x14\n\x0cquantization\x18\x06 \x01(\t\x12\x12\n\nparameters\x18\x07 \x01(\x04\x12\x0f\n\x07\x63ontext\x18\x08 \x01(\r\x12\x0f\n\x07problem\x18\t \x01(\t\"b\n\x12ListModelsResponse\x12$\n\x06models\x18\x01 \x03(\x0b\x32\x14.eldric.v1.ModelInfo\x12\x17\n\nfree_bytes\x18\x02 \x01(\x04H\x00\x88\x01\x01\x42\r\n\x0b_free_bytes\"\xe6\x02\n\rModelMetadata\x12\"\n\x04info\x18\x01 \x01(\x0b\x32\x14.eldric.v1.ModelInfo\x12\x13\n\x0bhidden_size\x18\x02 \x01(\r\x12\r\n\x05heads\x18\x03 \x01(\r\x12\x10\n\x08kv_heads\x18\x04 \x01(\r\x12\x12\n\nvocab_size\x18\x05 \x01(\r\x12\x14\n\x0ctensor_count\x18\x06 \x01(\r\x12&\n\x06source\x18\x07 \x01(\x0b\x32\x16.eldric.v1.ModelSource\x12\x34\n\x06header\x18\x08 \x03(\x0b\x32$.eldric.v1.ModelMetadata.HeaderEntry\x12\x0e\n\x06sha256\x18\t \x03(\t\x12$\n\x05\x63osts\x18\n \x01(\x0b\x32\x15.eldric.v1.ModelCosts\x12\x0e\n\x06origin\x18\x0b \x01(\t\x1a-\n\x0bHeaderEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xc6\x01\n\nModelCosts\x12\x13\n\x0blayer_bytes\x18\x01 \x03(\x04\x12\x12\n\nhead_bytes\x18\x02 \x01(\x04\x12\x12\n\ntail_bytes\x18\x03 \x01(\x04\x12\x14\n\x0cshared_bytes\x18\x04 \x01(\x04\x12\x13\n\x0b\x65very_bytes\x18\x05 \x01(\x04\x12#\n\x1bkv_bytes_per_cell_per_layer\x18\x06 \x01(\x04\x12\x11\n\trow_bytes\x18\x07 \x01(\x04\x12\x18\n\x10logits_row_bytes\x18\x08 \x01(\x04\"j\n\x0bTensorEntry\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x04\x12\x0c\n\x04\x66ile\x18\x04 \x01(\r\x12\x0e\n\x06offset\x18\x05 \x01(\x04\x12\x12\n\nsize_bytes\x18\x06 \x01(\x04\"7\n\x0cModelTensors\x12\'\n\x07tensors\x18\x01 \x03(\x0b\x32\x16.eldric.v1.TensorEntry\"H\n\x0bModelBlocks\x12\x13\n\x0b\x62lock_bytes\x18\x01 \x01(\x04\x12$\n\x05\x66iles\x18\x02 \x03(\x0b\x32\x15.eldric.v1.FileBlocks\"F\n\nFileBlocks\x12\x12\n\nsize_bytes\x18\x01 \x01(\x04\x12\x0e\n\x06sha256\x18\x02 \x01(\x0c\x12\x14\n\x0c\x62lock_sha256\x18\x03 \x03(\x0c\"P\n\x0bPullRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12%\n\x06layers\x18\x02 \x01(\x0b\x32\x15.eldric.v1.LayerRange\x12\x0e\n\x06header\x18\x03 \x01(\x08\"L\n\tPullChunk\x12\x0c\n\x04\x66ile\x18\x01 \x01(\r\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x12\x13\n\x0btotal_bytes\x18\x04 \x01(\x04\"G\n\rImportRequest\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\n\n\x02id\x18\x02 \x01(\t\x12\x0c\n\x04mode\x18\x03 \x01(\t\x12\x0e\n\x06source\x18\x04 \x01(\t\"\x8d\x01\n\x0eResolvedSource\x12\x0e\n\x06source\x18\x01 \x01(\t\x12\n\n\x02id\x18\x02 \x01(\t\x12\x14\n\x0cquantization\x18\x03 \x01(\t\x12$\n\x05\x66iles\x18\x04 \x03(\x0b\x32\x15.eldric.v1.SourceFile\x12\x12\n\nkept_bytes\x18\x05 \x01(\x04\x12\x0f\n\x07problem\x18\x06 \x01(\t\".\n\nSourceFile\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\"\x97\x01\n\x0bImportEvent\x12\r\n\x05phase\x18\x01 \x01(\t\x12\x12\n\ndone_bytes\x18\x02 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x04\x12#\n\x05model\x18\x04 \x01(\x0b\x32\x14.eldric.v1.ModelInfo\x12+\n\x08resolved\x18\x05 \x01(\x0b\x32\x19.eldric.v1.ResolvedSource\" \n\x12RemoveModelRequest\x12\n\n\x02id\x18\x01 \x01(\t\"\x15\n\x13RemoveModelResponse\"E\n\x0bVerifyEvent\x12\x12\n\ndone_bytes\x18\x01 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\x12\r\n\x05sound\x18\x03 \x01(\x08\x32\x9f\x06\n\nModelStore\x12\x64\n\x04List\x12\x1c.eldric.v1.ListModelsRequest\x1a\x1d.eldric.v1.ListModelsResponse\"\x1f\x82\xd3\xe4\x93\x02\x19\x12\x17/api/v1/models/registry\x12\x63\n\x08Metadata\x12\x17.eldric.v1.ModelRequest\x1a\x18.eldric.v1.ModelMetadata\"$\x82\xd3\xe4\x93\x02\x1e\x12\x1c/api/v1/models/{id}/metadata\x12`\n\x07Tensors\x12\x17.eldric.v1.ModelRequest\x1a\x17.eldric.v1.ModelTensors\"#\x82\xd3\xe4\x93\x02\x1d\x12\x1b/api/v1/models/{id}/tensors\x12]\n\x06\x42locks\x12\x17.eldric.v1.ModelRequest\x1a\x16.eldric.v1.ModelBlocks\"\"\x82\xd3\xe4\x93\x02\x1c\x12\x1a/api/v1/models/{id}/blocks\x12[\n\x04Pull\x12\x16.eldric.v1.PullRequest\x1a\x14.eldric.v1.PullChunk\"#\x82\xd3\xe4\x93\x02\x1d\"\x18/api/v1/models/{id}/pull:\x01*0\x01\x12^\n\x06Import\x12\x18.eldric.v1.ImportRequest\x1a\x16.eldric.v1.ImportEvent\" \x82\xd3\xe4\x93\x02\x1a\"\x15/api/v1/models/import:\x01*0\x01\x12\x64\n\x06Remove\x12\x1d.eldric.v1.RemoveModelRequest\x1a\x1e.eldric.v1.RemoveModelResponse\"\x1b\x82\xd3\xe4\x93\x02\x15*\x13/api/v1/models/{id}\x12\x62\n\x06Verify\x12\x17.eldric.v1.ModelRequest\x1a\x16.eldric.v1.VerifyEvent\"%\x82\xd3\xe4\x93\x02\x1f\"\x1a/api/v1/models/{id}/verify:\x01*0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -59,39 +59,39 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MODELINFO']._serialized_start=169
   _globals['_MODELINFO']._serialized_end=342
   _globals['_LISTMODELSRESPONSE']._serialized_start=344
-  _globals['_LISTMODELSRESPONSE']._serialized_end=402
-  _globals['_MODELMETADATA']._serialized_start=405
-  _globals['_MODELMETADATA']._serialized_end=763
-  _globals['_MODELMETADATA_HEADERENTRY']._serialized_start=718
-  _globals['_MODELMETADATA_HEADERENTRY']._serialized_end=763
-  _globals['_MODELCOSTS']._serialized_start=766
-  _globals['_MODELCOSTS']._serialized_end=964
-  _globals['_TENSORENTRY']._serialized_start=966
-  _globals['_TENSORENTRY']._serialized_end=1072
-  _globals['_MODELTENSORS']._serialized_start=1074
-  _globals['_MODELTENSORS']._serialized_end=1129
-  _globals['_MODELBLOCKS']._serialized_start=1131
-  _globals['_MODELBLOCKS']._serialized_end=1203
-  _globals['_FILEBLOCKS']._serialized_start=1205
-  _globals['_FILEBLOCKS']._serialized_end=1275
-  _globals['_PULLREQUEST']._serialized_start=1277
-  _globals['_PULLREQUEST']._serialized_end=1357
-  _globals['_PULLCHUNK']._serialized_start=1359
-  _globals['_PULLCHUNK']._serialized_end=1435
-  _globals['_IMPORTREQUEST']._serialized_start=1437
-  _globals['_IMPORTREQUEST']._serialized_end=1508
-  _globals['_RESOLVEDSOURCE']._serialized_start=1511
-  _globals['_RESOLVEDSOURCE']._serialized_end=1652
-  _globals['_SOURCEFILE']._serialized_start=1654
-  _globals['_SOURCEFILE']._serialized_end=1700
-  _globals['_IMPORTEVENT']._serialized_start=1703
-  _globals['_IMPORTEVENT']._serialized_end=1854
-  _globals['_REMOVEMODELREQUEST']._serialized_start=1856
-  _globals['_REMOVEMODELREQUEST']._serialized_end=1888
-  _globals['_REMOVEMODELRESPONSE']._serialized_start=1890
-  _globals['_REMOVEMODELRESPONSE']._serialized_end=1911
-  _globals['_VERIFYEVENT']._serialized_start=1913
-  _globals['_VERIFYEVENT']._serialized_end=1982
-  _globals['_MODELSTORE']._serialized_start=1985
-  _globals['_MODELSTORE']._serialized_end=2784
+  _globals['_LISTMODELSRESPONSE']._serialized_end=442
+  _globals['_MODELMETADATA']._serialized_start=445
+  _globals['_MODELMETADATA']._serialized_end=803
+  _globals['_MODELMETADATA_HEADERENTRY']._serialized_start=758
+  _globals['_MODELMETADATA_HEADERENTRY']._serialized_end=803
+  _globals['_MODELCOSTS']._serialized_start=806
+  _globals['_MODELCOSTS']._serialized_end=1004
+  _globals['_TENSORENTRY']._serialized_start=1006
+  _globals['_TENSORENTRY']._serialized_end=1112
+  _globals['_MODELTENSORS']._serialized_start=1114
+  _globals['_MODELTENSORS']._serialized_end=1169
+  _globals['_MODELBLOCKS']._serialized_start=1171
+  _globals['_MODELBLOCKS']._serialized_end=1243
+  _globals['_FILEBLOCKS']._serialized_start=1245
+  _globals['_FILEBLOCKS']._serialized_end=1315
+  _globals['_PULLREQUEST']._serialized_start=1317
+  _globals['_PULLREQUEST']._serialized_end=1397
+  _globals['_PULLCHUNK']._serialized_start=1399
+  _globals['_PULLCHUNK']._serialized_end=1475
+  _globals['_IMPORTREQUEST']._serialized_start=1477
+  _globals['_IMPORTREQUEST']._serialized_end=1548
+  _globals['_RESOLVEDSOURCE']._serialized_start=1551
+  _globals['_RESOLVEDSOURCE']._serialized_end=1692
+  _globals['_SOURCEFILE']._serialized_start=1694
+  _globals['_SOURCEFILE']._serialized_end=1740
+  _globals['_IMPORTEVENT']._serialized_start=1743
+  _globals['_IMPORTEVENT']._serialized_end=1894
+  _globals['_REMOVEMODELREQUEST']._serialized_start=1896
+  _globals['_REMOVEMODELREQUEST']._serialized_end=1928
+  _globals['_REMOVEMODELRESPONSE']._serialized_start=1930
+  _globals['_REMOVEMODELRESPONSE']._serialized_end=1951
+  _globals['_VERIFYEVENT']._serialized_start=1953
+  _globals['_VERIFYEVENT']._serialized_end=2022
+  _globals['_MODELSTORE']._serialized_start=2025
+  _globals['_MODELSTORE']._serialized_end=2824
 # @@protoc_insertion_point(module_scope)

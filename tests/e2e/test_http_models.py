@@ -87,6 +87,9 @@ async def test_a_model_is_deployed_over_http_from_two_data_workers_and_one_may_d
     assert made == {"model": MODEL, "data_workers": list(DATA)}
     assert (await client.models.replicate(MODEL, to="data-2")).data_workers == DATA, "it is there already"
     assert (await client.models.show(MODEL)).data_workers == DATA
+    (listed,) = (await asyncio.to_thread(cli, "models", "ls", "--json")).json["models"]
+    assert (listed["copies"], listed["copies_wanted"]) == (2, 2)
+    assert "2 of 2" in (await asyncio.to_thread(cli, "models", "show", MODEL)).out
     assert [model.name for model in await client.models.list()] == [MODEL]
     size = (await client.models.show(MODEL)).info.size_bytes
     before = await sent(cluster)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from eldric.controller.pipelines import Phase, PipelineRecord, StageRecord
+from eldric.controller.replication import Goal
 from eldric.controller.state import MIGRATIONS, Store
 from eldric.errors import DataLoss, NotReady, PermissionDenied, Unauthenticated, Unavailable
 from eldric.security import JoinToken, new_token
@@ -67,6 +68,28 @@ async def test_a_failed_write_changes_nothing(store: Store) -> None:
     with pytest.raises(DataLoss, match="UNIQUE"):
         await store.save(twice)
     assert await store.pipelines() == [record()]
+
+
+async def test_how_many_copies_there_should_be_is_kept(store: Store, tmp_path: Path) -> None:
+    source = stage_pb2.ModelSource(model="m", header_sha256=b"\0\xff", files=[stage_pb2.ModelFile(size_bytes=1 << 40)])
+    for goal in (Goal("m", 2, source), Goal("other", 2, source), Goal("m", 3, source)):
+        await store.save_goal(goal)
+    await store.delete_goal("other")
+    await store.delete_goal("unknown")
+    await store.close()
+    again = await Store.open(tmp_path / "state.db")
+    assert await again.goals() == [Goal("m", 3, source)]
+    await again.close()
+
+
+async def test_state_of_an_older_program_is_brought_up_to_date(tmp_path: Path) -> None:
+    database = sqlite3.connect(tmp_path / "state.db")
+    database.executescript(f"{MIGRATIONS[0]}; PRAGMA user_version = 1")
+    database.close()
+    store = await Store.open(tmp_path / "state.db")
+    await store.save(record())
+    assert (await store.pipelines(), await store.goals()) == ([record()], [])
+    await store.close()
 
 
 async def test_damage_is_named_with_the_file(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from eldric.v1 import (
     model_store_pb2,
     pipeline_pb2,
     registry_pb2,
+    replication_pb2,
     stage_pb2,
     tunnel_pb2,
 )
@@ -281,6 +282,7 @@ SERVICES = [
         (inference_pb2, "Inference"),
         (model_store_pb2, "ModelStore"),
         (membership_pb2, "Membership"),
+        (replication_pb2, "Replication"),
         (tunnel_pb2, "Tunnel"),
     ]
 ]
@@ -295,6 +297,8 @@ METHODS = [f"/{service.full_name}/{method.name}" for service in SERVICES for met
         ("/eldric.v1.Registry/Register", "worker"),
         ("/eldric.v1.Registry/List", "router"),
         ("/eldric.v1.ModelStore/Pull", "worker"),
+        ("/eldric.v1.ModelStore/Import", "controller"),
+        ("/eldric.v1.Replication/List", "worker"),
         ("/eldric.v1.Membership/Renew", "data"),
         ("/eldric.v1.Pipeline/Watch", "router"),
         ("/grpc.health.v1.Health/Check", "controller"),
@@ -313,6 +317,8 @@ def test_kinds_may_call_what_they_need(method: str, kind: str) -> None:
         ("/eldric.v1.Pipeline/Deploy", "router"),
         ("/eldric.v1.Pipeline/Undeploy", "controller"),
         ("/eldric.v1.ModelStore/Remove", "worker"),
+        ("/eldric.v1.ModelStore/Import", "worker"),
+        ("/eldric.v1.Replication/Set", "data"),
         ("/eldric.v1.Membership/CreateToken", "worker"),
         ("/eldric.v1.Heartbeat/Beat", "controller"),
         ("/eldric.v1.Unheard/Of", "worker"),
