@@ -94,7 +94,7 @@ class Sampler:
     prompt and generated tokens goes on exactly as the one that generated them.
     """
 
-    __slots__ = ("_adjusts", "_bias", "_counts", "_greedy", "_params", "_recent", "_vocab_size")
+    __slots__ = ("_adjusts", "_bias", "_counts", "_greedy", "_params", "_recent", "_vocab_size", "takes_likeliest")
 
     def __init__(self, params: SamplingParams, vocab_size: int, prompt_tokens: Sequence[int]) -> None:
         """Raises InvalidSampling for a parameter out of range or a biased token outside the vocabulary."""
@@ -108,6 +108,8 @@ class Sampler:
         )
         self._adjusts = bool(params.logit_bias) or params.penalizes
         self._greedy = params.greedy
+        #: Whether it chooses the token with the largest of the model's own logits, and nothing else is asked of it.
+        self.takes_likeliest = params.greedy and not self._adjusts and params.logprobs is None
         self._recent: deque[int] = deque()
         self._counts: Counter[int] = Counter()
         if params.penalizes:
@@ -127,7 +129,7 @@ class Sampler:
         largest: float = adjusted.item(token)
         if largest - largest != 0:  # infinite or not a number, which argmax finds; cheaper than a call
             raise EngineError(f"the largest logit is {largest}")
-        if self._greedy and not self._adjusts and params.logprobs is None:
+        if self.takes_likeliest:
             return Sampled(token, None, ())
         if not self._greedy:
             token = _draw(adjusted, params, largest, uniform(params.seed, position))

@@ -74,11 +74,13 @@ class StepOutput:
     """What a step gives. It and its arrays are valid until the next step, which may use them again.
 
     hidden: [rows, hidden_size], None on the tail. logits: [runs that want them, vocab_size] in the order of the runs,
-    on the tail; None elsewhere, and when no run wants any.
+    on the tail; None elsewhere, and when no run wants any. likeliest: for each row of logits, the token with the
+    largest one, negative where the logits are not numbers; None where the device does not look for it.
     """
 
     hidden: Hidden | None
     logits: Logits | None
+    likeliest: list[int] | None = None
 
 
 class Stage:
@@ -214,7 +216,10 @@ class Stage:
             return output
         wanted = [index for index, run in enumerate(runs) if run.logits]
         logits = self._model.decode(runs, tokens, hidden, bool(wanted))
-        output.logits = logits if logits is None or len(wanted) == len(runs) else logits[wanted]
+        output.logits, output.likeliest = logits, self._model.likeliest()
+        if logits is not None and len(wanted) < len(runs):
+            output.logits = logits[wanted]
+            output.likeliest = output.likeliest and [output.likeliest[index] for index in wanted]
         return output
 
     def _run_chunk(self, run: Run, tokens: Tokens | None, hidden: Hidden | None) -> StepOutput:
@@ -222,7 +227,7 @@ class Stage:
         output = self._output
         rows = self._model.run_chunk(run, tokens, hidden, self._is_tail and run.logits)
         if self._is_tail:
-            output.logits = rows
+            output.logits, output.likeliest = rows, self._model.likeliest()
         else:
             output.hidden = rows
         return output

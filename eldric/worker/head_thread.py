@@ -58,6 +58,10 @@ class HeadThread(ComputeThread):
         """Sequences that wait for a slot. May be read from any thread."""
         return self._scheduler.waiting
 
+    @property
+    def is_idle(self) -> bool:
+        return not (self.sequences or self.waiting)
+
     def _turn(self) -> None:
         while self._scheduler.in_flight and (frame := self._receive(0)) is not None:
             self._frame(frame)
@@ -127,7 +131,7 @@ class HeadThread(ComputeThread):
             return
         self._entered[step.number] = step
         if self._tail is not None:
-            answer = self._tail.sample(step.runs, output.logits)
+            answer = self._tail.sample(step.runs, output.logits, output.likeliest)
             self._answered(step.number, answer, self._ring.trace(times) if self._ring.tracing else ())
         else:
             assert output.hidden is not None

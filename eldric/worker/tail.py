@@ -26,8 +26,11 @@ class Tail:
     def close(self, slot: int) -> None:
         self._samplers.pop(slot, None)
 
-    def sample(self, runs: Sequence[Run], logits: NDArray[np.float32] | None) -> frame_pb2.StepTokens:
-        """One token for each run with logits. logits: [runs with logits, vocab_size] float32, None for no such run."""
+    def sample(
+        self, runs: Sequence[Run], logits: NDArray[np.float32] | None, likeliest: Sequence[int] | None = None
+    ) -> frame_pb2.StepTokens:
+        """One token for each run with logits. logits: [runs with logits, vocab_size] float32, None for no such run.
+        likeliest: as in StepOutput. Raises EngineError if logits are not numbers."""
         answer = frame_pb2.StepTokens()
         if logits is None:
             return answer
@@ -36,7 +39,9 @@ class Tail:
             if not run.logits:
                 continue
             sampler = self._samplers.get(run.slot)
-            if sampler is not None:
+            if likeliest is not None and sampler is not None and sampler.takes_likeliest and likeliest[row] >= 0:
+                answer.tokens.add(slot=run.slot, token=likeliest[row])
+            elif sampler is not None:
                 sampled = sampler.sample(logits[row], run.position + run.count)
                 entry = answer.tokens.add(slot=run.slot, token=sampled.token)
                 if sampled.logprob is not None:

@@ -15,6 +15,7 @@ from eldric.engine.ggml.graph import Graph, GraphShape
 from eldric.engine.ggml.kv import KVCache
 from eldric.engine.ggml.ports import Port, Ports
 from eldric.engine.ggml.weights import Weights
+from eldric.engine.kernels.compiler import largest_kernel
 from eldric.engine.kernels.panels import Panel
 from eldric.engine.shard import Shard
 from eldric.engine.spec import ModelSpec
@@ -42,6 +43,7 @@ class GraphBuilder:
         self.backend, self.api = backend, backend.api
         self.spec, self.shard, self.weights, self.cache, self.ports = spec, shard, weights, cache, ports
         self.exact = exact
+        self.largest = _largest_kernel(backend, spec.vocab_size)
         self.takes_ids = shard.is_head and weights.token_table is None
         factors = spec.rope.freq_factors
         self.freq_factors = weights[factors].plain if factors else None
@@ -52,6 +54,12 @@ class GraphBuilder:
 
     def weight(self, role: str, layer: int = 0) -> str:
         return self.spec.family.tensors[role].name_in(layer)
+
+
+def _largest_kernel(backend: Backend, vocab_size: int) -> int | None:
+    """The function that finds each row's largest value, where there is one for the device and so few values."""
+    kernel = largest_kernel() if backend.is_cpu and backend.is_host else None
+    return kernel[0] if kernel is not None and kernel[1] <= vocab_size else None
 
 
 class GraphPlan:
@@ -76,7 +84,7 @@ class GraphPlan:
 
     def finish(self) -> Graph:
         """Call when every tensor has its memory."""
-        return Graph(self.arena, self.shape, self.ports, self.views, self.masks)
+        return Graph(self.arena, self.shape, self.ports, self.views, self.masks, self.b.largest is not None)
 
     def _make_views(self) -> None:
         """Keys and values as each run sees them in each layer: of slot 0, until Graph.attend moves them.
@@ -108,7 +116,7 @@ class GraphPlan:
             normed = self._norm(hidden, "output_norm")
             output = "token_embd" if self.spec.tied_output else "output"
             logits = self._times(self.b.weight(output), normed, rows)
-            hidden = self._place(logits, self.ports.logits)
+            hidden = self._find_likeliest(self._place(logits, self.ports.logits))
         elif hidden:
             self._place(hidden, self.ports.hidden_out)
         if hidden:
@@ -220,15 +228,24 @@ class GraphPlan:
         return product
 
     def _times_panel(self, panel: Panel, vectors: int, rows: int) -> int:
-        sources = (ctypes.c_void_p * 1)(vectors)
-        product: int = self.api.ggml_custom_4d(
-            self.ctx,
-            int(TensorType.F32),
-            *(panel.rows, rows, 1, 1),
-            *(sources, len(sources)),
-            *(panel.product, _ALL_THREADS, panel.task),
+        return self._custom(TensorType.F32, (panel.rows, rows), vectors, panel.product, panel.task)
+
+    def _find_likeliest(self, logits: int) -> int:
+        """Have each row's largest logit looked for at once. Returns what ends the graph."""
+        if self.b.largest is None or self.ports.likeliest is None:
+            return logits
+        self._expand(logits)
+        rows = 1 if self.shape.is_chunk else self.shape.rows
+        found = self._custom(TensorType.I32, (rows, 1), logits, self.b.largest, None)
+        return self._place(found, self.ports.likeliest)
+
+    def _custom(self, kind: TensorType, shape: tuple[int, int], source: int, function: int, task: int | None) -> int:
+        """An operation of the engine's own. It is called in every thread, with the task's address."""
+        sources = (ctypes.c_void_p * 1)(source)
+        result: int = self.api.ggml_custom_4d(
+            self.ctx, int(kind), *shape, 1, 1, sources, len(sources), function, _ALL_THREADS, task
         )
-        return product
+        return result
 
     def _rows_of(self, port: Port, rows: int, first: int = 0) -> int:
         view: int = self.api.ggml_view_2d(

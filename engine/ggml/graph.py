@@ -34,9 +34,17 @@ class Graph:
     through the CPU's caches, so that every line of Python's and numpy's own code comes from memory again.
     """
 
-    def __init__(self, arena: Arena, shape: GraphShape, ports: Ports, views: list[int], masks: list[int]) -> None:
+    def __init__(
+        self,
+        arena: Arena,
+        shape: GraphShape,
+        ports: Ports,
+        views: list[int],
+        masks: list[int],
+        finds_likeliest: bool,
+    ) -> None:
         """views: K and V views of each layer that attends, each for all runs, made one behind the other.
-        masks: those of all runs, likewise, or none."""
+        masks: those of all runs, likewise, or none. finds_likeliest: whether the graph looks through the logits."""
         self.handle, self._arena = arena.graph, arena
         runs, used = max(shape.runs, 1), shape.runs or shape.rows
         self._starts = arena.field(views, _START).reshape(-1, runs)
@@ -52,10 +60,13 @@ class Graph:
         self._pack = struct.Struct(f"={integers}i{8 * first - 4 * integers}x{len(views)}q").pack_into
         self.hidden_in = ports.hidden_in.array[:used]
         self.result: NDArray[np.float32] | None = None  # hidden states or logits, of rows that are no padding
+        self.likeliest: NDArray[np.int32] | None = None  # the token with the largest logit, of each such row
         if ports.logits is None:
             self.result = ports.hidden_out.array[:used]
         elif shape.logits:
             self.result = ports.logits.array[: shape.runs or 1]
+            if finds_likeliest and ports.likeliest is not None:
+                self.likeliest = ports.likeliest.array[: shape.runs or 1]
 
     @property
     def nbytes(self) -> int:

@@ -80,6 +80,7 @@ class GgmlModel:
             self._matrices = {(weight.info.type, weight.layout) for weight in used}
             self._exact_rows = self._exact_range()
             self._token_table = self._weights.token_table
+            self._likeliest: NDArray[np.int32] | None = None
             self._take_memory(spec, shard, options, resources)
             self._resources = resources.pop_all()
 
@@ -109,6 +110,13 @@ class GgmlModel:
     def compute_ns(self) -> int:
         """Nanoseconds inside of ggml, in all steps so far."""
         return self._backend.compute_ns
+
+    def likeliest(self) -> list[int] | None:
+        """The token with the largest logit for each row of logits of the last step, NOT_A_NUMBER where a row has none.
+
+        None if the device does not look for them, or there were no logits.
+        """
+        return None if self._likeliest is None else self._likeliest.tolist()
 
     def exact_rows(self) -> int:
         """Most rows of a decode step in which each row gets the bits that it gets alone."""
@@ -226,7 +234,7 @@ class GgmlModel:
         return self._no_ids[:padded]
 
     def _compute(self, graph: Graph, undivided: bool) -> Rows | None:
-        result = graph.result
+        result, self._likeliest = graph.result, graph.likeliest
         if self._backend.is_host:
             self._backend.compute(graph.handle, undivided)
             return result

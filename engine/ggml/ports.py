@@ -79,6 +79,7 @@ class Ports:
         self.attended = port(TensorType.F32, attention_size, rows)  # what attention gives, before its output matrix
         self.hidden_out = port(TensorType.F32, hidden_size, rows)
         self.logits = port(TensorType.F32, vocab_size, logit_rows) if logit_rows else None
+        self.likeliest = port(TensorType.I32, 1, logit_rows) if logit_rows else None  # of each row of logits
         self._buffer = backend.allocate(self._arena, "inputs and outputs of a step")
         backend.api.ggml_backend_buffer_clear(self._buffer.handle, 0)
         for value in vars(self).values():

@@ -11,7 +11,7 @@ import os
 import stat
 import tempfile
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,13 +21,15 @@ from llvmlite import binding
 
 from eldric.engine.kernels.formats import FORMATS, Format
 from eldric.engine.kernels.isa import Isa, host_features, isa_of
-from eldric.engine.kernels.product import write_module
+from eldric.engine.kernels.largest import write_module as write_largest
+from eldric.engine.kernels.product import write_module as write_product
 from eldric.engine.tensor_types import TensorType
 
 log = logging.getLogger(__name__)
 
 _DIGEST_BYTES = hashlib.sha256().digest_size
 _lock = threading.Lock()  # llvmlite's compiler is used by one thread at a time
+_engines: dict[tuple[str, Isa], binding.ExecutionEngine] = {}  # they own the machine code
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,32 +40,46 @@ class Kernels:
     isa: Isa
     pack: int
     product: int
-    engine: object  # owns the machine code
 
 
 def kernels_for(kind: TensorType, isa: Isa | None = None) -> Kernels | None:
     """The kernels of a type, or None if there are none for it or for this processor. isa: instead of the best one."""
     chosen = isa or isa_of(host_features())
-    made = FORMATS.get(kind)
-    if chosen is None or made is None:
+    if chosen is None or kind not in FORMATS:
         return None
+    layout = FORMATS[kind](chosen.lanes)
+    pack, product = _functions(kind.name, chosen, ("pack", "product"), lambda: write_product(layout, chosen))
+    return Kernels(layout, chosen, pack, product)
+
+
+def largest_kernel(isa: Isa | None = None) -> tuple[int, int] | None:
+    """The address of `largest`, and how many values a row must have; None if there is no kernel for this processor."""
+    chosen = isa or isa_of(host_features())
+    if chosen is None:
+        return None
+    (address,) = _functions("largest", chosen, ("largest",), lambda: write_largest(chosen.lanes))
+    return address, chosen.lanes
+
+
+def _functions(module: str, isa: Isa, names: tuple[str, ...], write: Callable[[], str]) -> list[int]:
+    """Addresses of functions of a module, which is compiled at its first use in the process."""
     with _lock:
-        return _compiled(kind, chosen)
+        engine = _engines.get((module, isa))
+        if engine is None:
+            engine = _engines[module, isa] = _load(f"{module.lower()}-{isa.name}", write)
+        return [engine.get_function_address(name) for name in names]
 
 
-@functools.cache
-def _compiled(kind: TensorType, isa: Isa) -> Kernels:
-    layout = FORMATS[kind](isa.lanes)
-    machine = _machine()
-    code = _kept(kind, isa)
+def _load(module: str, write: Callable[[], str]) -> binding.ExecutionEngine:
+    machine, path = _machine(), _folder() / _file_name(module)
+    code = _kept(path)
     if code is None:
-        code = _compile(write_module(layout, isa), machine)
-        _keep(kind, isa, code)
+        code = _compile(write(), machine)
+        _keep(path, code)
     engine = binding.create_mcjit_compiler(binding.parse_assembly(""), machine)
     engine.add_object_file(binding.ObjectFileRef.from_data(code))
     engine.finalize_object()
-    pack, product = (engine.get_function_address(name) for name in ("pack", "product"))
-    return Kernels(layout, isa, pack, product, engine)
+    return engine
 
 
 def _machine() -> binding.TargetMachine:
@@ -81,8 +97,7 @@ def _compile(text: str, machine: binding.TargetMachine) -> bytes:
     return code
 
 
-def _kept(kind: TensorType, isa: Isa) -> bytes | None:
-    path = _folder() / _name(kind, isa)
+def _kept(path: Path) -> bytes | None:
     try:
         if not _is_private(path.parent):
             return None
@@ -96,15 +111,14 @@ def _kept(kind: TensorType, isa: Isa) -> bytes | None:
     return code
 
 
-def _keep(kind: TensorType, isa: Isa, code: bytes) -> None:
-    folder = _folder()
+def _keep(path: Path, code: bytes) -> None:
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
             file.write(hashlib.sha256(code).digest() + code)
-        os.replace(file.name, folder / _name(kind, isa))
+        os.replace(file.name, path)
     except OSError as error:
-        log.info("kernels_not_kept=%s reason=%s", folder, error)
+        log.info("kernels_not_kept=%s reason=%s", path, error)
 
 
 def _folder() -> Path:
@@ -119,11 +133,10 @@ def _is_private(folder: Path) -> bool:
     return status.st_uid == os.getuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
-def _name(kind: TensorType, isa: Isa) -> str:
-    parts = (kind.name, isa.name, compiler_version, *binding.llvm_version_info, binding.get_host_cpu_name())
+def _file_name(module: str) -> str:
+    compiler = (compiler_version, *map(str, binding.llvm_version_info), binding.get_host_cpu_name())
     features = sorted(name for name, there in host_features().items() if there)
-    digest = _digest((*map(str, parts), *features, _sources()))
-    return f"{kind.name.lower()}-{isa.name}-{digest[:32]}"
+    return f"{module}-{_digest((*compiler, *features, _sources()))[:32]}"
 
 
 @functools.cache

@@ -9,6 +9,7 @@ import pytest
 
 from eldric.engine.errors import InvalidLayers, InvalidStep
 from eldric.engine.gguf import ModelFile
+from eldric.engine.kernels.compiler import largest_kernel
 from eldric.engine.shard import LayerRange
 from eldric.engine.stage import Stage, StageConfig
 from eldric.engine.step import Run, StepInput
@@ -251,3 +252,19 @@ def test_small_blocks_that_do_not_fill_a_vector_unit(tmp_path: Path) -> None:
     with Chain(path) as chain:
         logits = chain.greedy(random_prompt(288, 40), 4)[1]
     assert np.isfinite(logits).all()
+
+
+@pytest.mark.skipif(largest_kernel() is None, reason="no kernels for this processor")
+def test_likeliest_token_of_each_row_of_logits_comes_along() -> None:
+    with load(lane_slots=4) as stage:
+        seen = []
+        for slot in range(4):
+            seen.append(stage.compute(StepInput((Run(slot, 0, 5, slot != 2),), tokens(5, slot))))
+            if slot == 2:
+                assert seen[-1].likeliest is None and seen[-1].logits is None
+            else:
+                assert seen[-1].logits is not None and seen[-1].likeliest == seen[-1].logits.argmax(axis=1).tolist()
+        runs = tuple(Run(slot, 5, 1, slot != 1) for slot in range(4))
+        output = stage.compute(StepInput(runs, tokens(4)))
+        assert output.logits is not None and len(output.logits) == 3
+        assert output.likeliest == output.logits.argmax(axis=1).tolist()

@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 
 from eldric.engine.ggml.structs import Tensor
 from eldric.engine.kernels import compiler
-from eldric.engine.kernels.compiler import kernels_for
+from eldric.engine.kernels.compiler import kernels_for, largest_kernel
 from eldric.engine.kernels.formats import FORMATS
 from eldric.engine.kernels.isa import AVX2, AVX512_VNNI, AVX_VNNI, Isa, host_features, isa_of
+from eldric.engine.kernels.largest import NOT_A_NUMBER
 from eldric.engine.kernels.panels import Panels, panel_bytes
 from eldric.engine.kernels.product import PASS_ROWS
 from eldric.engine.tensor_types import TensorType
@@ -26,7 +27,7 @@ Floats = NDArray[np.float32]
 COLUMNS, ROWS = 512, 48
 KINDS = sorted(FORMATS)
 _HALVES = {TensorType.Q4_1: (0, 2), TensorType.Q4_K: (0, 2), TensorType.Q6_K: (208,)}  # where the scales are
-_PRODUCT = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_void_p)
+_CUSTOM = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_void_p)
 
 pytestmark = pytest.mark.skipif(isa_of(host_features()) is None, reason="no kernels for this processor")
 
@@ -76,7 +77,7 @@ def multiply(matrix: Matrix, vectors: Floats, threads: int = 1, rows: int = PASS
         tensor.nb[0], tensor.nb[1] = 4, array.strides[0]
     target.src[0] = ctypes.addressof(source)
     for thread in range(threads):
-        _PRODUCT(panel.product)(ctypes.addressof(target), thread, threads, panel.task)
+        _CUSTOM(panel.product)(ctypes.addressof(target), thread, threads, panel.task)
     panels.close()
     return result
 
@@ -137,6 +138,38 @@ def test_rows_of_zeros_and_of_extremes_are_exact(kind: TensorType) -> None:
     np.testing.assert_allclose(result, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize("width", [16, 17, 100, 4099])
+def test_largest_value_is_that_of_numpy(width: int) -> None:
+    draw = np.random.default_rng(width)
+    rows = np.concatenate([draw.standard_normal((40, width)), draw.integers(0, 3, (40, width))]).astype(np.float32)
+    rows[0] = -3.5
+    for isa in runnable():
+        for threads in (1, 3):
+            assert largest(rows, isa, threads) == rows.argmax(axis=1).tolist()
+
+
+@pytest.mark.parametrize("strange", [np.nan, np.inf])
+def test_rows_that_are_no_numbers_have_no_largest_value(strange: float) -> None:
+    rows = activations(4)
+    rows[1, 3], rows[2, -1] = strange, strange
+    rows[3] = -np.inf
+    for isa in runnable():
+        first, *others = largest(rows, isa, 1)
+        assert (first, others) == (rows[0].argmax(), [NOT_A_NUMBER] * 3)
+
+
+def largest(rows: Floats, isa: Isa, threads: int) -> list[int]:
+    found = largest_kernel(isa)
+    assert found is not None and rows.shape[1] >= found[1]
+    result = np.full(len(rows), -7, np.int32)
+    source, target = Tensor(), Tensor()
+    source.data, source.ne[0], source.ne[1], source.nb[1] = rows.ctypes.data, *rows.shape[::-1], rows.strides[0]
+    target.data, target.src[0] = result.ctypes.data, ctypes.addressof(source)
+    for thread in range(threads):
+        _CUSTOM(found[0])(ctypes.addressof(target), thread, threads, None)
+    return result.tolist()
+
+
 def test_strides_of_a_view_are_heeded() -> None:
     matrix, wide = Matrix(TensorType.Q4_0), activations(6)
     np.testing.assert_array_equal(multiply(matrix, wide[::2]), multiply(matrix, wide[::2].copy()))
@@ -156,11 +189,18 @@ def test_extension_follows_from_the_features() -> None:
     assert isa_of({"avx2": True}) is None and isa_of({}) is None
 
 
+class Forgetful(dict[object, object]):
+    """Finds nothing that was put in."""
+
+    def get(self, key: object, default: object = None) -> object:
+        return default
+
+
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder for compiled kernels, and a process that has compiled none."""
     monkeypatch.setattr(compiler, "_folder", lambda: tmp_path / "kernels")
-    monkeypatch.setattr(compiler, "_compiled", compiler._compiled.__wrapped__)
+    monkeypatch.setattr(compiler, "_engines", Forgetful())
     return tmp_path / "kernels"
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from eldric.engine.errors import InvalidSampling
+from eldric.engine.errors import EngineError, InvalidSampling
 from eldric.engine.step import Run
 from eldric.v1 import frame_pb2, sampling_pb2
 from eldric.worker.tail import Tail
@@ -79,3 +79,22 @@ def test_a_draw_depends_on_seed_and_position_alone() -> None:
 def test_an_unsound_sampling_is_refused() -> None:
     with pytest.raises(InvalidSampling, match="logit_bias"):
         Tail(VOCAB).open(frame_pb2.SequenceOpen(slot=0, sampling=sampling_pb2.SamplingParams(logit_bias={VOCAB: 1.0})))
+
+
+def test_a_token_that_was_found_to_be_the_likeliest_is_taken_where_nothing_else_is_asked() -> None:
+    tail = Tail(VOCAB)
+    tail.open(opened(0))
+    tail.open(opened(1, logprobs=1))
+    tail.open(opened(2, presence_penalty=8.0))
+    runs = [Run(slot, 4, 1, True) for slot in range(3)]
+    answer = tail.sample(runs, logits(6, 6, 6), [5, 5, 5])
+    assert [token.token for token in answer.tokens] == [5, 6, 6]
+
+
+def test_a_row_without_a_likeliest_token_is_looked_at_again() -> None:
+    tail = Tail(VOCAB)
+    tail.open(opened(0))
+    strange = logits(6)
+    strange[0, 2] = np.nan
+    with pytest.raises(EngineError, match="largest logit is nan"):
+        tail.sample([Run(0, 4, 1, True)], strange, [-1])
