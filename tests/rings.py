@@ -32,10 +32,10 @@ class TestRing:
     loaded: list[stage_pb2.Loaded]
     sender_keys: list[str]
 
-    async def wire(self, links: Sequence[str]) -> None:
+    async def wire(self, links: Sequence[str], *, beside: bool = False) -> None:
         """Let each link go by a transport of its own. links: the scheme of that from each stage to the next."""
         for index, table in enumerate(self.tables):
-            request = stage_pb2.OpenLinksRequest(pipeline_id=PIPELINE, index=index, epoch=1)
+            request = stage_pb2.OpenLinksRequest(pipeline_id=PIPELINE, index=index, epoch=1, beside=beside)
             request.receive, request.send = links[index - 1], links[index]
             answer = await table.open_links(request)
             assert not answer.receive_problem and not answer.send_problem, answer
@@ -46,15 +46,46 @@ class TestRing:
         """Connect the stages, or connect them again."""
         await asyncio.gather(*(self._connect(index, round) for index in range(len(self.tables))))
 
-    async def _connect(self, index: int, round: int) -> None:
+    async def make_beside(self, links: Sequence[str], round: int) -> None:
+        """Other links, beside those in use: see `wire`."""
+        used = list(self.sender_keys)
+        await self.wire(links, beside=True)
+        stages = range(len(self.tables))
+        await asyncio.gather(*(self._connect(index, round, stage_pb2.BESIDE, used) for index in stages))
+
+    async def switch(self, round: int) -> bool:
+        """Go over to the links beside; False: the head does not."""
+        if not await self._connect(0, round, stage_pb2.SWITCH):
+            return False
+        stages = range(1, len(self.tables))
+        return all(await asyncio.gather(*(self._connect(index, round, stage_pb2.SWITCH) for index in stages)))
+
+    async def drop_beside(self) -> None:
+        """Close what is beside the links in use."""
+        for index, table in enumerate(self.tables):
+            request = stage_pb2.OpenLinksRequest(pipeline_id=PIPELINE, index=index, epoch=1, beside=True)
+            answer = await table.open_links(request)
+            self.loaded[index].endpoint.CopyFrom(answer.endpoint)
+            self.sender_keys[index] = answer.sender_key
+
+    async def _connect(
+        self,
+        index: int,
+        round: int,
+        phase: "stage_pb2.ConnectPhase.ValueType" = stage_pb2.NOW,
+        used: Sequence[str] = (),
+    ) -> bool:
         count = len(self.tables)
         workers = [f"w{stage}" for stage in range(count)]
-        request = stage_pb2.ConnectRequest(pipeline_id=PIPELINE, index=index, epoch=1, workers=workers, round=round)
+        request = stage_pb2.ConnectRequest(
+            pipeline_id=PIPELINE, index=index, epoch=1, workers=workers, round=round, phase=phase
+        )
+        request.try_ms = 0 if phase == stage_pb2.NOW else 3000
         if count > 1:
             request.next.CopyFrom(self.loaded[(index + 1) % count].endpoint)
             request.next_index = (index + 1) % count
-            request.allowed_keys.append(self.sender_keys[(index - 1) % count])
-        await self.tables[index].connect(request)
+            request.allowed_keys.extend(keys[(index - 1) % count] for keys in (self.sender_keys, used) if keys)
+        return await self.tables[index].connect(request)
 
     async def generate(self, prompt: Sequence[int], count: int, **options: Any) -> list[int]:
         """Token ids, greedily unless `options` (fields of GenerateRequest) say otherwise."""

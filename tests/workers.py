@@ -53,7 +53,9 @@ class FakeWorker(stage_pb2_grpc.StageServicer):
         self.transports, self.host = transports, host
         self.unopened: dict[str, str] = {}  # schemes that it cannot open, and why
         self.unreachable: dict[str, str] = {}  # schemes by which it does not reach the next stage, and why
+        self.busy = False  # a head that does not switch
         self.stages: dict[Key, stage_pb2.StageStatus] = {}
+        self.beside: dict[Key, stage_pb2.StageStatus] = {}  # what they may go over to
         self.calls: list[tuple[str, object]] = []
         self.gates: dict[str, Gate] = {}
         self.failures: dict[str, EldricError] = {}
@@ -121,9 +123,16 @@ class FakeWorker(stage_pb2_grpc.StageServicer):
         self.calls.append(("OpenLinks", request))
         await self._arrive("OpenLinks")
         status = self._stage(request.pipeline_id, request.epoch, request.index)
-        if request.receive not in self.unopened:
+        if request.beside:
+            key = request.pipeline_id, request.epoch, request.index
+            self.beside.pop(key, None)
+            if request.receive and request.send:
+                self.beside[key] = other = stage_pb2.StageStatus()
+                other.CopyFrom(status)
+                status = other
+        if request.receive and request.receive not in self.unopened:
             status.endpoint.CopyFrom(_endpoint(self.name, request.index, request.receive))
-        if request.send not in self.unopened:
+        if request.send and request.send not in self.unopened:
             status.sender_scheme = request.send
             status.sender_key = _endpoint(self.name, request.index, request.send).public_key
         return stage_pb2.OpenLinksResponse(
@@ -138,6 +147,16 @@ class FakeWorker(stage_pb2_grpc.StageServicer):
         self.calls.append(("Connect", request))
         await self._arrive("Connect")
         status = self._stage(request.pipeline_id, request.epoch, request.index)
+        key = request.pipeline_id, request.epoch, request.index
+        if request.phase == stage_pb2.BESIDE:
+            return stage_pb2.ConnectResponse(
+                problem=self.unreachable.get(self.beside.get(key, status).sender_scheme, "")
+            )
+        if request.phase == stage_pb2.SWITCH:
+            if self.busy and request.index == 0:
+                return stage_pb2.ConnectResponse(busy=True)
+            if key in self.beside:
+                status = self.stages[key] = self.beside.pop(key)
         if request.HasField("next") and (problem := self.unreachable.get(status.sender_scheme)):
             status.state, status.message, status.round = stage_pb2.BROKEN, problem, request.round
             return stage_pb2.ConnectResponse(problem=problem)

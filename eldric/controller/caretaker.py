@@ -1,5 +1,5 @@
-"""Does what the pure parts ask for in the background: probes suspects, unloads strays, mends rings, loads again what is
-gone, lets time pass."""
+"""Does what the pure parts ask for in the background: probes suspects, unloads strays, mends rings and betters their
+links, loads again what is gone, lets time pass."""
 
 import asyncio
 import logging
@@ -8,7 +8,7 @@ from typing import Any
 
 from eldric.controller.cluster import Chore, Cluster, Forget
 from eldric.controller.deployer import Deployer
-from eldric.controller.deployments import Mend, Orphan, Reload
+from eldric.controller.deployments import Improve, Mend, Orphan, Reload
 from eldric.controller.metrics import ControllerMetrics
 from eldric.controller.pipelines import Phase
 from eldric.controller.registry import Probe
@@ -64,6 +64,8 @@ class Caretaker:
                 self._spawn(self._mend(chore))
             case Reload():
                 self._spawn(self._reload(chore.pipeline_id))
+            case Improve():
+                self._spawn(self._improve(chore.pipeline_id))
             case Forget():
                 self._spawn(self._forget(chore.address))
 
@@ -124,6 +126,16 @@ class Caretaker:
         await self._rings.mend(deployment.record)
         for stage in deployment.record.stages:
             self._cluster.look_again(stage.node_id)
+
+    async def _improve(self, pipeline_id: str) -> None:
+        deployments, better = self._cluster.deployments, False
+        deployment = deployments.get(pipeline_id)
+        try:
+            if deployment is not None:
+                record = deployment.record
+                better = await self._rings.improve(record, lambda: deployments.may_improve(record))
+        finally:
+            deployments.improved(pipeline_id, better=better)
 
     async def _reload(self, pipeline_id: str) -> None:
         problem = "it was interrupted"

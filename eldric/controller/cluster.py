@@ -16,6 +16,7 @@ from eldric.controller.deployments import (
     Change,
     Deployment,
     Deployments,
+    Improve,
     Mend,
     Orphan,
     PipelineChanged,
@@ -39,7 +40,7 @@ class Forget:
 
 
 #: What the pure parts ask for and the network does.
-Chore = Probe | Orphan | Mend | Reload | Forget
+Chore = Probe | Orphan | Mend | Reload | Improve | Forget
 
 
 class Cluster:
@@ -49,7 +50,7 @@ class Cluster:
         """`perform` starts a chore and returns at once."""
         interval_s = config.beat_interval_ms / 1000
         self.registry = Registry(PROTOCOL, interval_s, config.lease_ms / 1000)
-        self.deployments = Deployments(self.registry.get, interval_s)
+        self.deployments = Deployments(self.registry.get, interval_s, config.better_links_s)
         self.node_news: Broadcast[registry_pb2.NodeEvent] = Broadcast("nodes")
         self.pipeline_news: Broadcast[pipeline_pb2.PipelineEvent] = Broadcast("pipelines")
         self._perform = perform
@@ -218,7 +219,7 @@ class Cluster:
                 case WantedChanged():
                     for wake in self._beats.get(change.node_id, ()):
                         wake.set()
-                case Orphan() | Mend() | Reload():
+                case Orphan() | Mend() | Reload() | Improve():
                     self._perform(change)
 
     def _publish_pipeline(self, pipeline_id: str) -> None:

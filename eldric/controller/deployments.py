@@ -4,6 +4,7 @@ Every method returns changes for somebody else to carry out: news for those who 
 stages that nobody wants, rings to connect again.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
@@ -12,6 +13,7 @@ from eldric.controller.nodes import NodeState, StageKey, StageState
 from eldric.controller.pipelines import Condition, Phase, PipelineRecord, StageRecord, Verdict, is_present, judge
 from eldric.controller.registry import Node
 from eldric.controller.reloads import Reloads
+from eldric.controller.trials import Trials
 from eldric.errors import AlreadyExists, NotFound
 
 #: Beats between two attempts to unload a stage that nobody wants.
@@ -72,7 +74,14 @@ class Reload:
     pipeline_id: str
 
 
-Change = PipelineChanged | PipelineRemoved | WantedChanged | Orphan | Mend | Reload
+@dataclass(frozen=True, slots=True)
+class Improve:
+    """Nothing runs on a pipeline: see whether better links can be had, and say with `improved` how it went."""
+
+    pipeline_id: str
+
+
+Change = PipelineChanged | PipelineRemoved | WantedChanged | Orphan | Mend | Reload | Improve
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +100,7 @@ class Deployment:
 
     record: PipelineRecord
     reloads: Reloads
+    trials: Trials
     state: PipelineState = PipelineState.DEPLOYING
     message: str = ""
     progress: float = 0.0
@@ -108,10 +118,13 @@ class Deployment:
 class Deployments:
     """The pipelines of a cluster."""
 
-    def __init__(self, node: Callable[[str], Node | None], beat_interval_s: float) -> None:
-        """`node` finds a registered node by id."""
+    def __init__(
+        self, node: Callable[[str], Node | None], beat_interval_s: float, better_links_s: float = math.inf
+    ) -> None:
+        """`node` finds a registered node by id. better_links_s: see ControllerConfig."""
         self._node = node
         self._interval_s = beat_interval_s
+        self._better_links_s = better_links_s
         self._all: dict[str, Deployment] = {}
         self._by_node: dict[str, list[Deployment]] = {}
         self._orphans: dict[str, dict[StageKey, int]] = {}
@@ -139,7 +152,9 @@ class Deployments:
     def add(self, record: PipelineRecord, *, settle_by: float | None = None) -> list[Change]:
         """A new pipeline, or one that was kept over a restart (`settle_by`). Raises AlreadyExists."""
         self.check_free(record.name)
-        deployment = self._all[record.id] = Deployment(record, Reloads(self._interval_s), settle_by=settle_by)
+        deployment = self._all[record.id] = Deployment(
+            record, Reloads(self._interval_s), Trials(self._better_links_s), settle_by=settle_by
+        )
         self._index()
         return [PipelineChanged(record.id), *self._evaluate(deployment), *_workers(record)]
 
@@ -197,7 +212,22 @@ class Deployments:
                 deployment.settle_by = None
                 changes += self._evaluate(deployment)
             changes += [*self._mend(deployment, now), *self._reload(deployment, now)]
+            if deployment.trials.take(now, ready=self.may_improve(deployment.record), idle=self._is_idle(deployment)):
+                changes.append(Improve(deployment.record.id))
         return changes
+
+    def may_improve(self, record: PipelineRecord) -> bool:
+        """Whether a ring is as it was, and well: its links may be replaced."""
+        now = self._all.get(record.id)
+        if now is None or now.record is not record or record.next_stages or len(record.stages) < 2:
+            return False
+        return now.state is PipelineState.READY
+
+    def improved(self, pipeline_id: str, *, better: bool) -> None:
+        """What was asked for by Improve is over."""
+        deployment = self._all.get(pipeline_id)
+        if deployment is not None:
+            deployment.trials.ended(better=better)
 
     def reloaded(self, pipeline_id: str, problem: str = "") -> list[Change]:
         """What was asked for by Reload is over: it is done, it failed, or it could not begin (no problem)."""
@@ -323,6 +353,13 @@ class Deployments:
             return []
         deployment.message, deployment.progress = f"loading again: {deployment.cause}", 0.0
         return [*self._evaluate(deployment), PipelineChanged(record.id), Reload(record.id)]
+
+    def _is_idle(self, deployment: Deployment) -> bool:
+        """Whether no sequence runs or waits, as the head said last."""
+        head = deployment.record.stages[0]
+        node = self._node(head.node_id)
+        report = node.stages.get(deployment.record.key(head)) if node is not None else None
+        return report is not None and not report.slots_used and not report.queued
 
     def _will_reload(self, deployment: Deployment) -> bool:
         """Whether stages are missing whose workers are there, or still expected."""

@@ -47,6 +47,21 @@ class Linking:
     wired: tuple[Wired, ...]  # of each stage
     choices: tuple[LinkChoice, ...]  # of the link from each stage to the next
     round: int = 0  # how often the stages were connected before
+    used: tuple[Wired, ...] = ()  # what the stages go on with, where links are made beside those; empty: they are not
+
+    @property
+    def schemes(self) -> tuple[str, ...]:
+        return tuple(choice.scheme for choice in self.choices)
+
+    def beside(self, choices: tuple[LinkChoice, ...]) -> "Linking":
+        """Other links beside these, for the next round."""
+        return replace(self, choices=choices, used=self.wired)
+
+    def explained(self, before: "Linking") -> "Linking":
+        """With the reasons of `before` for links that are as they were, and were not tried again."""
+        choices = zip(self.choices, before.choices, strict=True)
+        kept = [old if new.scheme == old.scheme and not new.fallback else new for new, old in choices]
+        return replace(self, choices=tuple(kept))
 
     def key(self, stage: StageRecord) -> StageKey:
         return StageKey(self.pipeline_id, self.epoch, stage.index)
@@ -58,7 +73,12 @@ class Linking:
             receive, send = self.choices[stage.index - 1].scheme, self.choices[stage.index].scheme
             if (have.endpoint.scheme, have.sender_scheme) != (receive, send):
                 requests[stage.index] = stage_pb2.OpenLinksRequest(
-                    pipeline_id=self.pipeline_id, index=stage.index, epoch=self.epoch, receive=receive, send=send
+                    pipeline_id=self.pipeline_id,
+                    index=stage.index,
+                    epoch=self.epoch,
+                    receive=receive,
+                    send=send,
+                    beside=bool(self.used),
                 )
         return requests
 
@@ -73,7 +93,15 @@ class Linking:
                     failed.setdefault(link, f"{self.stages[index].worker}: {problem}")
         return replace(self, wired=tuple(have)), failed
 
-    def connect_request(self, stage: StageRecord) -> stage_pb2.ConnectRequest:
+    def drop_request(self, stage: StageRecord) -> stage_pb2.OpenLinksRequest:
+        """Close what is beside the links in use."""
+        return stage_pb2.OpenLinksRequest(
+            pipeline_id=self.pipeline_id, index=stage.index, epoch=self.epoch, beside=True
+        )
+
+    def connect_request(
+        self, stage: StageRecord, phase: "stage_pb2.ConnectPhase.ValueType" = stage_pb2.NOW
+    ) -> stage_pb2.ConnectRequest:
         """What a stage is told of its neighbours; the ring closes from the tail to the head."""
         request = stage_pb2.ConnectRequest(
             pipeline_id=self.pipeline_id,
@@ -81,14 +109,16 @@ class Linking:
             epoch=self.epoch,
             workers=[each.worker for each in self.stages],
             round=self.round,
+            phase=phase,
         )
         if self.choices:
             choice, after = self.choices[stage.index], (stage.index + 1) % len(self.stages)
             request.next.CopyFrom(convert.endpoint_message(self.wired[after].endpoint))
             request.next_index, request.fallback = after, choice.fallback
-            request.try_ms = TRY_MS if choice.others else 0
-            if key := self.wired[stage.index - 1].sender_key:
-                request.allowed_keys.append(key)
+            request.try_ms = TRY_MS if choice.others or phase == stage_pb2.BESIDE else 0
+            before = [ends[stage.index - 1] for ends in (self.wired, self.used) if ends]
+            keys = dict.fromkeys(end.sender_key for end in before[: 2 if phase == stage_pb2.BESIDE else 1])
+            request.allowed_keys.extend(key for key in keys if key)
         return request
 
     def fell_back(self, failed: Mapping[int, str]) -> "Linking":
@@ -101,7 +131,8 @@ class Linking:
             except Unavailable as error:
                 raise named(stage, error) from None
             after = choices[index].scheme
-            log.warning(
+            log.log(
+                logging.INFO if self.used else logging.WARNING,
                 "event=link_fell_back pipeline=%s stage=%d worker=%s from=%s to=%s reason=%r",
                 *(self.pipeline_id, index, stage.worker, before, after, problem),
             )

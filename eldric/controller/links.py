@@ -54,19 +54,42 @@ class LinkChoice:
         schemes = (self.scheme, *self.others)
         if scheme not in schemes:
             return self
-        return LinkChoice(scheme, schemes[schemes.index(scheme) + 1 :], fallback)
+        place = schemes.index(scheme)
+        return LinkChoice(
+            scheme, (*schemes[place + 1 :], *(each for each in schemes[:place] if each == RELAY)), fallback
+        )
+
+
+def better_choices(ends: Sequence[End], wanted: str, schemes: Sequence[str]) -> tuple[LinkChoice, ...]:
+    """For links that go by these schemes: everything better that they might go by, best first, and then what they have.
+
+    See `ring_choices`.
+    """
+    choices = []
+    for index, scheme in enumerate(schemes):
+        usable = alternatives(ends[index], ends[(index + 1) % len(ends)], wanted)
+        best, *others = usable[: usable.index(scheme) + 1] if scheme in usable else (scheme,)
+        choices.append(LinkChoice(best, tuple(others)))
+    return tuple(choices)
 
 
 def ring_choices(ends: Sequence[End], wanted: str = "") -> tuple[LinkChoice, ...]:
     """The first choice of every link: entry i is that from stage i to the next. None for a single stage.
 
-    wanted: the one scheme that every link must take; empty or "auto": the best that a link's ends have in common.
-    Raises NotReady when a link has none.
+    wanted: the one scheme that every link must take; empty or "auto": the best that a link's ends have in common, but
+    to a worker behind an edge the way through that, as others are likely to fail, and slowly. Raises NotReady when a
+    link has none.
     """
     if len(ends) < 2:
         return ()
-    schemes = [alternatives(end, ends[(index + 1) % len(ends)], wanted) for index, end in enumerate(ends)]
-    return tuple(LinkChoice(best, tuple(others)) for best, *others in schemes)
+    choices = []
+    for index, sender in enumerate(ends):
+        receiver = ends[(index + 1) % len(ends)]
+        schemes = alternatives(sender, receiver, wanted)
+        if RELAY in schemes and receiver.edge_id and not _same_host(sender, receiver):
+            schemes = (RELAY, *(scheme for scheme in schemes if scheme != RELAY))
+        choices.append(LinkChoice(schemes[0], schemes[1:]))
+    return tuple(choices)
 
 
 def alternatives(sender: End, receiver: End, wanted: str = "") -> tuple[str, ...]:

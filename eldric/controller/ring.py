@@ -1,6 +1,7 @@
 """Makes rings of stages on workers, mends and unmakes them: the calls in the right order, the first cause named."""
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, TypeVar
@@ -8,11 +9,12 @@ from typing import Any, TypeVar
 from eldric.controller import convert
 from eldric.controller.cluster import Cluster
 from eldric.controller.linking import Linking, Wired, named, wired
-from eldric.controller.links import LinkChoice, ring_choices
+from eldric.controller.links import LinkChoice, better_choices, ring_choices
 from eldric.controller.nodes import Endpoint, StageKey, StageState
 from eldric.controller.pipelines import PipelineRecord, StageRecord
 from eldric.controller.progress import Progress
 from eldric.controller.registry import Node
+from eldric.controller.seating import WorkerView
 from eldric.controller.workers import Workers
 from eldric.errors import DeadlineExceeded, EldricError, NotReady, Unavailable
 from eldric.v1 import stage_pb2
@@ -52,20 +54,26 @@ class RingMaker:
 
     async def mend(self, record: PipelineRecord) -> None:
         """Connect a ring again whose stages are all there, in a new round. Raises NotReady when one is not."""
-        ring, rounds = [], []
-        choices = list(self._choices(record, record.stages))
-        for stage in record.stages:
-            report = self._node(stage).stages.get(record.key(stage))
-            have = wired(report) if report is not None else None
-            if report is None or have is None:
-                raise NotReady(f"stage {stage.index} on {stage.worker} is not there")
-            ring.append(have)
-            rounds.append(report.round)
-            if report.link is not None and choices:
-                choices[stage.index] = choices[stage.index].resumed(report.link.transport, report.link.fallback)
-        await self._connect(
-            Linking(record.id, record.epoch, record.stages, tuple(ring), tuple(choices), max(rounds) + 1)
-        )
+        await self._connect(self._present(record))
+
+    async def improve(self, record: PipelineRecord, may_switch: Callable[[], bool]) -> bool:
+        """Try better transports for the links that have not the best, and go over to those that work by now.
+
+        Nothing that runs is lost: the other links are made beside those in use, and the head goes over to them only
+        while it has no sequence. may_switch: whether the ring is still wanted as it is. Returns whether it did.
+        """
+        present = self._present(record)
+        better = better_choices(self._views(record.stages), record.transport, present.schemes)
+        if all(choice.scheme == scheme for choice, scheme in zip(better, present.schemes, strict=True)):
+            return False
+        linking = present.beside(better)
+        try:
+            linking = await self._connect_beside(linking)
+            if linking.schemes == present.schemes or not may_switch():
+                return False
+            return await self._switch(linking.explained(present))
+        finally:
+            await self._drop_beside(linking)
 
     async def unmake(self, pipeline_id: str, stages: Sequence[StageRecord], epoch: int = 0, reason: str = "") -> None:
         """Unload a pipeline's stages, the head first, so that it ends its sequences in good order. Never raises.
@@ -82,11 +90,29 @@ class RingMaker:
 
     def _choices(self, record: PipelineRecord, stages: Sequence[StageRecord]) -> tuple[LinkChoice, ...]:
         """How the links of a ring may go. Raises NotReady when one cannot at all, Unavailable when a worker is gone."""
+        return ring_choices(self._views(stages), record.transport)
+
+    def _views(self, stages: Sequence[StageRecord]) -> list[WorkerView]:
         views = {view.name: view for view in self._cluster.worker_views()}
         missing = [stage for stage in stages if stage.worker not in views]
         if missing:
             raise named(missing[0], Unavailable("it left the cluster"))
-        return ring_choices([views[stage.worker] for stage in stages], record.transport)
+        return [views[stage.worker] for stage in stages]
+
+    def _present(self, record: PipelineRecord) -> Linking:
+        """A ring whose stages are all there, with the links that it has, for its next round. Raises NotReady."""
+        ring, rounds = [], []
+        choices = list(self._choices(record, record.stages))
+        for stage in record.stages:
+            report = self._node(stage).stages.get(record.key(stage))
+            have = wired(report) if report is not None else None
+            if report is None or have is None:
+                raise NotReady(f"stage {stage.index} on {stage.worker} is not there")
+            ring.append(have)
+            rounds.append(report.round)
+            if report.link is not None and choices:
+                choices[stage.index] = choices[stage.index].resumed(report.link.transport, report.link.fallback)
+        return Linking(record.id, record.epoch, record.stages, tuple(ring), tuple(choices), max(rounds) + 1)
 
     async def _connect(self, linking: Linking) -> None:
         """Tell every stage its neighbours and wait until all serve. A link that fails falls back, in a next round."""
@@ -117,11 +143,42 @@ class RingMaker:
 
         return dict(zip(requests, await self._on_each(stages, ask), strict=True))
 
-    async def _tell(self, linking: Linking) -> dict[int, str]:
+    async def _connect_beside(self, linking: Linking) -> Linking:
+        """Make links beside those in use. Those that fail fall back, at last to what they are in use."""
+        while True:
+            linking = await self._open_links(linking)
+            failed = await self._tell(linking, stage_pb2.BESIDE)
+            if not failed:
+                return linking
+            linking = linking.fell_back(failed)
+
+    async def _switch(self, linking: Linking) -> bool:
+        """Let all stages go over to the links beside. False: the head has sequences, and nothing has changed."""
+
+        async def switch(stage: StageRecord) -> bool:
+            return await self._workers.switch(self._node(stage), linking.connect_request(stage, stage_pb2.SWITCH))
+
+        head, *others = linking.stages
+        if not all(await self._on_each([head], switch)):
+            return False
+        await self._on_each(others, switch)
+        await self._on_each(linking.stages, lambda stage: self._serving(stage, linking.key(stage)))
+        log.info("event=links_improved pipeline=%s links=%s", linking.pipeline_id, ",".join(linking.schemes))
+        return True
+
+    async def _drop_beside(self, linking: Linking) -> None:
+        """Close what is beside the links in use. A stage that cannot be told does so when it is unloaded."""
+        for stage in linking.stages:
+            with contextlib.suppress(EldricError):
+                await self._workers.open_links(self._node(stage), linking.drop_request(stage))
+
+    async def _tell(
+        self, linking: Linking, phase: "stage_pb2.ConnectPhase.ValueType" = stage_pb2.NOW
+    ) -> dict[int, str]:
         """Returns the links that fail: by sending stage, and why."""
 
         async def tell(stage: StageRecord) -> str:
-            return await self._workers.connect(self._node(stage), linking.connect_request(stage))
+            return await self._workers.connect(self._node(stage), linking.connect_request(stage, phase))
 
         problems = await self._on_each(linking.stages, tell)
         return {index: problem for index, problem in enumerate(problems) if problem}

@@ -53,6 +53,17 @@ class Workers:
             answer = await self._stub(node).Connect(request, timeout=self._config.call_s)
             return answer.problem
 
+    async def switch(self, node: Node, request: stage_pb2.ConnectRequest) -> bool:
+        """Lets a stage go over to links that were made beside those it has; False: the head has sequences.
+
+        Raises Unavailable when that fails.
+        """
+        with call_errors(node.id):
+            answer = await self._stub(node).Connect(request, timeout=self._config.call_s)
+        if answer.problem:
+            raise Unavailable(answer.problem)
+        return not answer.busy
+
     async def statuses(
         self, node: Node, pipeline_id: str = "", timeout_s: float | None = None
     ) -> list[stage_pb2.StageStatus]:

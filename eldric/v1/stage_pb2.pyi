@@ -21,6 +21,38 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _ConnectPhase:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ConnectPhaseEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ConnectPhase.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    NOW: _ConnectPhase.ValueType  # 0
+    """Connect with the transports in use. Sequences that run are ended."""
+    BESIDE: _ConnectPhase.ValueType  # 1
+    """Connect those that were opened beside, and go on with the others. `allowed_keys` are those of the stage before,
+    in use and beside. A problem leaves the stage as it is.
+    """
+    SWITCH: _ConnectPhase.ValueType  # 2
+    """Go over to those that were opened beside, and are connected: at the head only while no sequence runs or waits, at
+    the others whatever they have, as the head was asked first. Those that were in use stay open for a while.
+    """
+
+class ConnectPhase(_ConnectPhase, metaclass=_ConnectPhaseEnumTypeWrapper):
+    """A ring goes over to better links in two phases, so that nothing is risked, and nothing lost."""
+
+NOW: ConnectPhase.ValueType  # 0
+"""Connect with the transports in use. Sequences that run are ended."""
+BESIDE: ConnectPhase.ValueType  # 1
+"""Connect those that were opened beside, and go on with the others. `allowed_keys` are those of the stage before,
+in use and beside. A problem leaves the stage as it is.
+"""
+SWITCH: ConnectPhase.ValueType  # 2
+"""Go over to those that were opened beside, and are connected: at the head only while no sequence runs or waits, at
+the others whatever they have, as the head was asked first. Those that were in use stay open for a while.
+"""
+Global___ConnectPhase: _TypeAlias = ConnectPhase  # noqa: Y015
+
 class _StageState:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -396,12 +428,17 @@ class OpenLinksRequest(_message.Message):
     EPOCH_FIELD_NUMBER: _builtins.int
     RECEIVE_FIELD_NUMBER: _builtins.int
     SEND_FIELD_NUMBER: _builtins.int
+    BESIDE_FIELD_NUMBER: _builtins.int
     pipeline_id: _builtins.str
     index: _builtins.int
     epoch: _builtins.int
     receive: _builtins.str
-    """Schemes of the transports to receive and to send with."""
+    """Schemes of the transports to receive and to send with. Both empty, with `beside`: none."""
     send: _builtins.str
+    beside: _builtins.bool
+    """Open them beside those that are in use, which the stage goes on with until a Connect in phase SWITCH. What was
+    opened beside before, and what a switch left behind, is closed.
+    """
     def __init__(
         self,
         *,
@@ -410,10 +447,11 @@ class OpenLinksRequest(_message.Message):
         epoch: _builtins.int = ...,
         receive: _builtins.str = ...,
         send: _builtins.str = ...,
+        beside: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "index", b"index", "pipeline_id", b"pipeline_id", "receive", b"receive", "send", b"send"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["beside", b"beside", "epoch", b"epoch", "index", b"index", "pipeline_id", b"pipeline_id", "receive", b"receive", "send", b"send"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -522,6 +560,7 @@ class ConnectRequest(_message.Message):
     ROUND_FIELD_NUMBER: _builtins.int
     TRY_MS_FIELD_NUMBER: _builtins.int
     FALLBACK_FIELD_NUMBER: _builtins.int
+    PHASE_FIELD_NUMBER: _builtins.int
     pipeline_id: _builtins.str
     index: _builtins.int
     epoch: _builtins.int
@@ -534,6 +573,7 @@ class ConnectRequest(_message.Message):
     """How long to try to reach the next stage, in milliseconds. 0: the worker's own patience."""
     fallback: _builtins.str
     """Why the link to the next stage is not of a better transport, for LinkStatus. Empty: there is none."""
+    phase: Global___ConnectPhase.ValueType
     @_builtins.property
     def next(self) -> _common_pb2.TensorEndpoint:
         """The stage that this one sends to: the next, and for the tail the head. Absent in a pipeline of one stage."""
@@ -559,10 +599,11 @@ class ConnectRequest(_message.Message):
         round: _builtins.int = ...,
         try_ms: _builtins.int = ...,
         fallback: _builtins.str = ...,
+        phase: Global___ConnectPhase.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["next", b"next"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allowed_keys", b"allowed_keys", "epoch", b"epoch", "fallback", b"fallback", "index", b"index", "next", b"next", "next_index", b"next_index", "pipeline_id", b"pipeline_id", "round", b"round", "try_ms", b"try_ms", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allowed_keys", b"allowed_keys", "epoch", b"epoch", "fallback", b"fallback", "index", b"index", "next", b"next", "next_index", b"next_index", "phase", b"phase", "pipeline_id", b"pipeline_id", "round", b"round", "try_ms", b"try_ms", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -573,18 +614,22 @@ class ConnectResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     PROBLEM_FIELD_NUMBER: _builtins.int
+    BUSY_FIELD_NUMBER: _builtins.int
     problem: _builtins.str
     """Why the next stage cannot be reached by the transport that this one sends with; the stage is broken until the next
     Connect. Empty: it is reached, and the stage is in the ring.
     """
+    busy: _builtins.bool
+    """The head did not switch: it has sequences, and goes on as it was."""
     def __init__(
         self,
         *,
         problem: _builtins.str = ...,
+        busy: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["problem", b"problem"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy", b"busy", "problem", b"problem"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

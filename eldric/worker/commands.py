@@ -8,6 +8,18 @@ from eldric.worker.generation import Generation
 
 
 @dataclass(frozen=True, slots=True)
+class Switch:
+    """With what a stage goes over to other links. Those that it had stay open: the neighbours may still use them.
+
+    `if_idle`: only while no sequence runs or waits.
+    """
+
+    receiver: Transport
+    sender: Transport
+    if_idle: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Connect:
     """Send to `next` (None in a pipeline of one stage) and take frames from the holders of `allowed` keys.
 
@@ -22,7 +34,8 @@ class Connect:
     round: int = 0
     fallback: str = ""
     try_s: float = 0.0
-    done: "Future[None]" = field(default_factory=Future)  # fails with a TransportError
+    switch: Switch | None = None
+    done: "Future[bool]" = field(default_factory=Future)  # False: not idle; fails with a TransportError
 
 
 @dataclass(frozen=True, slots=True)

@@ -174,6 +174,11 @@ class ComputeThread(ABC):
     def _connect(self, command: Connect) -> None:
         if not command.done.set_running_or_notify_cancel():
             return  # whoever asked for it is gone
+        if (switch := command.switch) is not None:
+            if switch.if_idle and not self.is_idle:
+                command.done.set_result(False)
+                return
+            self._ring.rewire(switch.receiver, switch.sender, keep=True)
         self.round, self._workers = command.round, command.workers
         self._end_sequences("the pipeline's stages are being connected again")
         try:
@@ -184,7 +189,7 @@ class ComputeThread(ABC):
             command.done.set_exception(failure)
         else:
             self._change(stage_pb2.SERVING)
-            command.done.set_result(None)
+            command.done.set_result(True)
 
     def _reach(self, command: Connect) -> None:
         """Try again and again, as the next stage may not listen or not allow this one yet; a command ends it."""
@@ -208,6 +213,11 @@ class ComputeThread(ABC):
     @abstractmethod
     def sequences(self) -> int:
         """Sequences that hold a slot. May be read from any thread."""
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no sequence runs or waits here."""
+        return not self.sequences
 
     @abstractmethod
     def _end_sequences(self, reason: str) -> None:

@@ -16,6 +16,7 @@ from eldric.engine.spec import ModelSpec, spec_of
 from eldric.engine.stage import KVType, Stage, StageConfig
 from eldric.errors import DeadlineExceeded, InvalidRequest
 from eldric.v1 import common_pb2, stage_pb2
+from eldric.worker.beside import Beside
 from eldric.worker.body_thread import BodyThread
 from eldric.worker.compute_thread import Place
 from eldric.worker.config import WorkerConfig
@@ -83,6 +84,7 @@ class LoadedStage:
     release: Callable[[], None]  # gives the model's file back, once the thread has ended
     mounted: MountedFile | None = None  # where the weights are mapped from, if that may hang
     transport_problem: str = ""  # why the wiring is not of the transport that was asked for
+    beside: Beside | None = None  # what may take the wiring's place, or what it took the place of
 
     def discard(self) -> None:
         """Give back a stage whose thread never started."""

@@ -80,8 +80,8 @@ class Ring:
         if peer is not None:
             self._link = self._sender.connect(peer, timeout_s)
 
-    def rewire(self, receiver: Transport, sender: Transport) -> None:
-        """Receive and send with these from now on; what is of no use any more is closed."""
+    def rewire(self, receiver: Transport, sender: Transport, *, keep: bool = False) -> None:
+        """Receive and send with these from now on; what is of no use any more is closed, unless somebody else will."""
         before = {self._receiver, self._sender}
         if sender is not self._sender:
             self._link, self.fallback = None, ""
@@ -90,7 +90,7 @@ class Ring:
         if sender is not receiver:
             self._recv = self._receive_and_look
             self._look_s = _LONG_LOOK_S if sender.on_loss(self._look_now) else _LOOK_S
-        for transport in before - {receiver, sender}:
+        for transport in before - {receiver, sender} if not keep else ():
             transport.close()
 
     @property

@@ -43,10 +43,10 @@ class StageService(stage_pb2_grpc.StageServicer):
 
     async def Connect(self, request: stage_pb2.ConnectRequest, context: object) -> stage_pb2.ConnectResponse:
         try:
-            await self._stages.connect(request)
+            connected = await self._stages.connect(request)
         except TransportError as error:
             return stage_pb2.ConnectResponse(problem=str(error))
-        return stage_pb2.ConnectResponse()
+        return stage_pb2.ConnectResponse(busy=not connected)
 
     async def OpenLinks(self, request: stage_pb2.OpenLinksRequest, context: object) -> stage_pb2.OpenLinksResponse:
         return await self._stages.open_links(request)

@@ -16,12 +16,14 @@ from eldric.errors import (
 )
 from eldric.transport.base import Peer
 from eldric.v1 import heartbeat_pb2, stage_pb2
-from eldric.worker.commands import Connect, Degrade, Rewire, Stop
+from eldric.worker.beside import Beside
+from eldric.worker.commands import Connect, Degrade, Rewire, Stop, Switch
 from eldric.worker.config import WorkerConfig
 from eldric.worker.head import Head
 from eldric.worker.held_stage import HeldStage, StageKey
 from eldric.worker.loading import LoadedStage, StageLoader
 from eldric.worker.resources import memory_budget
+from eldric.worker.wiring import Rewired
 
 log = logging.getLogger(__name__)
 
@@ -161,26 +163,30 @@ class StageTable:
         held.gone.set()
 
     async def open_links(self, request: stage_pb2.OpenLinksRequest) -> stage_pb2.OpenLinksResponse:
-        """Let a stage receive and send by transports of these schemes. Raises NotFound, NotReady, StaleEpoch."""
+        """Let a stage receive and send by transports of these schemes, or open them beside those in use.
+
+        Raises NotFound, NotReady, StaleEpoch.
+        """
         held = self._held(request)
         async with held.rewiring:
             loaded = self._ready(held)
+            await _drop_beside(loaded)
+            if request.beside and not (request.receive or request.send):
+                return _opened(Rewired(loaded.wiring))
             rewired = await self._loader.open_links(loaded, held.request, request.receive, request.send)
             made = rewired.wiring
             if held.unloading:
                 for transport in set(made.transports) - set(loaded.wiring.transports):
                     transport.close()
-            command = Rewire(made.receiver, made.sender)
-            self._ready(held).thread.post(command)
-            loaded.wiring = made
-            await asyncio.wrap_future(command.done)
-        return stage_pb2.OpenLinksResponse(
-            endpoint=made.endpoint,
-            sender_scheme=made.sender.scheme,
-            sender_key=made.sender.public_key,
-            receive_problem=rewired.receive_problem,
-            send_problem=rewired.send_problem,
-        )
+            self._ready(held)
+            if request.beside:
+                loaded.beside = Beside(made, loaded.wiring)
+            else:
+                command = Rewire(made.receiver, made.sender)
+                loaded.thread.post(command)
+                loaded.wiring = made
+                await asyncio.wrap_future(command.done)
+        return _opened(rewired)
 
     def _ready(self, held: HeldStage) -> LoadedStage:
         """Raises NotReady for a stage that is loading or being unloaded."""
@@ -189,25 +195,26 @@ class StageTable:
             raise NotReady(f"stage {held.key.stage} is {state}")
         return held.loaded
 
-    async def connect(self, request: stage_pb2.ConnectRequest) -> None:
+    async def connect(self, request: stage_pb2.ConnectRequest) -> bool:
         """Name a stage's neighbours, and wait until the next one is reached.
 
-        Raises NotFound, NotReady while it loads, StaleEpoch for an older epoch or round, TransportError.
+        Returns False when the head was asked to switch while it has sequences. Raises NotFound, NotReady while it
+        loads, StaleEpoch for an older epoch or round, TransportError.
         """
         held = self._held(request)
-        thread = self._ready(held).thread
-        if request.round < thread.round:
-            raise StaleEpoch(f"stage {request.index} was connected in round {thread.round}, not {request.round}")
-        if request.HasField("next"):
-            peer = Peer(request.next.address, request.next.public_key, request.next_index)
-        else:
-            peer = None
-        allowed, workers = frozenset(request.allowed_keys), tuple(request.workers)
-        command = Connect(
-            request.epoch, peer, allowed, workers, request.round, request.fallback[:1024], request.try_ms / 1000
-        )
-        thread.post(command)
-        await asyncio.wrap_future(command.done)
+        loaded = self._ready(held)
+        if request.round < loaded.thread.round:
+            raise StaleEpoch(f"stage {request.index} was connected in round {loaded.thread.round}, not {request.round}")
+        if request.phase == stage_pb2.NOW:
+            return await _connect(loaded, request)
+        async with held.rewiring:
+            self._ready(held)
+            if request.phase == stage_pb2.SWITCH:
+                return await _switch(loaded, request)
+            beside = loaded.beside or Beside(loaded.wiring, loaded.wiring)
+            timeout_s = request.try_ms / 1000
+            await asyncio.to_thread(beside.connect, *_neighbours(request), request.epoch, request.round, timeout_s)
+        return True
 
     def _held(self, request: stage_pb2.ConnectRequest | stage_pb2.OpenLinksRequest) -> HeldStage:
         stages = [stage for stage in self if stage.key[:2] == (request.pipeline_id, request.index)]
@@ -246,6 +253,8 @@ class StageTable:
             log.error("stage does not end %s", thread.place.key)
         if held.head is not None:
             held.head.close()
+        async with held.rewiring:
+            await _drop_beside(held.loaded)
         if not held.gone.is_set():
             self._forget(held)
             log.info("stage unloaded %s", thread.place.key)
@@ -278,3 +287,49 @@ class StageTable:
         """Unload everything."""
         reason = f"worker {self._config.node.name} has ended"
         await asyncio.gather(*(self._unload(held, reason) for held in self))
+
+
+def _opened(rewired: Rewired) -> stage_pb2.OpenLinksResponse:
+    made = rewired.wiring
+    return stage_pb2.OpenLinksResponse(
+        endpoint=made.endpoint,
+        sender_scheme=made.sender.scheme,
+        sender_key=made.sender.public_key,
+        receive_problem=rewired.receive_problem,
+        send_problem=rewired.send_problem,
+    )
+
+
+def _neighbours(request: stage_pb2.ConnectRequest) -> tuple[Peer | None, frozenset[str]]:
+    """The next stage, and the keys of the one before."""
+    after = request.next
+    peer = Peer(after.address, after.public_key, request.next_index) if request.HasField("next") else None
+    return peer, frozenset(request.allowed_keys)
+
+
+async def _connect(loaded: LoadedStage, request: stage_pb2.ConnectRequest, switch: Switch | None = None) -> bool:
+    peer, allowed = _neighbours(request)
+    workers, fallback, try_s = tuple(request.workers), request.fallback[:1024], request.try_ms / 1000
+    command = Connect(request.epoch, peer, allowed, workers, request.round, fallback, try_s, switch)
+    loaded.thread.post(command)
+    return await asyncio.wrap_future(command.done)
+
+
+async def _switch(loaded: LoadedStage, request: stage_pb2.ConnectRequest) -> bool:
+    """Go over to what was opened beside; what was used until now takes its place there."""
+    made = loaded.wiring if loaded.beside is None else loaded.beside.wiring
+    switch = Switch(made.receiver, made.sender, if_idle=loaded.head is not None)
+    switching = asyncio.ensure_future(_connect(loaded, request, switch))
+
+    def switched(done: "asyncio.Future[bool]") -> None:
+        if done.exception() is not None or done.result():
+            loaded.wiring = made
+
+    switching.add_done_callback(switched)
+    return await asyncio.shield(switching)  # it goes on when the caller leaves
+
+
+async def _drop_beside(loaded: LoadedStage) -> None:
+    beside, loaded.beside = loaded.beside, None
+    if beside is not None:
+        await asyncio.to_thread(beside.close, loaded.wiring)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import pytest
 
 from eldric.controller.linking import Linking, Wired, wired
-from eldric.controller.links import LinkChoice, alternatives, ring_choices
+from eldric.controller.links import LinkChoice, alternatives, better_choices, ring_choices
 from eldric.controller.nodes import Endpoint, StageKey, StageReport, StageState
 from eldric.controller.pipelines import StageRecord
 from eldric.errors import NotReady, Unavailable
@@ -66,6 +66,28 @@ def test_every_link_of_a_ring_has_a_choice_of_its_own() -> None:
     assert [choice.others for choice in ring_choices([a, b, c])] == [("ucx", "zmq"), ("zmq",), ("zmq",)]
     assert ring_choices([a, b, c], "zmq") == (LinkChoice("zmq"),) * 3
     assert ring_choices([a]) == ()
+
+
+def test_a_link_to_a_worker_behind_an_edge_takes_the_edge_first() -> None:
+    a, b = Worker("a", FULL, "h1"), Worker("b", FULL, "h2", edge_id="edge/e")
+    there, back = ring_choices([a, b])
+    assert (there, back) == (LinkChoice("relay", ("ucx", "zmq")), LinkChoice("ucx", ("zmq", "relay")))
+    assert ring_choices([a, b], "zmq") == (LinkChoice("zmq"),) * 2
+    assert [choice.scheme for choice in ring_choices([replace(a, host="h2"), b])] == ["shm", "shm"]
+    assert there.resumed("relay", "") == there
+    assert there.resumed("zmq", "") == LinkChoice("zmq", ("relay",))
+
+
+def test_better_choices_are_those_before_what_a_link_has_and_then_that() -> None:
+    a, b = Worker("a", FULL, "h1"), Worker("b", FULL, "h2", edge_id="edge/e")
+    assert better_choices([a, b], "", ["relay", "zmq"]) == (
+        LinkChoice("ucx", ("zmq", "relay")),
+        LinkChoice("ucx", ("zmq",)),
+    )
+    assert better_choices([a, b], "auto", ["ucx", "ucx"]) == (LinkChoice("ucx"),) * 2
+    assert better_choices([a, b], "zmq", ["zmq", "zmq"]) == (LinkChoice("zmq"),) * 2
+    assert better_choices([a, b], "", ["pigeon", "zmq"])[0] == LinkChoice("pigeon")
+    assert better_choices([a], "", []) == ()
 
 
 def test_a_choice_falls_back_until_nothing_is_left_and_keeps_the_reasons() -> None:
@@ -175,3 +197,28 @@ def test_a_stage_sends_with_what_it_receives_by_until_it_says_otherwise() -> Non
     assert wired(report) == Wired(endpoint, "zmq", "k")
     assert wired(replace(report, sender_scheme="shm", sender_key="s")) == Wired(endpoint, "shm", "s")
     assert wired(replace(report, endpoint=None)) is None
+
+
+def test_links_beside_are_made_for_the_next_round_and_the_keys_in_use_stay_allowed() -> None:
+    present = ring_of(LinkChoice("zmq", (), "shm failed: full"), LinkChoice("zmq"))
+    ring = present.beside((LinkChoice("shm", ("zmq",)), LinkChoice("zmq")))
+    requests = ring.open_requests()
+    assert all(request.beside for request in requests.values()) and set(requests) == {0, 1}
+    ring, _ = ring.opened({index: answer_to(request) for index, request in requests.items()})
+    told = ring.connect_request(ring.stages[1], stage_pb2.BESIDE)
+    assert (list(told.allowed_keys), told.phase, told.try_ms > 0) == (
+        ["shm-key-0", "zmq-key-0"],
+        stage_pb2.BESIDE,
+        True,
+    )
+    told = ring.connect_request(ring.stages[1], stage_pb2.SWITCH)
+    assert (list(told.allowed_keys), told.phase, told.try_ms) == (["shm-key-0"], stage_pb2.SWITCH, 0)
+    assert ring.explained(present).choices == ring.choices
+    failed = ring.fell_back({0: "still full"})
+    assert (
+        failed.schemes == present.schemes and failed.explained(present).choices[0].fallback == "shm failed: still full"
+    )
+    untried = present.beside(present.choices).explained(present)
+    assert untried.choices[0].fallback == "shm failed: full"
+    drop = ring.drop_request(ring.stages[1])
+    assert (drop.index, drop.beside, drop.receive, drop.send) == (1, True, "", "")

@@ -55,7 +55,7 @@ class FakeThread:
         self.posted.append(command)
         if isinstance(command, Connect):
             self.state = stage_pb2.SERVING
-            command.done.set_result(None)
+            command.done.set_result(True)
 
     def join(self, timeout_s: float) -> bool:
         return self.may_end.wait(timeout_s)
@@ -92,6 +92,7 @@ class FakeLoaded:
     memory: common_pb2.MemoryUse
     transport_problem: str = ""
     released: bool = False
+    beside: None = None
 
     def discard(self) -> None:
         self.thread.discarded = True
