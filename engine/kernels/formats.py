@@ -197,7 +197,8 @@ class Q4_K(Format):  # noqa: N801
     kind = TensorType.Q4_K
     segments, has_least, most_unsigned = 4, True, 15
     head_units, segment_units = 4, 4 + 32
-    _quants = 16  # where the nibbles begin in the file's block
+    quants = 16  # where the nibbles begin in the file's block
+    nibbles = 4  # where they begin in a segment, for one lane
 
     def pack(self, code: Code, source: Value, target: Value, lane: Value) -> None:
         for index in range(2):
@@ -207,22 +208,22 @@ class Q4_K(Format):  # noqa: N801
             for number, value in enumerate(self._scale_and_minimum(code, source, index)):
                 self._put(code, value, target, segment + (2 * number + index % 2) * self.lanes, lane)
         for index in range(self.segments):
-            to = self.head_bytes + index * self.segment_bytes + 4 * self.lanes
-            self._copy_units(code, 8, source, self._quants + 32 * index, target, to, lane)
+            to = self.head_bytes + index * self.segment_bytes + self.nibbles * self.lanes
+            self._copy_units(code, 8, source, self.quants + 32 * index, target, to, lane)
 
     def head(self, code: Code, block: Value) -> tuple[Value, ...]:
         return self._half(code, block, 0), self._half(code, block, 2 * self.lanes)
 
     def parts(self, code: Code, head: tuple[Value, ...], segment: Value) -> Iterator[Part]:
         for half in range(2):
-            at = 4 * self.lanes
-            units = [
-                self._masked(code, self._unit(code, segment, at + UNIT * self.lanes * index), 4 * half, 15)
-                for index in range(8)
-            ]
+            units = self._units(code, segment, half)
             scale = code.b.fmul(head[0], self._bytes(code, segment, half * self.lanes))
             least = code.b.fmul(head[1], self._bytes(code, segment, (2 + half) * self.lanes))
             yield Part(units, scale, least)
+
+    def _units(self, code: Code, segment: Value, half: int) -> list[Value]:
+        at = [self.lanes * (self.nibbles + UNIT * index) for index in range(8)]
+        return [self._masked(code, self._unit(code, segment, offset), 4 * half, 15) for offset in at]
 
     def _scale_and_minimum(self, code: Code, source: Value, index: int) -> tuple[Value, Value]:
         """get_scale_min_k4: twelve bytes hold eight pairs of six bits."""
@@ -236,6 +237,32 @@ class Q4_K(Format):  # noqa: N801
         scale = b.or_(b.and_(byte(index + 4), BYTE(15)), b.shl(b.lshr(byte(index - 4), BYTE(6)), BYTE(4)))
         minimum = b.or_(b.lshr(byte(index + 4), BYTE(4)), b.shl(b.lshr(byte(index), BYTE(6)), BYTE(4)))
         return scale, minimum
+
+
+class Q5_K(Q4_K):  # noqa: N801
+    """As Q4_K, with a fifth bit: bit s of byte l of 32 belongs to value 32 s + l. In a panel it lies as in Q5_0."""
+
+    kind = TensorType.Q5_K
+    most_unsigned = 31
+    segment_units, quants, nibbles = 4 + 8 + 32, 48, 12
+
+    def pack(self, code: Code, source: Value, target: Value, lane: Value) -> None:
+        super().pack(code, source, target, lane)
+        bits = [code.load(I32, source, 16 + UNIT * index) for index in range(8)]
+        for run in range(8):
+            planes: Value = I32(0)
+            for index, unit in enumerate(bits):
+                own = code.b.and_(code.b.lshr(unit, I32(run)), I32(0x01010101))
+                planes = code.b.or_(planes, code.b.shl(own, I32(index)))
+            segment = self.head_bytes + run // 2 * self.segment_bytes
+            self._put(code, planes, target, segment + (4 + UNIT * (run % 2)) * self.lanes, lane)
+
+    def _units(self, code: Code, segment: Value, half: int) -> list[Value]:
+        fifth = self._unit(code, segment, (4 + UNIT * half) * self.lanes)
+        return [
+            code.b.or_(nibble, self._masked(code, fifth, index - 4, 16))
+            for index, nibble in enumerate(super()._units(code, segment, half))
+        ]
 
 
 class Q6_K(Format):  # noqa: N801
@@ -277,4 +304,4 @@ class Q6_K(Format):  # noqa: N801
             yield Part(units, scale, None)
 
 
-FORMATS: dict[TensorType, type[Format]] = {each.kind: each for each in (Q4_0, Q4_1, Q5_0, Q8_0, Q4_K, Q6_K)}
+FORMATS: dict[TensorType, type[Format]] = {each.kind: each for each in (Q4_0, Q4_1, Q5_0, Q8_0, Q4_K, Q5_K, Q6_K)}

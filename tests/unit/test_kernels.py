@@ -26,7 +26,12 @@ Floats = NDArray[np.float32]
 
 COLUMNS, ROWS = 512, 48
 KINDS = sorted(FORMATS)
-_HALVES = {TensorType.Q4_1: (0, 2), TensorType.Q4_K: (0, 2), TensorType.Q6_K: (208,)}  # where the scales are
+_HALVES = {
+    TensorType.Q4_1: (0, 2),
+    TensorType.Q4_K: (0, 2),
+    TensorType.Q5_K: (0, 2),
+    TensorType.Q6_K: (208,),
+}  # where the scales are
 _CUSTOM = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_void_p)
 
 pytestmark = pytest.mark.skipif(isa_of(host_features()) is None, reason="no kernels for this processor")
