@@ -4,7 +4,6 @@ A kept file is taken only if it lies in a folder that nobody but the user can wr
 what follows. Its name tells the processor, the compiler and the sources, so anything new makes a new file.
 """
 
-import functools
 import hashlib
 import logging
 import os
@@ -136,13 +135,12 @@ def _is_private(folder: Path) -> bool:
 def _file_name(module: str) -> str:
     compiler = (compiler_version, *map(str, binding.llvm_version_info), binding.get_host_cpu_name())
     features = sorted(name for name, there in host_features().items() if there)
-    return f"{module}-{_digest((*compiler, *features, _sources()))[:32]}"
-
-
-@functools.cache
-def _sources() -> str:
-    return _digest(path.read_text() for path in sorted(Path(__file__).parent.glob("*.py")))
+    return f"{module}-{_digest((*compiler, *features, _SOURCES))[:32]}"
 
 
 def _digest(parts: Iterable[str]) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+# Read when they are imported: later, an upgrade may have put others in their place.
+_SOURCES = _digest(path.read_text() for path in sorted(Path(__file__).parent.glob("*.py")))

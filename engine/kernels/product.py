@@ -123,11 +123,7 @@ def _write_quantize(module: Value, layout: Format) -> None:
 
     def block(_: Value, carried: list[Value]) -> list[Value]:
         values, place = carried
-        most = constant(wide, 0.0)
-        for at in range(0, 4 * layout.block, 4 * _WIDE):
-            magnitude = code.call("llvm.fabs.v16f32", wide, code.load(wide, values, at))
-            most = code.call("llvm.maxnum.v16f32", wide, most, magnitude)
-        largest = code.call("llvm.vector.reduce.fmax.v16f32", FLOAT, most)
+        largest = _largest_magnitude(code, values, layout.block)
         scale = b.fdiv(largest, FLOAT(127.0))
         if layout.block == _GROUP:
             scale = b.fpext(b.fptrunc(scale, HALF), FLOAT)
@@ -143,7 +139,7 @@ def _write_quantize(module: Value, layout: Format) -> None:
                 totals = []
                 for at in range(run * layout.run, (run + 1) * layout.run, _WIDE):
                     scaled = b.fmul(code.load(wide, values, 4 * at), factor)
-                    whole = b.fptosi(code.call("llvm.rint.v16f32", wide, scaled), vector(I32, _WIDE))
+                    whole = code.call("llvm.lrint.v16i32.v16f32", vector(I32, _WIDE), scaled)
                     totals.append(whole)
                     index = b.add(b.mul(rows, I64(at // _GROUP)), number)
                     group = code.at(groups, b.mul(index, I64(_GROUP)))
@@ -160,6 +156,16 @@ def _write_quantize(module: Value, layout: Format) -> None:
 
     code.loop(blocks, [row, tile], block)
     code.end()
+
+
+def _largest_magnitude(code: Code, values: Value, count: int) -> Value:
+    """Of so many f32, NaN if one is: without their signs, their bits are ordered as the numbers are, and NaN above."""
+    bits = vector(I32, _WIDE)
+    most = constant(bits, 0)
+    for at in range(0, 4 * count, 4 * _WIDE):
+        unsigned = code.b.and_(code.load(bits, values, at), constant(bits, 0x7FFFFFFF))
+        most = code.call("llvm.umax.v16i32", bits, most, unsigned)
+    return code.b.bitcast(code.call("llvm.vector.reduce.umax.v16i32", I32, most), FLOAT)
 
 
 def _write_tile(module: Value, layout: Format, isa: Isa, rows: int) -> None:

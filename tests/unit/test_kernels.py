@@ -143,6 +143,16 @@ def test_rows_of_zeros_and_of_extremes_are_exact(kind: TensorType) -> None:
     np.testing.assert_allclose(result, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_what_is_not_a_number_stays_so_in_its_row_alone(kind: TensorType) -> None:
+    matrix, vectors = Matrix(kind), activations(3)
+    expected = multiply(matrix, vectors)
+    vectors[1, 300] = np.nan
+    result = multiply(matrix, vectors)
+    assert np.isnan(result[1]).all()
+    np.testing.assert_array_equal(result[[0, 2]], expected[[0, 2]])
+
+
 @pytest.mark.parametrize("width", [16, 17, 100, 4099])
 def test_largest_value_is_that_of_numpy(width: int) -> None:
     draw = np.random.default_rng(width)
