@@ -67,7 +67,7 @@ class TransportOptions:
     queue_bytes: int = 256 * 1024 * 1024  # and their payloads in bytes; one frame more may start below the bound
     max_payload_bytes: int = MAX_PAYLOAD_BYTES  # larger frames are neither sent nor let in
     silence_s: float = 3.0  # a peer that is not heard of for longer is lost; must exceed the time of one frame's way
-    relay_silence_s: float = 10.0  # the same for a relay, where it must exceed the time a tunnel takes to come back
+    relay_silence_s: float = 10.0  # the same where a network may come back: for a relay, longer than a tunnel takes
     linger_s: float = 1.0  # how long Transport.close waits for peers to take what was sent
     encrypt: bool = True  # False: no encryption, and anybody who reaches the port may send
     relay: Relay | None = None  # for "relay": this node's tunnel; None: it is reached, and reaches others, directly

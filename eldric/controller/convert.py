@@ -224,7 +224,7 @@ def plan_message(plan: Plan, model: str) -> pipeline_pb2.DeploymentPlan:
 
 
 def load_request(
-    record: PipelineRecord, stage: StageRecord, key: StageKey, stage_count: int, transport: str
+    record: PipelineRecord, stage: StageRecord, key: StageKey, stage_count: int, transport: str, far: bool
 ) -> stage_pb2.LoadRequest:
     return stage_pb2.LoadRequest(
         pipeline_id=record.id,
@@ -238,6 +238,7 @@ def load_request(
         memory_limit_bytes=stage.limit_bytes,
         transport=transport,
         insecure_tensors=record.request.insecure_tensors,
+        far=far,
     )
 
 

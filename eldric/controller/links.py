@@ -92,6 +92,15 @@ def ring_choices(ends: Sequence[End], wanted: str = "") -> tuple[LinkChoice, ...
     return tuple(choices)
 
 
+def far_stages(ends: Sequence[End]) -> tuple[bool, ...]:
+    """Whether a link of a stage, by index, leads to or from a worker behind an edge on another host."""
+    links = []
+    for index, sender in enumerate(ends):
+        receiver = ends[(index + 1) % len(ends)]
+        links.append(bool(sender.edge_id or receiver.edge_id) and not _same_host(sender, receiver))
+    return tuple(links[index - 1] or link for index, link in enumerate(links))
+
+
 def alternatives(sender: End, receiver: End, wanted: str = "") -> tuple[str, ...]:
     """The schemes that a link may go by, best first. Raises NotReady when there is none. See `ring_choices`."""
     same_host = _same_host(sender, receiver)

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from eldric.controller import convert
 from eldric.controller.cluster import Cluster
 from eldric.controller.linking import Linking, Wired, named, wired
-from eldric.controller.links import LinkChoice, better_choices, ring_choices
+from eldric.controller.links import better_choices, far_stages, ring_choices
 from eldric.controller.nodes import Endpoint, StageKey, StageState
 from eldric.controller.pipelines import PipelineRecord, StageRecord
 from eldric.controller.progress import Progress
@@ -39,12 +39,13 @@ class RingMaker:
     async def make(self, record: PipelineRecord, stages: Sequence[StageRecord], epoch: int, progress: Progress) -> None:
         """Load all stages, connect them, wait until all serve. Undoes nothing when it fails or is cancelled."""
 
-        choices = self._choices(record, stages)
+        views = self._views(stages)
+        choices, far = ring_choices(views, record.transport), far_stages(views)
 
         async def load(stage: StageRecord) -> Wired:
             key = StageKey(record.id, epoch, stage.index)
             transport = choices[stage.index - 1].scheme if choices else ""
-            request = convert.load_request(record, stage, key, len(stages), transport)
+            request = convert.load_request(record, stage, key, len(stages), transport, far[stage.index])
             return await self._load(stage, key, request, progress)
 
         have = await self._on_each(stages, load)
@@ -88,11 +89,8 @@ class RingMaker:
         await self._unload(pipeline_id, head, epoch, reason)
         await asyncio.gather(*(self._unload(pipeline_id, stage, epoch, reason) for stage in others))
 
-    def _choices(self, record: PipelineRecord, stages: Sequence[StageRecord]) -> tuple[LinkChoice, ...]:
-        """How the links of a ring may go. Raises NotReady when one cannot at all, Unavailable when a worker is gone."""
-        return ring_choices(self._views(stages), record.transport)
-
     def _views(self, stages: Sequence[StageRecord]) -> list[WorkerView]:
+        """The workers of these stages. Raises Unavailable when one is gone."""
         views = {view.name: view for view in self._cluster.worker_views()}
         missing = [stage for stage in stages if stage.worker not in views]
         if missing:
@@ -102,7 +100,7 @@ class RingMaker:
     def _present(self, record: PipelineRecord) -> Linking:
         """A ring whose stages are all there, with the links that it has, for its next round. Raises NotReady."""
         ring, rounds = [], []
-        choices = list(self._choices(record, record.stages))
+        choices = list(ring_choices(self._views(record.stages), record.transport))
         for stage in record.stages:
             report = self._node(stage).stages.get(record.key(stage))
             have = wired(report) if report is not None else None

@@ -27,7 +27,7 @@ from eldric.v1 import frame_pb2 as eldric_dot_v1_dot_frame__pb2
 from google.api import annotations_pb2 as google_dot_api_dot_annotations__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x65ldric/v1/stage.proto\x12\teldric.v1\x1a\x16\x65ldric/v1/common.proto\x1a\x15\x65ldric/v1/frame.proto\x1a\x1cgoogle/api/annotations.proto\"#\n\x0cTraceRequest\x12\x13\n\x0bpipeline_id\x18\x01 \x01(\t\"\x8a\x01\n\tStepTrace\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x0c\n\x04rows\x18\x02 \x01(\r\x12\x0f\n\x07prefill\x18\x03 \x01(\x08\x12%\n\x06stages\x18\x04 \x03(\x0b\x32\x15.eldric.v1.StageTrace\x12\x13\n\x0breturned_ns\x18\x05 \x01(\x06\x12\x14\n\x0c\x64\x65livered_ns\x18\x06 \x01(\x06\"\xb6\x01\n\x0bModelSource\x12\r\n\x05model\x18\x01 \x01(\t\x12#\n\x05\x66iles\x18\x02 \x03(\x0b\x32\x14.eldric.v1.ModelFile\x12\x15\n\rheader_sha256\x18\x03 \x01(\x0c\x12\x0e\n\x06\x66older\x18\x04 \x01(\t\x12%\n\x06places\x18\x05 \x03(\x0b\x32\x15.eldric.v1.ModelPlace\x12%\n\x07\x65xports\x18\x06 \x03(\x0b\x32\x14.eldric.v1.NfsExport\"5\n\tNfsExport\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\x0c\n\x04port\x18\x02 \x01(\r\x12\x0c\n\x04path\x18\x03 \x01(\t\"/\n\nModelPlace\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x10\n\x08http_url\x18\x02 \x01(\t\"j\n\tModelFile\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x12\x14\n\x0cheader_bytes\x18\x03 \x01(\x04\x12\x0e\n\x06sha256\x18\x04 \x01(\x0c\x12\x15\n\rblocks_sha256\x18\x05 \x01(\x0c\"\xa5\x02\n\x0bLoadRequest\x12\x13\n\x0bpipeline_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\r\n\x05index\x18\x04 \x01(\r\x12\x13\n\x0bstage_count\x18\x05 \x01(\r\x12%\n\x06layers\x18\x06 \x01(\x0b\x32\x15.eldric.v1.LayerRange\x12&\n\x06source\x18\x07 \x01(\x0b\x32\x16.eldric.v1.ModelSource\x12(\n\x07options\x18\x08 \x01(\x0b\x32\x17.eldric.v1.StageOptions\x12\x1a\n\x12memory_limit_bytes\x18\t \x01(\x04\x12\x11\n\ttransport\x18\n \x01(\t\x12\x18\n\x10insecure_tensors\x18\x0b \x01(\x08\"f\n\tLoadEvent\x12+\n\x08progress\x18\x01 \x01(\x0b\x32\x17.eldric.v1.LoadProgressH\x00\x12#\n\x06loaded\x18\x02 \x01(\x0b\x32\x11.eldric.v1.LoadedH\x00\x42\x07\n\x05\x65vent\"F\n\x0cLoadProgress\x12\r\n\x05phase\x18\x01 \x01(\t\x12\x12\n\ndone_bytes\x18\x02 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x04\"v\n\x06Loaded\x12+\n\x08\x65ndpoint\x18\x01 \x01(\x0b\x32\x19.eldric.v1.TensorEndpoint\x12$\n\x06memory\x18\x02 \x01(\x0b\x32\x14.eldric.v1.MemoryUse\x12\x19\n\x11transport_problem\x18\x03 \x01(\t\"t\n\x10OpenLinksRequest\x12\x13\n\x0bpipeline_id\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\r\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x0f\n\x07receive\x18\x04 \x01(\t\x12\x0c\n\x04send\x18\x05 \x01(\t\x12\x0e\n\x06\x62\x65side\x18\x06 \x01(\x08\"\x9a\x01\n\x11OpenLinksResponse\x12+\n\x08\x65ndpoint\x18\x01 \x01(\x0b\x32\x19.eldric.v1.TensorEndpoint\x12\x12\n\nsender_key\x18\x02 \x01(\t\x12\x17\n\x0freceive_problem\x18\x03 \x01(\t\x12\x14\n\x0csend_problem\x18\x04 \x01(\t\x12\x15\n\rsender_scheme\x18\x05 \x01(\t\"a\n\rUnloadRequest\x12\x13\n\x0bpipeline_id\x18\x01 \x01(\t\x12\x12\n\x05index\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x0e\n\x06reason\x18\x04 \x01(\tB\x08\n\x06_index\"\"\n\x0eUnloadResponse\x12\x10\n\x08unloaded\x18\x01 \x01(\r\"\x80\x02\n\x0e\x43onnectRequest\x12\x13\n\x0bpipeline_id\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\r\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\'\n\x04next\x18\x04 \x01(\x0b\x32\x19.eldric.v1.TensorEndpoint\x12\x12\n\nnext_index\x18\x05 \x01(\r\x12\x14\n\x0c\x61llowed_keys\x18\x06 \x03(\t\x12\x0f\n\x07workers\x18\x07 \x03(\t\x12\r\n\x05round\x18\x08 \x01(\r\x12\x0e\n\x06try_ms\x18\t \x01(\r\x12\x10\n\x08\x66\x61llback\x18\n \x01(\t\x12&\n\x05phase\x18\x0b \x01(\x0e\x32\x17.eldric.v1.ConnectPhase\"0\n\x0f\x43onnectResponse\x12\x0f\n\x07problem\x18\x01 \x01(\t\x12\x0c\n\x04\x62usy\x18\x02 \x01(\x08\"\xc8\x01\n\nLinkStatus\x12\x10\n\x08to_stage\x18\x01 \x01(\r\x12\x11\n\ttransport\x18\x02 \x01(\t\x12\x12\n\nencryption\x18\x03 \x01(\t\x12\x15\n\rround_trip_ms\x18\x04 \x01(\x01\x12\x0e\n\x06\x66rames\x18\x05 \x01(\x04\x12\r\n\x05\x62ytes\x18\x06 \x01(\x04\x12\x14\n\x0cqueue_frames\x18\x07 \x01(\r\x12\x13\n\x0bqueue_bytes\x18\x08 \x01(\x04\x12\x10\n\x08\x66\x61llback\x18\t \x01(\t\x12\x0e\n\x06\x63losed\x18\n \x01(\t\"\xb1\x05\n\x0bStageStatus\x12\x13\n\x0bpipeline_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\r\n\x05index\x18\x04 \x01(\r\x12\x13\n\x0bstage_count\x18\x05 \x01(\r\x12%\n\x06layers\x18\x06 \x01(\x0b\x32\x15.eldric.v1.LayerRange\x12$\n\x05state\x18\x07 \x01(\x0e\x32\x15.eldric.v1.StageState\x12$\n\x06memory\x18\x08 \x01(\x0b\x32\x14.eldric.v1.MemoryUse\x12)\n\x08progress\x18\t \x01(\x0b\x32\x17.eldric.v1.LoadProgress\x12\x0f\n\x07message\x18\n \x01(\t\x12\x0f\n\x07step_ms\x18\x0b \x01(\x01\x12\r\n\x05steps\x18\x0c \x01(\x04\x12\x12\n\nslots_used\x18\r \x01(\r\x12\x13\n\x0bslots_total\x18\x0e \x01(\r\x12\x0e\n\x06queued\x18\x0f \x01(\r\x12\x41\n\x0e\x64ropped_frames\x18\x10 \x03(\x0b\x32).eldric.v1.StageStatus.DroppedFramesEntry\x12+\n\x08\x65ndpoint\x18\x11 \x01(\x0b\x32\x19.eldric.v1.TensorEndpoint\x12(\n\x07options\x18\x12 \x01(\x0b\x32\x17.eldric.v1.StageOptions\x12\x15\n\rrefused_links\x18\x13 \x01(\x04\x12\r\n\x05round\x18\x14 \x01(\r\x12#\n\x04link\x18\x15 \x01(\x0b\x32\x15.eldric.v1.LinkStatus\x12\x15\n\rsender_scheme\x18\x16 \x01(\t\x12\x12\n\nsender_key\x18\x17 \x01(\t\x1a\x34\n\x12\x44roppedFramesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\")\n\x12StageStatusRequest\x12\x13\n\x0bpipeline_id\x18\x01 \x01(\t\"=\n\x13StageStatusResponse\x12&\n\x06stages\x18\x01 \x03(\x0b\x32\x16.eldric.v1.StageStatus*/\n\x0c\x43onnectPhase\x12\x07\n\x03NOW\x10\x00\x12\n\n\x06\x42\x45SIDE\x10\x01\x12\n\n\x06SWITCH\x10\x02*j\n\nStageState\x12\x1b\n\x17STAGE_STATE_UNSPECIFIED\x10\x00\x12\x0b\n\x07LOADING\x10\x01\x12\n\n\x06LOADED\x10\x02\x12\x0b\n\x07SERVING\x10\x03\x12\n\n\x06\x42ROKEN\x10\x04\x12\r\n\tUNLOADING\x10\x05\x32\xf2\x03\n\x05Stage\x12X\n\x04Load\x12\x16.eldric.v1.LoadRequest\x1a\x14.eldric.v1.LoadEvent\" \x82\xd3\xe4\x93\x02\x1a\"\x15/api/v1/pipeline/load:\x01*0\x01\x12\x61\n\x06Unload\x12\x18.eldric.v1.UnloadRequest\x1a\x19.eldric.v1.UnloadResponse\"\"\x82\xd3\xe4\x93\x02\x1c\"\x17/api/v1/pipeline/unload:\x01*\x12\x46\n\tOpenLinks\x12\x1b.eldric.v1.OpenLinksRequest\x1a\x1c.eldric.v1.OpenLinksResponse\x12@\n\x07\x43onnect\x12\x19.eldric.v1.ConnectRequest\x1a\x1a.eldric.v1.ConnectResponse\x12h\n\x06Status\x12\x1d.eldric.v1.StageStatusRequest\x1a\x1e.eldric.v1.StageStatusResponse\"\x1f\x82\xd3\xe4\x93\x02\x19\x12\x17/api/v1/pipeline/status\x12\x38\n\x05Trace\x12\x17.eldric.v1.TraceRequest\x1a\x14.eldric.v1.StepTrace0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x65ldric/v1/stage.proto\x12\teldric.v1\x1a\x16\x65ldric/v1/common.proto\x1a\x15\x65ldric/v1/frame.proto\x1a\x1cgoogle/api/annotations.proto\"#\n\x0cTraceRequest\x12\x13\n\x0bpipeline_id\x18\x01 \x01(\t\"\x8a\x01\n\tStepTrace\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x0c\n\x04rows\x18\x02 \x01(\r\x12\x0f\n\x07prefill\x18\x03 \x01(\x08\x12%\n\x06stages\x18\x04 \x03(\x0b\x32\x15.eldric.v1.StageTrace\x12\x13\n\x0breturned_ns\x18\x05 \x01(\x06\x12\x14\n\x0c\x64\x65livered_ns\x18\x06 \x01(\x06\"\xb6\x01\n\x0bModelSource\x12\r\n\x05model\x18\x01 \x01(\t\x12#\n\x05\x66iles\x18\x02 \x03(\x0b\x32\x14.eldric.v1.ModelFile\x12\x15\n\rheader_sha256\x18\x03 \x01(\x0c\x12\x0e\n\x06\x66older\x18\x04 \x01(\t\x12%\n\x06places\x18\x05 \x03(\x0b\x32\x15.eldric.v1.ModelPlace\x12%\n\x07\x65xports\x18\x06 \x03(\x0b\x32\x14.eldric.v1.NfsExport\"5\n\tNfsExport\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\x0c\n\x04port\x18\x02 \x01(\r\x12\x0c\n\x04path\x18\x03 \x01(\t\"/\n\nModelPlace\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x10\n\x08http_url\x18\x02 \x01(\t\"j\n\tModelFile\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x12\x14\n\x0cheader_bytes\x18\x03 \x01(\x04\x12\x0e\n\x06sha256\x18\x04 \x01(\x0c\x12\x15\n\rblocks_sha256\x18\x05 \x01(\x0c\"\xb2\x02\n\x0bLoadRequest\x12\x13\n\x0bpipeline_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\r\n\x05index\x18\x04 \x01(\r\x12\x13\n\x0bstage_count\x18\x05 \x01(\r\x12%\n\x06layers\x18\x06 \x01(\x0b\x32\x15.eldric.v1.LayerRange\x12&\n\x06source\x18\x07 \x01(\x0b\x32\x16.eldric.v1.ModelSource\x12(\n\x07options\x18\x08 \x01(\x0b\x32\x17.eldric.v1.StageOptions\x12\x1a\n\x12memory_limit_bytes\x18\t \x01(\x04\x12\x11\n\ttransport\x18\n \x01(\t\x12\x18\n\x10insecure_tensors\x18\x0b \x01(\x08\x12\x0b\n\x03\x66\x61r\x18\x0c \x01(\x08\"f\n\tLoadEvent\x12+\n\x08progress\x18\x01 \x01(\x0b\x32\x17.eldric.v1.LoadProgressH\x00\x12#\n\x06loaded\x18\x02 \x01(\x0b\x32\x11.eldric.v1.LoadedH\x00\x42\x07\n\x05\x65vent\"F\n\x0cLoadProgress\x12\r\n\x05phase\x18\x01 \x01(\t\x12\x12\n\ndone_bytes\x18\x02 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x04\"v\n\x06Loaded\x12+\n\x08\x65ndpoint\x18\x01 \x01(\x0b\x32\x19.eldric.v1.TensorEndpoint\x12$\n\x06memory\x18\x02 \x01(\x0b\x32\x14.eldric.v1.MemoryUse\x12\x19\n\x11transport_problem\x18\x03 \x01(\t\"t\n\x10OpenLinksRequest\x12\x13\n\x0bpipeline_id\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\r\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x0f\n\x07receive\x18\x04 \x01(\t\x12\x0c\n\x04send\x18\x05 \x01(\t\x12\x0e\n\x06\x62\x65side\x18\x06 \x01(\x08\"\x9a\x01\n\x11OpenLinksResponse\x12+\n\x08\x65ndpoint\x18\x01 \x01(\x0b\x32\x19.eldric.v1.TensorEndpoint\x12\x12\n\nsender_key\x18\x02 \x01(\t\x12\x17\n\x0freceive_problem\x18\x03 \x01(\t\x12\x14\n\x0csend_problem\x18\x04 \x01(\t\x12\x15\n\rsender_scheme\x18\x05 \x01(\t\"a\n\rUnloadRequest\x12\x13\n\x0bpipeline_id\x18\x01 \x01(\t\x12\x12\n\x05index\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x0e\n\x06reason\x18\x04 \x01(\tB\x08\n\x06_index\"\"\n\x0eUnloadResponse\x12\x10\n\x08unloaded\x18\x01 \x01(\r\"\x80\x02\n\x0e\x43onnectRequest\x12\x13\n\x0bpipeline_id\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\r\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\'\n\x04next\x18\x04 \x01(\x0b\x32\x19.eldric.v1.TensorEndpoint\x12\x12\n\nnext_index\x18\x05 \x01(\r\x12\x14\n\x0c\x61llowed_keys\x18\x06 \x03(\t\x12\x0f\n\x07workers\x18\x07 \x03(\t\x12\r\n\x05round\x18\x08 \x01(\r\x12\x0e\n\x06try_ms\x18\t \x01(\r\x12\x10\n\x08\x66\x61llback\x18\n \x01(\t\x12&\n\x05phase\x18\x0b \x01(\x0e\x32\x17.eldric.v1.ConnectPhase\"0\n\x0f\x43onnectResponse\x12\x0f\n\x07problem\x18\x01 \x01(\t\x12\x0c\n\x04\x62usy\x18\x02 \x01(\x08\"\xc8\x01\n\nLinkStatus\x12\x10\n\x08to_stage\x18\x01 \x01(\r\x12\x11\n\ttransport\x18\x02 \x01(\t\x12\x12\n\nencryption\x18\x03 \x01(\t\x12\x15\n\rround_trip_ms\x18\x04 \x01(\x01\x12\x0e\n\x06\x66rames\x18\x05 \x01(\x04\x12\r\n\x05\x62ytes\x18\x06 \x01(\x04\x12\x14\n\x0cqueue_frames\x18\x07 \x01(\r\x12\x13\n\x0bqueue_bytes\x18\x08 \x01(\x04\x12\x10\n\x08\x66\x61llback\x18\t \x01(\t\x12\x0e\n\x06\x63losed\x18\n \x01(\t\"\xb1\x05\n\x0bStageStatus\x12\x13\n\x0bpipeline_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\r\n\x05index\x18\x04 \x01(\r\x12\x13\n\x0bstage_count\x18\x05 \x01(\r\x12%\n\x06layers\x18\x06 \x01(\x0b\x32\x15.eldric.v1.LayerRange\x12$\n\x05state\x18\x07 \x01(\x0e\x32\x15.eldric.v1.StageState\x12$\n\x06memory\x18\x08 \x01(\x0b\x32\x14.eldric.v1.MemoryUse\x12)\n\x08progress\x18\t \x01(\x0b\x32\x17.eldric.v1.LoadProgress\x12\x0f\n\x07message\x18\n \x01(\t\x12\x0f\n\x07step_ms\x18\x0b \x01(\x01\x12\r\n\x05steps\x18\x0c \x01(\x04\x12\x12\n\nslots_used\x18\r \x01(\r\x12\x13\n\x0bslots_total\x18\x0e \x01(\r\x12\x0e\n\x06queued\x18\x0f \x01(\r\x12\x41\n\x0e\x64ropped_frames\x18\x10 \x03(\x0b\x32).eldric.v1.StageStatus.DroppedFramesEntry\x12+\n\x08\x65ndpoint\x18\x11 \x01(\x0b\x32\x19.eldric.v1.TensorEndpoint\x12(\n\x07options\x18\x12 \x01(\x0b\x32\x17.eldric.v1.StageOptions\x12\x15\n\rrefused_links\x18\x13 \x01(\x04\x12\r\n\x05round\x18\x14 \x01(\r\x12#\n\x04link\x18\x15 \x01(\x0b\x32\x15.eldric.v1.LinkStatus\x12\x15\n\rsender_scheme\x18\x16 \x01(\t\x12\x12\n\nsender_key\x18\x17 \x01(\t\x1a\x34\n\x12\x44roppedFramesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\")\n\x12StageStatusRequest\x12\x13\n\x0bpipeline_id\x18\x01 \x01(\t\"=\n\x13StageStatusResponse\x12&\n\x06stages\x18\x01 \x03(\x0b\x32\x16.eldric.v1.StageStatus*/\n\x0c\x43onnectPhase\x12\x07\n\x03NOW\x10\x00\x12\n\n\x06\x42\x45SIDE\x10\x01\x12\n\n\x06SWITCH\x10\x02*j\n\nStageState\x12\x1b\n\x17STAGE_STATE_UNSPECIFIED\x10\x00\x12\x0b\n\x07LOADING\x10\x01\x12\n\n\x06LOADED\x10\x02\x12\x0b\n\x07SERVING\x10\x03\x12\n\n\x06\x42ROKEN\x10\x04\x12\r\n\tUNLOADING\x10\x05\x32\xf2\x03\n\x05Stage\x12X\n\x04Load\x12\x16.eldric.v1.LoadRequest\x1a\x14.eldric.v1.LoadEvent\" \x82\xd3\xe4\x93\x02\x1a\"\x15/api/v1/pipeline/load:\x01*0\x01\x12\x61\n\x06Unload\x12\x18.eldric.v1.UnloadRequest\x1a\x19.eldric.v1.UnloadResponse\"\"\x82\xd3\xe4\x93\x02\x1c\"\x17/api/v1/pipeline/unload:\x01*\x12\x46\n\tOpenLinks\x12\x1b.eldric.v1.OpenLinksRequest\x1a\x1c.eldric.v1.OpenLinksResponse\x12@\n\x07\x43onnect\x12\x19.eldric.v1.ConnectRequest\x1a\x1a.eldric.v1.ConnectResponse\x12h\n\x06Status\x12\x1d.eldric.v1.StageStatusRequest\x1a\x1e.eldric.v1.StageStatusResponse\"\x1f\x82\xd3\xe4\x93\x02\x19\x12\x17/api/v1/pipeline/status\x12\x38\n\x05Trace\x12\x17.eldric.v1.TraceRequest\x1a\x14.eldric.v1.StepTrace0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -42,10 +42,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STAGE'].methods_by_name['Unload']._serialized_options = b'\202\323\344\223\002\034\"\027/api/v1/pipeline/unload:\001*'
   _globals['_STAGE'].methods_by_name['Status']._loaded_options = None
   _globals['_STAGE'].methods_by_name['Status']._serialized_options = b'\202\323\344\223\002\031\022\027/api/v1/pipeline/status'
-  _globals['_CONNECTPHASE']._serialized_start=3000
-  _globals['_CONNECTPHASE']._serialized_end=3047
-  _globals['_STAGESTATE']._serialized_start=3049
-  _globals['_STAGESTATE']._serialized_end=3155
+  _globals['_CONNECTPHASE']._serialized_start=3013
+  _globals['_CONNECTPHASE']._serialized_end=3060
+  _globals['_STAGESTATE']._serialized_start=3062
+  _globals['_STAGESTATE']._serialized_end=3168
   _globals['_TRACEREQUEST']._serialized_start=113
   _globals['_TRACEREQUEST']._serialized_end=148
   _globals['_STEPTRACE']._serialized_start=151
@@ -59,35 +59,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MODELFILE']._serialized_start=580
   _globals['_MODELFILE']._serialized_end=686
   _globals['_LOADREQUEST']._serialized_start=689
-  _globals['_LOADREQUEST']._serialized_end=982
-  _globals['_LOADEVENT']._serialized_start=984
-  _globals['_LOADEVENT']._serialized_end=1086
-  _globals['_LOADPROGRESS']._serialized_start=1088
-  _globals['_LOADPROGRESS']._serialized_end=1158
-  _globals['_LOADED']._serialized_start=1160
-  _globals['_LOADED']._serialized_end=1278
-  _globals['_OPENLINKSREQUEST']._serialized_start=1280
-  _globals['_OPENLINKSREQUEST']._serialized_end=1396
-  _globals['_OPENLINKSRESPONSE']._serialized_start=1399
-  _globals['_OPENLINKSRESPONSE']._serialized_end=1553
-  _globals['_UNLOADREQUEST']._serialized_start=1555
-  _globals['_UNLOADREQUEST']._serialized_end=1652
-  _globals['_UNLOADRESPONSE']._serialized_start=1654
-  _globals['_UNLOADRESPONSE']._serialized_end=1688
-  _globals['_CONNECTREQUEST']._serialized_start=1691
-  _globals['_CONNECTREQUEST']._serialized_end=1947
-  _globals['_CONNECTRESPONSE']._serialized_start=1949
-  _globals['_CONNECTRESPONSE']._serialized_end=1997
-  _globals['_LINKSTATUS']._serialized_start=2000
-  _globals['_LINKSTATUS']._serialized_end=2200
-  _globals['_STAGESTATUS']._serialized_start=2203
-  _globals['_STAGESTATUS']._serialized_end=2892
-  _globals['_STAGESTATUS_DROPPEDFRAMESENTRY']._serialized_start=2840
-  _globals['_STAGESTATUS_DROPPEDFRAMESENTRY']._serialized_end=2892
-  _globals['_STAGESTATUSREQUEST']._serialized_start=2894
-  _globals['_STAGESTATUSREQUEST']._serialized_end=2935
-  _globals['_STAGESTATUSRESPONSE']._serialized_start=2937
-  _globals['_STAGESTATUSRESPONSE']._serialized_end=2998
-  _globals['_STAGE']._serialized_start=3158
-  _globals['_STAGE']._serialized_end=3656
+  _globals['_LOADREQUEST']._serialized_end=995
+  _globals['_LOADEVENT']._serialized_start=997
+  _globals['_LOADEVENT']._serialized_end=1099
+  _globals['_LOADPROGRESS']._serialized_start=1101
+  _globals['_LOADPROGRESS']._serialized_end=1171
+  _globals['_LOADED']._serialized_start=1173
+  _globals['_LOADED']._serialized_end=1291
+  _globals['_OPENLINKSREQUEST']._serialized_start=1293
+  _globals['_OPENLINKSREQUEST']._serialized_end=1409
+  _globals['_OPENLINKSRESPONSE']._serialized_start=1412
+  _globals['_OPENLINKSRESPONSE']._serialized_end=1566
+  _globals['_UNLOADREQUEST']._serialized_start=1568
+  _globals['_UNLOADREQUEST']._serialized_end=1665
+  _globals['_UNLOADRESPONSE']._serialized_start=1667
+  _globals['_UNLOADRESPONSE']._serialized_end=1701
+  _globals['_CONNECTREQUEST']._serialized_start=1704
+  _globals['_CONNECTREQUEST']._serialized_end=1960
+  _globals['_CONNECTRESPONSE']._serialized_start=1962
+  _globals['_CONNECTRESPONSE']._serialized_end=2010
+  _globals['_LINKSTATUS']._serialized_start=2013
+  _globals['_LINKSTATUS']._serialized_end=2213
+  _globals['_STAGESTATUS']._serialized_start=2216
+  _globals['_STAGESTATUS']._serialized_end=2905
+  _globals['_STAGESTATUS_DROPPEDFRAMESENTRY']._serialized_start=2853
+  _globals['_STAGESTATUS_DROPPEDFRAMESENTRY']._serialized_end=2905
+  _globals['_STAGESTATUSREQUEST']._serialized_start=2907
+  _globals['_STAGESTATUSREQUEST']._serialized_end=2948
+  _globals['_STAGESTATUSRESPONSE']._serialized_start=2950
+  _globals['_STAGESTATUSRESPONSE']._serialized_end=3011
+  _globals['_STAGE']._serialized_start=3171
+  _globals['_STAGE']._serialized_end=3669
 # @@protoc_insertion_point(module_scope)

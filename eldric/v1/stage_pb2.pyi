@@ -294,6 +294,7 @@ class LoadRequest(_message.Message):
     MEMORY_LIMIT_BYTES_FIELD_NUMBER: _builtins.int
     TRANSPORT_FIELD_NUMBER: _builtins.int
     INSECURE_TENSORS_FIELD_NUMBER: _builtins.int
+    FAR_FIELD_NUMBER: _builtins.int
     pipeline_id: _builtins.str
     name: _builtins.str
     """Name of the pipeline, for people."""
@@ -308,6 +309,10 @@ class LoadRequest(_message.Message):
     """
     insecure_tensors: _builtins.bool
     """Tensor channels without encryption. Refused unless the worker was started to allow it."""
+    far: _builtins.bool
+    """A neighbour in the ring, or this worker to them, is behind an edge, on a network that may be gone for seconds and
+    come back: the stage bears with its neighbours' silence for as long as a relayed link does.
+    """
     @_builtins.property
     def layers(self) -> _common_pb2.LayerRange: ...
     @_builtins.property
@@ -328,10 +333,11 @@ class LoadRequest(_message.Message):
         memory_limit_bytes: _builtins.int = ...,
         transport: _builtins.str = ...,
         insecure_tensors: _builtins.bool = ...,
+        far: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["layers", b"layers", "options", b"options", "source", b"source"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "index", b"index", "insecure_tensors", b"insecure_tensors", "layers", b"layers", "memory_limit_bytes", b"memory_limit_bytes", "name", b"name", "options", b"options", "pipeline_id", b"pipeline_id", "source", b"source", "stage_count", b"stage_count", "transport", b"transport"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "far", b"far", "index", b"index", "insecure_tensors", b"insecure_tensors", "layers", b"layers", "memory_limit_bytes", b"memory_limit_bytes", "name", b"name", "options", b"options", "pipeline_id", b"pipeline_id", "source", b"source", "stage_count", b"stage_count", "transport", b"transport"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

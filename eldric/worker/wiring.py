@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from eldric.transport.addresses import join_address, split_address
@@ -106,6 +106,8 @@ class Wirer:
         options = TransportOptions(
             silence_s=self._config.silence_s, encrypt=not request.insecure_tensors, relay=self._relay
         )
+        if request.far:
+            options = replace(options, silence_s=max(options.silence_s, options.relay_silence_s))
         transport = _attempt(
             scheme, UnknownTransport, lambda: create(scheme, request.pipeline_id, request.index, options)
         )

@@ -4,20 +4,24 @@ import asyncio
 import threading
 import time
 from itertools import product
+from pathlib import Path
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
+from eldric.config import NodeConfig
 from eldric.errors import NotReady, PipelineDegraded
-from eldric.transport.base import Transport
+from eldric.transport.base import Transport, TransportOptions
 from eldric.transport.errors import PeerLost, TransportError
 from eldric.transport.inproc import InprocTransport
 from eldric.transport.registry import offers
 from eldric.v1 import stage_pb2
 from eldric.worker.commands import Stop
+from eldric.worker.config import WorkerConfig
 from eldric.worker.held_stage import HeldStage
 from eldric.worker.metrics import StageCollector
 from eldric.worker.ring import Ring
+from eldric.worker.wiring import Wirer
 from tests.models import storyteller
 from tests.rings import PIPELINE, TestRing, even, ring
 from tests.transports import linked, make_transport, peer_of
@@ -220,3 +224,14 @@ async def test_links_of_a_stage_that_is_being_unloaded_are_not_opened() -> None:
                 stage_pb2.OpenLinksRequest(pipeline_id=PIPELINE, index=1, epoch=1, receive="inproc", send="inproc")
             )
         stage.unloading = False
+
+
+def test_a_stage_with_far_neighbours_bears_with_their_silence_for_as_long_as_a_relay_does(tmp_path: Path) -> None:
+    wirer = Wirer(WorkerConfig(NodeConfig("worker", "w", tmp_path, controllers=("127.0.0.1:1",)), silence_s=2.0))
+    for far, silence_s in ((False, 2.0), (True, TransportOptions().relay_silence_s)):
+        request = stage_pb2.LoadRequest(pipeline_id=PIPELINE, stage_count=2, far=far)
+        opened = wirer.first(request).wiring
+        other = wirer.other(opened, request, "zmq", "inproc").wiring
+        assert {transport.options.silence_s for transport in other.transports} == {silence_s}
+        for transport in other.transports:
+            transport.close()

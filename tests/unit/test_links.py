@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import pytest
 
 from eldric.controller.linking import Linking, Wired, wired
-from eldric.controller.links import LinkChoice, alternatives, better_choices, ring_choices
+from eldric.controller.links import LinkChoice, alternatives, better_choices, far_stages, ring_choices
 from eldric.controller.nodes import Endpoint, StageKey, StageReport, StageState
 from eldric.controller.pipelines import StageRecord
 from eldric.errors import NotReady, Unavailable
@@ -76,6 +76,15 @@ def test_a_link_to_a_worker_behind_an_edge_takes_the_edge_first() -> None:
     assert [choice.scheme for choice in ring_choices([replace(a, host="h2"), b])] == ["shm", "shm"]
     assert there.resumed("relay", "") == there
     assert there.resumed("zmq", "") == LinkChoice("zmq", ("relay",))
+
+
+def test_stages_are_far_where_a_network_lies_between_that_only_an_edge_crosses() -> None:
+    a, b, c, d = (Worker(name, FULL, f"h-{name}") for name in "abcd")
+    assert far_stages([a, b, c, d]) == (False,) * 4
+    assert far_stages([a, replace(b, edge_id="edge/e"), c, d]) == (True, True, True, False)
+    home = replace(a, host="h", edge_id="edge/e"), replace(b, host="h", edge_id="edge/e")
+    assert far_stages(home) == (False, False)
+    assert far_stages([home[0]]) == (False,)
 
 
 def test_better_choices_are_those_before_what_a_link_has_and_then_that() -> None:
