@@ -11,7 +11,7 @@ import re
 import socket
 import ssl
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from urllib.parse import quote, urlsplit
 
 from eldric.errors import DataLoss, EldricError, InvalidRequest, NotReady, QueueIsFull, Unavailable
@@ -27,6 +27,8 @@ LEAST_BYTES_PER_S = 64 << 10
 #: Largest answer that is no file, in bytes: the block sums of 500 GB.
 _MAX_ANSWER_BYTES = 64 << 20
 _MAX_RETRY_AFTER_S = 30.0
+#: Of a body, the most that is read at once, and what must have come before who waits for it is woken.
+_STEP_BYTES, _WAKE_BYTES = 256 << 10, 64 << 10
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19})", re.ASCII)
 
 
@@ -45,14 +47,23 @@ class Connection:
             raise InvalidRequest(f"{place.node_id} at {place.http_url!r:.200} is no data worker with an https address")
         self._http = _Https(host, port, tls, server_name("data", name))
 
-    def ranges(self, source: stage_pb2.ModelSource, file: int, extent: Extent, buffer: memoryview) -> Iterator[int]:
-        """Read an extent of a file, in steps: each yields how many bytes of it the buffer (as long as it) holds now."""
+    def pieces(
+        self,
+        source: stage_pb2.ModelSource,
+        file: int,
+        extent: Extent,
+        lengths: Sequence[int],
+        buffer: memoryview,
+        moved: Callable[[], None],
+    ) -> Iterator[memoryview]:
+        """Read an extent of a file in pieces of these lengths, which are all of it: each in the beginning of `buffer`,
+        which the next one takes. moved: called whenever something came."""
         path = f"/api/v1/models/{quote(source.model, safe='')}/content?file={file}"
         headers = {"Range": f"bytes={extent.start}-{extent.stop - 1}"}
         with self._failures():
             answer = self._answer(path, headers)
             self._check(answer, source.files[file], extent)
-            yield from self._body(answer, len(extent), buffer)
+            yield from self._body(answer, lengths, buffer, moved)
 
     def blocks(self, model: str) -> model_store_pb2.ModelBlocks:
         """The sums of a model's blocks, as this data worker has them."""
@@ -105,16 +116,27 @@ class Connection:
         if answer.chunked or answer.length != len(extent):
             raise DataLoss(f"it announces {answer.length} bytes, {len(extent)} were asked for")
 
-    def _body(self, answer: http.client.HTTPResponse, length: int, buffer: memoryview) -> Iterator[int]:
-        done, began = 0, time.monotonic()
-        while done < length:
-            count = answer.readinto(buffer[done:length])
-            if not count:
-                raise Unavailable(f"it ended the answer after {done} of {length} bytes")
-            done += count
-            if time.monotonic() - began > SILENCE_S + done / LEAST_BYTES_PER_S:
-                raise Unavailable(f"it sent {done} bytes in {time.monotonic() - began:.0f} s")
-            yield done
+    def _body(
+        self,
+        answer: http.client.HTTPResponse,
+        lengths: Sequence[int],
+        buffer: memoryview,
+        moved: Callable[[], None],
+    ) -> Iterator[memoryview]:
+        total, done, began = sum(lengths), 0, time.monotonic()
+        for length in lengths:
+            filled = 0
+            while filled < length:
+                step = min(length - filled, _STEP_BYTES)
+                self._http.wake_rarely(total - done - step > 2 * _WAKE_BYTES)
+                count = answer.readinto(buffer[filled : filled + step])
+                if not count:
+                    raise Unavailable(f"it ended the answer after {done} of {total} bytes")
+                filled, done = filled + count, done + count
+                if time.monotonic() - began > SILENCE_S + done / LEAST_BYTES_PER_S:
+                    raise Unavailable(f"it sent {done} bytes in {time.monotonic() - began:.0f} s")
+                moved()
+            yield buffer[:length]
 
     @contextlib.contextmanager
     def _failures(self) -> Iterator[None]:
@@ -138,14 +160,23 @@ class _Https(http.client.HTTPSConnection):
     def __init__(self, host: str, port: int, tls: ssl.SSLContext, name: str) -> None:
         super().__init__(host, port, timeout=SILENCE_S, context=tls)
         self._tls, self._name = tls, name
+        self._wakes_rarely = False
 
     def connect(self) -> None:
+        self._wakes_rarely = False
         self.sock = socket.create_connection((self.host, self.port), CONNECT_S)  # `close` closes it, whatever follows
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.sock.settimeout(SILENCE_S)
         made = self._tls.wrap_socket(self.sock, server_hostname=self._name, do_handshake_on_connect=False)
         self.sock = made  # before the handshake, which `abort` may have to end
         made.do_handshake()
+
+    def wake_rarely(self, rarely: bool) -> None:
+        """Whether who waits for bytes is woken only when there are _WAKE_BYTES of them, far less often when they come
+        slowly. So many must be sure to come: less wakes nobody, but for the end of the connection."""
+        if rarely != self._wakes_rarely:
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, _WAKE_BYTES if rarely else 1)
+            self._wakes_rarely = rarely
 
 
 def _https_address(text: str) -> tuple[str, int]:

@@ -13,6 +13,7 @@ FOLDER/
 import errno
 import json
 import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -38,6 +39,8 @@ class CachedModel:
         self.paths = tuple(folder / DATA / name for name in names)
         self.sizes = tuple(sizes)
         self._fds: list[int] = []
+        #: A file takes one write at a time: in the kernel others would wait by spinning.
+        self._writing = [threading.Lock() for _ in sizes]
         self._claims: list[Claim] = []
         try:
             (folder / DATA).mkdir(parents=True, exist_ok=True)
@@ -125,9 +128,10 @@ class CachedModel:
     def write(self, file: int, offset: int, data: memoryview) -> None:
         """Raises NotEnoughSpace when the disk is full, NotReady when it fails."""
         try:
-            while data:
-                count = os.pwrite(self._fds[file], data, offset)
-                data, offset = data[count:], offset + count
+            with self._writing[file]:
+                while data:
+                    count = os.pwrite(self._fds[file], data, offset)
+                    data, offset = data[count:], offset + count
         except OSError as error:
             raise self._failed(error) from error
 

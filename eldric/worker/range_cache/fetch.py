@@ -1,8 +1,9 @@
 """One fetch: pieces of a model from several data workers at once into the cache.
 
 A few threads for each data worker take spans from one queue, so that each gives what it can. A piece is kept in memory
-until it was compared, then written; what was written is noted from time to time, after it is on the disk. Spans of a
-data worker that fails go back to the queue, and a piece that it gave wrong is asked of others.
+until it was compared, then written, and the next one takes its place; what was written is noted from time to time,
+after it is on the disk. Spans of a data worker that fails go back to the queue, and a piece that it gave wrong is asked
+of others.
 """
 
 import hashlib
@@ -30,7 +31,7 @@ log = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
 Cancelled = Callable[[], bool]
 
-#: Connections to each data worker, and to all together: each keeps a span in memory.
+#: Connections to each data worker, and to all together: each keeps a piece in memory.
 CONNECTIONS, MOST_CONNECTIONS = 4, 16
 #: How often what was written is noted, and how often somebody looks whether the load was cancelled, in seconds.
 NOTE_S, LOOK_S = 1.0, 0.05
@@ -112,8 +113,9 @@ class Fetch:
         buffer = memoryview(bytearray())
         try:
             while (flight := work.take(place)) is not None:
-                if len(buffer) < len(flight.span.extent):
-                    buffer = memoryview(bytearray(len(flight.span.extent)))
+                longest = max(len(piece.extent) for piece in flight.left)
+                if len(buffer) < longest:
+                    buffer = memoryview(bytearray(longest))
                 try:
                     self._fetch(work, flight, connection, buffer)
                 finally:
@@ -127,20 +129,17 @@ class Fetch:
             connection.close()
 
     def _fetch(self, work: Work, flight: Flight, connection: Connection, buffer: memoryview) -> None:
-        left, extent = flight.left, flight.span.extent
-        steps = connection.ranges(self._source, flight.span.file, extent, buffer[: len(extent)])
-        while left:
+        span, lengths = flight.span, [len(piece.extent) for piece in flight.left]
+        came = connection.pieces(self._source, span.file, span.extent, lengths, buffer, lambda: work.moved(flight))
+        while flight.left:
             try:
-                filled = next(steps)
+                data = next(came)
             except EldricError as error:
                 self._failed(work, flight.place, error)
                 return
-            work.moved(flight)
-            while left and extent.start + filled >= left[0].extent.stop:
-                piece = left[0].extent
-                self._settle(work, flight, left[0], buffer[piece.start - extent.start : piece.stop - extent.start])
-                left.popleft()
-        next(steps, None)  # it ends by itself: the connection can be used again
+            self._settle(work, flight, flight.left[0], data)
+            flight.left.popleft()
+        next(came, None)  # it ends by itself: the connection can be used again
 
     def _settle(self, work: Work, flight: Flight, piece: Piece, data: memoryview) -> None:
         """Compare and write a piece, or ask for it again."""

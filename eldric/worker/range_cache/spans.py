@@ -15,7 +15,7 @@ from eldric.worker.range_cache.extents import Extent, Extents
 #: Most bytes that are fetched beyond those that are wanted, so that blocks can be compared, of the wanted ones.
 EXTRA_SHARE = 0.01
 #: Most bytes of one request, and the least that are worth one: a data worker gives way to others after so many.
-SPAN_BYTES, LEAST_SPAN_BYTES = 4 << 20, 1 << 20
+SPAN_BYTES, LEAST_SPAN_BYTES = 8 << 20, 1 << 20
 #: Most bytes of a piece that no sum belongs to.
 PIECE_BYTES = 1 << 20
 
