@@ -10,7 +10,7 @@ from eldric.controller import convert
 from eldric.controller.cluster import Cluster
 from eldric.controller.linking import Linking, Wired, named, wired
 from eldric.controller.links import better_choices, far_stages, ring_choices
-from eldric.controller.nodes import Endpoint, StageKey, StageState
+from eldric.controller.nodes import Endpoint, StageKey, StageReport, StageState
 from eldric.controller.pipelines import PipelineRecord, StageRecord
 from eldric.controller.progress import Progress
 from eldric.controller.registry import Node
@@ -72,7 +72,7 @@ class RingMaker:
             linking = await self._connect_beside(linking)
             if linking.schemes == present.schemes or not may_switch():
                 return False
-            return await self._switch(linking.explained(present))
+            return await self._switch(record, linking.explained(present))
         finally:
             await self._drop_beside(linking)
 
@@ -150,17 +150,27 @@ class RingMaker:
                 return linking
             linking = linking.fell_back(failed)
 
-    async def _switch(self, linking: Linking) -> bool:
-        """Let all stages go over to the links beside. False: the head has sequences, and nothing has changed."""
+    async def _switch(self, record: PipelineRecord, linking: Linking) -> bool:
+        """Let all stages go over to the links beside. False: they did not, the head having sequences for one.
+
+        A ring of which some went over and some did not is connected anew, which ends what runs.
+        """
 
         async def switch(stage: StageRecord) -> bool:
             return await self._workers.switch(self._node(stage), linking.connect_request(stage, stage_pb2.SWITCH))
 
         head, *others = linking.stages
-        if not all(await self._on_each([head], switch)):
+        try:
+            if not all(await self._on_each([head], switch)):
+                return False
+            await self._on_each(others, switch)
+            await self._on_each(linking.stages, lambda stage: self._serving(stage, linking.key(stage)))
+        except EldricError as error:
+            log.warning("event=links_not_improved pipeline=%s error=%r", linking.pipeline_id, error.message)
+            await self._drop_beside(linking)
+            await self._on_each(linking.stages, lambda stage: self._look(stage, linking.key(stage)))
+            await self.mend(record)
             return False
-        await self._on_each(others, switch)
-        await self._on_each(linking.stages, lambda stage: self._serving(stage, linking.key(stage)))
         log.info("event=links_improved pipeline=%s links=%s", linking.pipeline_id, ",".join(linking.schemes))
         return True
 
@@ -202,19 +212,25 @@ class RingMaker:
         try:
             async with asyncio.timeout(SERVING_S):
                 while True:
-                    statuses = await self._workers.statuses(self._node(stage), key.pipeline_id)
-                    report = next((each for each in convert.reports(statuses) if each.key == key), None)
+                    report = await self._look(stage, key)
                     if report is None or report.state is StageState.UNLOADING:
                         raise Unavailable("it was unloaded meanwhile")
                     if report.state is StageState.BROKEN:
                         raise Unavailable(report.message or "it cannot reach its neighbours")
-                    self._cluster.stage_seen(stage.node_id, report)
                     if report.state is StageState.SERVING:
                         return
                     await asyncio.sleep(pause_s)
                     pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
         except TimeoutError:
             raise DeadlineExceeded(f"it does not serve within {SERVING_S:g} s") from None
+
+    async def _look(self, stage: StageRecord, key: StageKey) -> StageReport | None:
+        """What a worker says of a stage now; None: it has none."""
+        statuses = await self._workers.statuses(self._node(stage), key.pipeline_id)
+        report = next((each for each in convert.reports(statuses) if each.key == key), None)
+        if report is not None:
+            self._cluster.stage_seen(stage.node_id, report)
+        return report
 
     async def _unload(self, pipeline_id: str, stage: StageRecord, epoch: int, reason: str) -> None:
         async def unload(stage: StageRecord) -> None:

@@ -6,13 +6,15 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
 from eldric.channels import channel
 from eldric.client.convert import pipeline as shown
 from eldric.config import NodeConfig
-from eldric.errors import Unavailable
-from eldric.v1 import inference_pb2, pipeline_pb2
+from eldric.errors import NotReady, Unavailable
+from eldric.transport.registry import load
+from eldric.v1 import inference_pb2, pipeline_pb2, stage_pb2
 from eldric.v1.inference_pb2_grpc import InferenceStub
 from eldric.worker.commands import Degrade
 from eldric.worker.config import WorkerConfig
@@ -22,7 +24,8 @@ from tests.workers import issue, until
 
 pytestmark = pytest.mark.timeout(90)
 
-#: Two transports of other people: pigeons work, lame ones leave and do not arrive, plain ones can be read by anybody.
+#: Transports of other people: pigeons work, lame ones leave and do not arrive until they are well, plain ones can be
+#: read by anybody.
 CARRIERS = """
 from eldric.transport.errors import ConnectFailed
 from eldric.transport.inproc import InprocTransport
@@ -32,9 +35,12 @@ class PigeonTransport(InprocTransport):
 
 class LameTransport(InprocTransport):
     scheme = "lame"
+    well = False
 
     def connect(self, peer, timeout=5.0):
-        raise RuntimeError("it cannot fly")
+        if not self.well:
+            raise RuntimeError("it cannot fly")
+        return super().connect(peer, timeout)
 
 class PlainTransport(InprocTransport):
     scheme = "plain"
@@ -154,3 +160,82 @@ async def test_a_transport_without_encryption_is_taken_by_those_who_trust_the_fa
     mixed = await deploy(world, ["e", "a"])
     assert [(stage.link.transport, stage.link.encryption) for stage in mixed.stages] == [("zmq", "curve")] * 2
     assert "has no encryption" in mixed.stages[0].link.fallback
+
+
+@pytest.fixture
+async def lame(tmp_path: Path) -> AsyncIterator[tuple[World, Workers]]:
+    """Three workers, two of which have lame pigeons, and a controller that soon tries whether those are well again."""
+    async with controller_here(tmp_path, better_links_s=0.2) as (made, _):
+        await made.add_store()
+        offers = {"a": ("lame", "zmq"), "b": ("lame", "zmq"), "c": ("zmq",)}
+        workers = {name: await start_worker(made, name, offered) for name, offered in offers.items()}
+        try:
+            yield made, workers
+        finally:
+            await asyncio.gather(*(worker.node.stop() for worker in workers.values()))
+
+
+async def until_links(world: World, *schemes: str) -> pipeline_pb2.PipelineInfo:
+    """Until the links go by these transports and the pipeline works."""
+    async with asyncio.timeout(15):
+        while True:
+            info = await world.calls.status()
+            if info.state == pipeline_pb2.READY and tuple(stage.link.transport for stage in info.stages) == schemes:
+                return info
+            await asyncio.sleep(0.02)
+
+
+async def test_a_link_goes_by_the_better_transport_once_that_is_well_and_no_stream_is_lost(
+    lame: tuple[World, Workers],
+) -> None:
+    world, _ = lame
+    info = await deploy(world, ["a", "b", "c"])
+    assert info.stages[0].link.fallback == "lame failed: RuntimeError: it cannot fly"
+    expected = await tokens(world, info)
+    ended = asyncio.Event()
+
+    async def ask() -> list[list[int]]:
+        """Requests with longer and longer pauses: a trial takes one that is long enough, and the next may meet it."""
+        answers = []
+        while not ended.is_set():
+            answers.append(await tokens(world, info))
+            await asyncio.sleep(0.02 * len(answers))
+        return answers
+
+    asking = asyncio.create_task(ask())
+    load("lame").well = True  # type: ignore[attr-defined]
+    better = await until_links(world, "lame", "zmq", "zmq")
+    ended.set()
+    answers = await asking
+    assert answers and all(answer == expected for answer in answers)
+    assert (better.epoch, better.stages[0].link.fallback) == (info.epoch, "")
+    assert await tokens(world, info) == expected
+
+
+@pytest.mark.parametrize("victim", ["b", "c"])
+async def test_a_ring_of_which_a_stage_does_not_follow_is_mended(
+    victim: str, lame: tuple[World, Workers], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world, workers = lame
+    info = await deploy(world, ["a", "b", "c"])
+    expected = await tokens(world, info)
+    stages = workers[victim].stages
+    connect, refused = stages.connect, asyncio.Event()
+
+    async def refuse(request: stage_pb2.ConnectRequest) -> bool:
+        if request.phase == stage_pb2.SWITCH and not refused.is_set():
+            refused.set()
+            raise NotReady("the test is against it")
+        return await connect(request)
+
+    monkeypatch.setattr(stages, "connect", refuse)
+    load("lame").well = True  # type: ignore[attr-defined]
+    await asyncio.wait_for(refused.wait(), 10)
+    await until_links(world, "lame", "zmq", "zmq")
+    async with asyncio.timeout(10):
+        while True:
+            try:
+                assert await tokens(world, info) == expected
+                break
+            except grpc.aio.AioRpcError:  # it came while the ring was being connected anew
+                await asyncio.sleep(0.05)
