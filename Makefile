@@ -12,6 +12,7 @@ setup: $(READY)
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m eldric.engine.kernels
 	touch $@
 
 # Programs of some tests that pip does not have: an NFS server and FUSE's library. Without them those tests are skipped.

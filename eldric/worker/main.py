@@ -1,8 +1,10 @@
 """A worker process: its node, its stages and its membership."""
 
+import logging
 import resource
 import sys
 
+from eldric.engine.kernels.compiler import prepare
 from eldric.member import Member
 from eldric.node import Node
 from eldric.security import Identity
@@ -26,6 +28,8 @@ from eldric.worker.resources import resources
 from eldric.worker.stage_service import StageService
 from eldric.worker.stages import StageTable
 
+log = logging.getLogger(__name__)
+
 #: How long the control loop may keep the interpreter from a compute thread that waits for it, in seconds. Python's own
 #: 5 ms is a tenth of a token.
 SWITCH_INTERVAL_S = 0.0005
@@ -45,6 +49,7 @@ class Worker:
         watch = MountWatch(loader.mounts, self.stages, self._changed, self.node.metrics)
         self.node.metrics.register(StageCollector(self))
         self._resources = resources(config)
+        log.info("kernels=%s", prepare() or "none")
         self.node.service(
             StageService(self.stages),
             stage_pb2_grpc.add_StageServicer_to_server,

@@ -60,6 +60,16 @@ def largest_kernel(isa: Isa | None = None) -> tuple[int, int] | None:
     return address, chosen.lanes
 
 
+def prepare(everything: bool = False) -> str | None:
+    """Have the compiler take its memory now, and not with the first stage. everything: compile all kernels that are not
+    yet kept. Returns the name of the processor's extension; None if it has none that kernels were written for."""
+    isa = isa_of(host_features())
+    largest_kernel()
+    for kind in FORMATS if everything else ():
+        kernels_for(kind)
+    return None if isa is None else isa.name
+
+
 def _functions(module: str, isa: Isa, names: tuple[str, ...], write: Callable[[], str]) -> list[int]:
     """Addresses of functions of a module, which is compiled at its first use in the process."""
     with _lock:

@@ -57,4 +57,7 @@ def isa_of(features: Mapping[str, bool]) -> Isa | None:
 
 @functools.cache
 def host_features() -> Mapping[str, bool]:
-    return dict(binding.get_host_cpu_features())
+    try:
+        return dict(binding.get_host_cpu_features())
+    except RuntimeError:  # llvmlite does not know them for every processor
+        return {}

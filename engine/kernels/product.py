@@ -32,6 +32,7 @@ from eldric.engine.kernels.isa import Isa
 
 PASS_ROWS = 64  # so many rows are in scratch memory at once
 _PREFETCH_BYTES = 3072  # how far ahead; measured with 1 to 8 rows
+_SHARED_ROWS = 8  # from so many on, each thread fills a part of the tiles, and all wait for each other
 _GROUP = 32  # activations of a row that lie together
 _WIDE = 16
 
@@ -44,6 +45,8 @@ class Task(NamedTuple):
     blocks: int = 16  # of a row
     scratch: int = 24  # address of the first thread's scratch memory
     scratch_bytes: int = 32  # of one thread
+    waiting: int = 40  # threads at the barrier
+    meetings: int = 48  # how often all have been there
 
 
 TASK = Task()
@@ -85,6 +88,7 @@ def write_module(layout: Format, isa: Isa) -> str:
     _write_quantize(module, layout)
     for rows in row_counts(layout):
         _write_tile(module, layout, isa, rows)
+    _write_meet(module)
     _write_product(module, layout)
     return str(module)
 
@@ -229,13 +233,15 @@ def _write_product(module: Value, layout: Format) -> None:
     source = code.load(POINTER, result, Tensor.src.offset)
     blocks, panel_count = code.load(I64, task, TASK.blocks), code.load(I64, task, TASK.panel_count)
     thread, threads = b.zext(thread, I64), b.zext(threads, I64)
+    rows = code.load(I64, result, Tensor.ne.offset + 8)
+    is_shared = b.and_(b.icmp_unsigned(">", threads, I64(1)), b.icmp_unsigned(">=", rows, I64(_SHARED_ROWS)))
     first = b.udiv(b.mul(panel_count, thread), threads)
     count = b.sub(b.udiv(b.mul(panel_count, b.add(thread, I64(1))), threads), first)
-    scratch = code.at(code.load(POINTER, task, TASK.scratch), b.mul(thread, code.load(I64, task, TASK.scratch_bytes)))
+    own_scratch = b.mul(b.select(is_shared, I64(0), thread), code.load(I64, task, TASK.scratch_bytes))
+    scratch = code.at(code.load(POINTER, task, TASK.scratch), own_scratch)
     panel_bytes = b.mul(blocks, I64(layout.block_bytes))
     panels = code.at(code.load(POINTER, task, TASK.panels), b.mul(first, panel_bytes))
     stride, source_stride = (code.load(I64, each, Tensor.nb.offset + 8) for each in (result, source))
-    rows = code.load(I64, result, Tensor.ne.offset + 8)
     target = code.at(code.load(POINTER, result, Tensor.data.offset), b.mul(first, I64(4 * layout.lanes)))
     tiles = _Tiles(code, layout, blocks)
 
@@ -243,22 +249,59 @@ def _write_product(module: Value, layout: Format) -> None:
         values, target = carried
         left = b.sub(rows, b.mul(index, I64(PASS_ROWS)))
         count_of_rows = b.select(b.icmp_unsigned("<", left, I64(PASS_ROWS)), left, I64(PASS_ROWS))
-        tiles.each(count_of_rows, scratch, lambda *tile: tiles.fill(values, source_stride, *tile))
+        share = _Share(thread, b.select(is_shared, threads, I64(1)))
+        tiles.each(count_of_rows, scratch, lambda *tile: tiles.fill(values, source_stride, share, *tile))
+        with b.if_then(is_shared):
+            code.call("meet", VOID, task, threads)
 
         def panel(_: Value, carried: list[Value]) -> list[Value]:
             weights, column = carried
             tiles.each(count_of_rows, scratch, lambda *tile: tiles.multiply(weights, column, stride, *tile))
             return [code.at(weights, panel_bytes), code.at(column, 4 * layout.lanes)]
 
-        code.loop(count, [panels, target], panel)
+        with b.if_then(b.icmp_unsigned(">", count, I64(0))):
+            code.loop(count, [panels, target], panel)
+        with b.if_then(b.and_(is_shared, b.icmp_unsigned(">", left, I64(PASS_ROWS)))):
+            code.call("meet", VOID, task, threads)  # the next pass takes the scratch memory
         return [
             code.at(each, b.mul(step, I64(PASS_ROWS))) for each, step in ((values, source_stride), (target, stride))
         ]
 
-    with b.if_then(b.icmp_unsigned(">", b.mul(count, rows), I64(0))):
+    with b.if_then(b.icmp_unsigned(">", rows, I64(0))):
         passes = b.udiv(b.add(rows, I64(PASS_ROWS - 1)), I64(PASS_ROWS))
         code.loop(passes, [code.load(POINTER, source, Tensor.data.offset), target], one_pass)
     code.end()
+
+
+def _write_meet(module: Value) -> None:
+    """meet(task, threads): returns when all threads have called it. They run at once: ggml has none wait for another
+    within an operation."""
+    code = Code(module, "meet", [POINTER, I64])
+    task, threads = code.arguments
+    b = code.b
+    waiting, meetings = code.at(task, TASK.waiting), code.at(task, TASK.meetings)
+    before = b.load_atomic(meetings, "acquire", 8, typ=I64)
+    others = b.atomic_rmw("add", waiting, I64(1), "acq_rel")
+    with b.if_else(b.icmp_unsigned("==", b.add(others, I64(1)), threads)) as (last, early):
+        with last:
+            b.atomic_rmw("xchg", waiting, I64(0), "monotonic")
+            b.atomic_rmw("add", meetings, I64(1), "release")
+        with early:
+            look, done = code.function.append_basic_block(), code.function.append_basic_block()
+            b.branch(look)
+            b.position_at_end(look)
+            code.call("llvm.x86.sse2.pause", VOID)
+            now = b.load_atomic(meetings, "acquire", 8, typ=I64)
+            b.cbranch(b.icmp_unsigned("==", now, before), look, done)
+            b.position_at_end(done)
+    code.end()
+
+
+class _Share(NamedTuple):
+    """Which rows a thread turns into bytes: every `of`-th."""
+
+    thread: Value
+    of: Value
 
 
 class _Tiles:
@@ -288,13 +331,16 @@ class _Tiles:
 
         code.loop(count, [scratch, I64(0)], tile)
 
-    def fill(self, values: Value, stride: Value, tile: Value, first: Value, height: Value) -> None:
-        """Turn a tile's rows into bytes."""
+    def fill(self, values: Value, stride: Value, share: _Share, tile: Value, first: Value, height: Value) -> None:
+        """Turn a thread's share of a tile's rows into bytes."""
         code, b = self._code, self._code.b
 
         def row(number: Value, _: list[Value]) -> list[Value]:
-            source = code.at(values, b.mul(stride, b.add(first, number)))
-            code.call("quantize", VOID, source, self._blocks, tile, height, number)
+            index = b.add(first, number)
+            is_own = b.icmp_unsigned("==", b.urem(index, share.of), b.urem(share.thread, share.of))
+            with b.if_then(is_own):
+                source = code.at(values, b.mul(stride, index))
+                code.call("quantize", VOID, source, self._blocks, tile, height, number)
             return []
 
         code.loop(height, [], row)

@@ -1,10 +1,12 @@
 """The engine's own matrix kernels: what they compute, and that it depends on nothing else."""
 
 import ctypes
+import itertools
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -70,7 +72,7 @@ class Matrix:
 
 
 def multiply(matrix: Matrix, vectors: Floats, threads: int = 1, rows: int = PASS_ROWS) -> Floats:
-    """vectors: [rows, columns]. Returns [rows, rows of the matrix], computed by threads one after the other."""
+    """vectors: [rows, columns]. Returns [rows, rows of the matrix], computed by so many threads at once."""
     panels = Panels([matrix.info])
     panels.take_scratch(rows, threads)
     panel = panels["m"]
@@ -81,8 +83,15 @@ def multiply(matrix: Matrix, vectors: Floats, threads: int = 1, rows: int = PASS
         tensor.data, tensor.ne[0], tensor.ne[1] = array.ctypes.data, array.shape[1], array.shape[0]
         tensor.nb[0], tensor.nb[1] = 4, array.strides[0]
     target.src[0] = ctypes.addressof(source)
-    for thread in range(threads):
-        _CUSTOM(panel.product)(ctypes.addressof(target), thread, threads, panel.task)
+    at_work = [
+        Thread(target=_CUSTOM(panel.product), args=(ctypes.addressof(target), thread, threads, panel.task))
+        for thread in range(1, threads)
+    ]
+    for each in at_work:
+        each.start()
+    _CUSTOM(panel.product)(ctypes.addressof(target), 0, threads, panel.task)
+    for each in at_work:
+        each.join()
     panels.close()
     return result
 
@@ -116,8 +125,9 @@ def test_a_row_gets_the_same_bits_beside_any_number_of_rows_and_on_any_thread(ki
     alone = np.concatenate([multiply(matrix, row[None]) for row in vectors])
     for rows in (*range(2, 19), 31, PASS_ROWS, PASS_ROWS + 1, len(vectors)):
         np.testing.assert_array_equal(multiply(matrix, vectors[:rows]), alone[:rows], err_msg=f"{rows} rows")
-    for threads in (2, 3, 5):
-        np.testing.assert_array_equal(multiply(matrix, vectors[:9], threads), alone[:9], err_msg=f"{threads} threads")
+    for threads, rows in itertools.product((2, 3, 5), (3, 9, len(vectors))):
+        result = multiply(matrix, vectors[:rows], threads)
+        np.testing.assert_array_equal(result, alone[:rows], err_msg=f"{rows} rows, {threads} threads")
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
