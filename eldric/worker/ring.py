@@ -21,8 +21,9 @@ _SEND_S = 30.0
 #: that transport does not say so by itself; and where it does.
 _LOOK_S, _LONG_LOOK_S = 0.02, 1.0
 
-#: How long no frame must have come for a stage to bring its counters up to date, and how often it does so.
-_REST_S, _RESTS = 0.05, 5
+#: How long no frame must have come for a stage to bring its counters up to date, and how often it does so; and at most,
+#: while it knows no round trip because a neighbour was slow to answer.
+_REST_S, _RESTS, _MOST_RESTS = 0.05, 5, 20
 
 #: (received_ns, began_ns, computed_ns) of a step in this stage.
 Times = tuple[int, int, int]
@@ -190,10 +191,11 @@ class Ring:
     def _rest(self) -> None:
         """There is nothing to do: bring the links' counters up to date, a few times, as the neighbours do so too."""
         self._rests += 1
-        if self._rests > _RESTS:
+        is_known = self._link is None or self._link.stats.round_trip_s > 0
+        if self._rests > (_RESTS if is_known else _MOST_RESTS):
             self._patience_s = math.inf
             return
-        ask = self._rests == 2 + self._stage % (_RESTS - 1)  # neighbours do not ask at the same time
+        ask = (self._rests - 2 - self._stage) % (_RESTS - 1) == 0 and self._rests > 1  # not when neighbours do
         for transport in {self._receiver, self._sender}:
             transport.settle(ask)
 
