@@ -8,9 +8,11 @@ import hashlib
 import logging
 import os
 import stat
+import subprocess
+import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +28,8 @@ from eldric.engine.tensor_types import TensorType
 
 log = logging.getLogger(__name__)
 
+_LARGEST = "largest"
+_COMPILE_S = 60.0  # some 20 times of what the largest module takes
 _DIGEST_BYTES = hashlib.sha256().digest_size
 _lock = threading.Lock()  # llvmlite's compiler is used by one thread at a time
 _engines: dict[tuple[str, Isa], binding.ExecutionEngine] = {}  # they own the machine code
@@ -47,7 +51,7 @@ def kernels_for(kind: TensorType, isa: Isa | None = None) -> Kernels | None:
     if chosen is None or kind not in FORMATS:
         return None
     layout = FORMATS[kind](chosen.lanes)
-    pack, product = _functions(kind.name, chosen, ("pack", "product"), lambda: write_product(layout, chosen))
+    pack, product = _functions(kind.name, chosen, ("pack", "product"))
     return Kernels(layout, chosen, pack, product)
 
 
@@ -56,7 +60,7 @@ def largest_kernel(isa: Isa | None = None) -> tuple[int, int] | None:
     chosen = isa or isa_of(host_features())
     if chosen is None:
         return None
-    (address,) = _functions("largest", chosen, ("largest",), lambda: write_largest(chosen.lanes))
+    (address,) = _functions(_LARGEST, chosen, ("largest",))
     return address, chosen.lanes
 
 
@@ -70,22 +74,32 @@ def prepare(everything: bool = False) -> str | None:
     return None if isa is None else isa.name
 
 
-def _functions(module: str, isa: Isa, names: tuple[str, ...], write: Callable[[], str]) -> list[int]:
+def compile_module(module: str, isa: Isa) -> bytes:
+    """The machine code of a module: `largest`, or a format's functions by the name of its type."""
+    text = write_largest(isa.lanes) if module == _LARGEST else _write_format(TensorType[module], isa)
+    parsed = binding.parse_assembly(text)
+    parsed.verify()
+    # The IR is in its final form: passes over it would change nothing but the wait.
+    code: bytes = _machine().emit_object(parsed)
+    return code
+
+
+def _functions(module: str, isa: Isa, names: tuple[str, ...]) -> list[int]:
     """Addresses of functions of a module, which is compiled at its first use in the process."""
     with _lock:
         engine = _engines.get((module, isa))
         if engine is None:
-            engine = _engines[module, isa] = _load(f"{module.lower()}-{isa.name}", write)
+            engine = _engines[module, isa] = _load(module, isa)
         return [engine.get_function_address(name) for name in names]
 
 
-def _load(module: str, write: Callable[[], str]) -> binding.ExecutionEngine:
-    machine, path = _machine(), _folder() / _file_name(module)
+def _load(module: str, isa: Isa) -> binding.ExecutionEngine:
+    path = _folder() / _file_name(module, isa)
     code = _kept(path)
     if code is None:
-        code = _compile(write(), machine)
+        code = _compile_apart(module, isa)
         _keep(path, code)
-    engine = binding.create_mcjit_compiler(binding.parse_assembly(""), machine)
+    engine = binding.create_mcjit_compiler(binding.parse_assembly(""), _machine())
     engine.add_object_file(binding.ObjectFileRef.from_data(code))
     engine.finalize_object()
     return engine
@@ -99,11 +113,19 @@ def _machine() -> binding.TargetMachine:
     return target.create_target_machine(cpu=binding.get_host_cpu_name(), features=features, opt=3)
 
 
-def _compile(text: str, machine: binding.TargetMachine) -> bytes:
-    module = binding.parse_assembly(text)
-    module.verify()
-    code: bytes = machine.emit_object(module)  # the IR is in its final form: passes over it change nothing but the wait
-    return code
+def _compile_apart(module: str, isa: Isa) -> bytes:
+    """Compile in a process of its own: the compiler would keep some 10 MB for each module in this one."""
+    command = [sys.executable, "-m", "eldric.engine.kernels", module, isa.name]
+    try:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=_COMPILE_S, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        log.warning("kernels_not_compiled_apart=%s reason=%s", module, error)
+        return compile_module(module, isa)
+    return done.stdout
+
+
+def _write_format(kind: TensorType, isa: Isa) -> str:
+    return write_product(FORMATS[kind](isa.lanes), isa)
 
 
 def _kept(path: Path) -> bytes | None:
@@ -142,10 +164,10 @@ def _is_private(folder: Path) -> bool:
     return status.st_uid == os.getuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
-def _file_name(module: str) -> str:
+def _file_name(module: str, isa: Isa) -> str:
     compiler = (compiler_version, *map(str, binding.llvm_version_info), binding.get_host_cpu_name())
     features = sorted(name for name, there in host_features().items() if there)
-    return f"{module}-{_digest((*compiler, *features, _SOURCES))[:32]}"
+    return f"{module.lower()}-{isa.name}-{_digest((*compiler, *features, _SOURCES))[:32]}"
 
 
 def _digest(parts: Iterable[str]) -> str:

@@ -42,6 +42,7 @@ class Isa:
 AVX512_VNNI = Isa("avx512-vnni", 16, "vnni")
 AVX_VNNI = Isa("avx-vnni", 8, "vnni")
 AVX2 = Isa("avx2", 8, "pairs")
+ISAS = {isa.name: isa for isa in (AVX512_VNNI, AVX_VNNI, AVX2)}
 
 
 def isa_of(features: Mapping[str, bool]) -> Isa | None:

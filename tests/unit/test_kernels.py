@@ -3,6 +3,7 @@
 import ctypes
 import itertools
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -233,13 +234,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Each module that is compiled."""
     seen: list[str] = []
-    compile_module = compiler._compile
+    compile_apart = compiler._compile_apart
 
-    def watched(text: str, machine: object) -> bytes:
-        seen.append(text)
-        return compile_module(text, machine)
+    def watched(module: str, isa: Isa) -> bytes:
+        seen.append(module)
+        return compile_apart(module, isa)
 
-    monkeypatch.setattr(compiler, "_compile", watched)
+    monkeypatch.setattr(compiler, "_compile_apart", watched)
     return seen
 
 
@@ -275,3 +276,11 @@ def test_a_folder_that_cannot_be_written_to_costs_only_time(
     monkeypatch.setattr(compiler, "_folder", lambda: tmp_path / "file" / "kernels")
     assert kernels_for(TensorType.Q4_0) and kernels_for(TensorType.Q4_0)
     assert len(compiled) == 2
+
+
+def test_kernels_are_compiled_here_where_no_other_process_can_do_it(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(sys, "executable", str(folder / "no such python"))
+    assert kernels_for(TensorType.Q4_0)
+    assert "kernels_not_compiled_apart=Q4_0 reason=" in caplog.text
