@@ -25,6 +25,7 @@ from eldric.worker.head import Head
 from eldric.worker.head_thread import HeadThread
 from eldric.worker.metrics import WorkerMetrics
 from eldric.worker.models import Models, OpenModel
+from eldric.worker.mounted.changes import FileStamp
 from eldric.worker.mounted.mounts import MountedFile, Mounts
 from eldric.worker.mounted.read_ahead import ReadAhead
 from eldric.worker.range_cache.fetcher import RangeFetcher
@@ -84,6 +85,7 @@ class LoadedStage:
     release: Callable[[], None]  # gives the model's file back, once the thread has ended
     mounted: MountedFile | None = None  # where the weights are mapped from, if that may hang
     transport_problem: str = ""  # why the wiring is not of the transport that was asked for
+    stamps: tuple[FileStamp, ...] = ()  # the files that are mapped, as they were opened, if others may change them
     beside: Beside | None = None  # what may take the wiring's place, or what it took the place of
 
     def discard(self) -> None:
@@ -274,7 +276,8 @@ class StageLoader:
             raise
         release, mounted = plan.opened.release, plan.opened.mounted
         memory, problem = memory_use(stage.memory), rewired.receive_problem
-        return LoadedStage(thread, head, rewired.wiring, memory, release, mounted, problem)
+        stamps = plan.opened.stamps if stage.memory.mapped else ()
+        return LoadedStage(thread, head, rewired.wiring, memory, release, mounted, problem, stamps)
 
     def _schedule_config(self, options: common_pb2.StageOptions, stage: Stage) -> ScheduleConfig:
         return ScheduleConfig(

@@ -9,6 +9,7 @@ from eldric.engine.shard import ByteRange
 from eldric.errors import EldricError, InvalidRequest, NotFound, NotReady
 from eldric.v1 import stage_pb2
 from eldric.worker.config import WorkerConfig
+from eldric.worker.mounted.changes import FileStamp, stamps_of
 from eldric.worker.mounted.mounts import MountedFile, Mounts
 from eldric.worker.range_cache.entry import CachedModel
 from eldric.worker.range_cache.fetch import Cancelled, Progress
@@ -22,7 +23,7 @@ log = logging.getLogger(__name__)
 class OpenModel:
     """A model whose headers can be read. `fetch` makes ranges of it readable as well.
 
-    mounted: where it is, if reading it may hang because a file server does.
+    mounted: where it is, if reading it may hang because a file server does. stamps: of files that others may change.
     release: gives the file back, so that a cache may drop it; for after the stage that maps it is gone.
     """
 
@@ -30,6 +31,7 @@ class OpenModel:
     fetch: Callable[[Sequence[ByteRange], Progress, Cancelled], None]
     release: Callable[[], None]
     mounted: MountedFile | None = None
+    stamps: tuple[FileStamp, ...] = ()
 
 
 class Models:
@@ -54,7 +56,8 @@ class Models:
             return self._over_http(source, cancelled)
         try:
             file, mounted = self._mounts.open(source)
-            return OpenModel(file, _nothing_to_fetch, lambda: None, mounted)
+            stamps = tuple(stamp for stamp in stamps_of(file.paths).values() if stamp is not None)
+            return OpenModel(file, _nothing_to_fetch, lambda: None, mounted, stamps)
         except (NotFound, NotReady, InvalidRequest) as error:
             if self._config.models == "mount" or self._fetcher is None or not source.places:
                 raise

@@ -7,7 +7,8 @@ time without harm.
     look   {"files": [[path, header bytes], ...]}   -> {"sizes": [...], "sha256": of the first file's header}
     read   {"files": [path, ...], "ranges": [[file, offset, length], ...], "window": bytes}
            -> bytes read so far, again and again; stops when it is a window ahead of what its input says is used up
-    probe  {}, then a path a line -> "{}" for each path, when a byte of that file came from the server
+    probe  {}, then a path a line -> [device, inode, size, time of change in ns] of that file, when a byte of it came
+           from the server
 """
 
 import hashlib
@@ -51,7 +52,7 @@ def read(files: list[str], ranges: list[list[int]], window: int) -> None:
             used.wait_for(done - window)
 
 
-def probe(path: str, block: mmap.mmap) -> None:
+def probe(path: str, block: mmap.mmap) -> list[int]:
     """Read from the server itself, whatever the page cache holds."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_DIRECT", 0))
@@ -60,6 +61,8 @@ def probe(path: str, block: mmap.mmap) -> None:
     try:
         os.posix_fadvise(descriptor, 0, _PAGE, os.POSIX_FADV_DONTNEED)
         os.preadv(descriptor, [block], 0)
+        status = os.fstat(descriptor)
+        return [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns]
     finally:
         os.close(descriptor)
 
@@ -126,8 +129,7 @@ def _probe_for_ever(lines: Any) -> None:
     block = mmap.mmap(-1, _PAGE)
     while path := lines.readline():
         try:
-            probe(os.fsdecode(path[:-1]), block)
-            _say("{}")
+            _say(json.dumps(probe(os.fsdecode(path[:-1]), block)))
         except OSError as error:
             _say(_failure(error))
 

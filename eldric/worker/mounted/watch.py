@@ -1,44 +1,60 @@
-"""Notices within seconds that a mount hangs or is gone while stages map files from it.
+"""Notices within seconds that a mount hangs or is gone while stages map files from it, or that such a file was changed.
 
 A thread that waits for a dead server cannot be taken back, so the waiting is done by a process: one per mount.
+
+A file that has another in its place is still there for those who opened it, and their stages go on. One that is written
+to, or cut, is not what was loaded any more: its stages end before they say anything wrong, and may be loaded again.
+Between two looks a stage may touch what was cut off, which ends the worker's process, unless its weights were copied.
 """
 
 import asyncio
 import contextlib
+import json
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Gauge
 
+from eldric.worker.commands import Degrade
 from eldric.worker.held_stage import HeldStage
+from eldric.worker.mounted.changes import Changes, FileStamp, changes, stamps_of
 from eldric.worker.mounted.mounts import MountedFile, Mounts
 from eldric.worker.mounted.process import Child, Silent
+from eldric.worker.stages import StageTable
 
 log = logging.getLogger(__name__)
 
 #: Pause between two probes of a mount, and the longest wait for an answer, in seconds.
 INTERVAL_S = 2.0
 ANSWER_S = 1.0
+#: How long a stage that has to end stands broken before, so that others hear why; the ring is not mended so soon.
+_TELL_S = 0.3
+
+_GOES_ON = "the stage goes on with what is in memory"
 
 
 @dataclass(slots=True)
 class Probe:
-    """Probes one mount. `problem` is empty while it answers."""
+    """Probes one mount. `problem` is empty while it answers. found: what the probe saw of its file."""
 
     file: MountedFile
     problem: str = ""
+    found: FileStamp | None = None
     _child: Child | None = None
     _stuck: Child | None = None
 
     def ask(self) -> str:
         """What is wrong with the mount now. Blocks for about ANSWER_S at most, when the process runs."""
+        self.found = None
         if self._stuck is not None and not self._stuck.ended:
             return "does not answer"
         try:
             child = self._running()
-            child.say(str(self.file.path))
-            child.line(ANSWER_S)
+            path = self.file.path
+            child.say(str(path))
+            device, inode, size_bytes, changed_ns = json.loads(child.line(ANSWER_S))
+            self.found = FileStamp(path, device, inode, size_bytes, changed_ns)
         except Silent:
             self._stuck = self._child
             self.close()
@@ -66,7 +82,7 @@ class MountWatch:
     def __init__(
         self,
         mounts: Mounts,
-        stages: Iterable[HeldStage],
+        stages: StageTable,
         on_change: Callable[[], None],
         registry: CollectorRegistry,
     ) -> None:
@@ -115,12 +131,40 @@ class MountWatch:
         for point, file in used.items():
             self._probes.setdefault(point, Probe(file)).file = file
         changed = await asyncio.gather(*(self._ask(point, probe) for point, probe in self._probes.items()))
-        for held in self._stages:
+        for held in list(self._stages):
             mapped = held.loaded.mounted if held.loaded is not None else None
             problem = self._mounts.problems.get(mapped.mount.point, "") if mapped is not None else ""
-            held.mount_problem = f"{problem}; the stage goes on with what is in memory" if problem else ""
+            told, held.mount_problem = held.mount_problem, f"{problem}; {_GOES_ON}" if problem else ""
+            if not problem:
+                await self._compare(held)
+            changed.append(told != held.mount_problem)
         if any(changed):
             self._on_change()
+
+    async def _compare(self, held: HeldStage) -> None:
+        """Hold the files of a stage against what was loaded."""
+        made = await self._changes(held)
+        if made.replaced:
+            held.mount_problem = f"{made.replaced}; {_GOES_ON}"
+        if made.in_place and not held.unloading:
+            log.error("event=file_changed pipeline=%s stage=%d reason=%r", *held.key[:2], made.in_place)
+            reason = f"stage {held.key.stage} of {held.request.stage_count} had to end: {made.in_place}"
+            if held.loaded is not None:
+                held.loaded.thread.post(Degrade(made.in_place))
+                await asyncio.sleep(_TELL_S)
+            await self._stages.unload(held.key.pipeline_id, held.key.stage, held.key.epoch, reason)
+
+    async def _changes(self, held: HeldStage) -> Changes:
+        loaded = held.loaded
+        if loaded is None or not loaded.stamps:
+            return Changes()
+        if loaded.mounted is None:
+            now = await asyncio.to_thread(stamps_of, [each.path for each in loaded.stamps])
+        else:  # as a process saw it that may hang
+            probe = self._probes.get(loaded.mounted.mount.point)
+            found = probe.found if probe is not None else None
+            now = {found.path: found} if found is not None else {}
+        return changes(loaded.stamps, now)
 
     async def _ask(self, point: str, probe: Probe) -> bool:
         """Probe a mount; whether it changed."""
