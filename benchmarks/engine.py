@@ -3,8 +3,8 @@
     python -m benchmarks.engine                          # the 1.1B shape in Q4_0 and Q4_K_M, one pinned thread
     python -m benchmarks.engine --quants q8_0 f16 --layers 4 --rounds 5
 
-For each quantization, the same shape runs with its weights mapped, laid out as the policy chooses, and so in exact
-mode. All of them take turns within a round. Decoding is bound by memory: a step reads every weight once, whatever its
+For each quantization, the same shape runs with its weights mapped, packed as ggml packs them (`repacked`), laid out as
+the policy chooses (in panels, where there are kernels for the processor), and so in exact mode. All of them take turns within a round. Decoding is bound by memory: a step reads every weight once, whatever its
 rows. So its ceiling is rows * bandwidth / bytes, with the bandwidth of one thread measured in the same run by a dot
 product over 256 MB. Prefill is bound by arithmetic and has no such line. `python` is the part of a step's time that
 was not spent in ggml. `on CPU` is the share of the time in which the thread had its CPU: well below 100 %, others were
@@ -35,6 +35,7 @@ from eldric.engine.step import Run, StepInput
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "mapped": {"weights": "mapped"},
+    "repacked": {"weights": "repacked"},
     "auto": {"weights": "auto"},
     "auto, exact": {"weights": "auto", "exact": True},
 }
