@@ -24,7 +24,7 @@ from eldric.errors import DeadlineExceeded, NotReady
 from eldric.nfs.address import NfsAddress
 from eldric.nfs.mountinfo import mounts
 from eldric.security import Authority
-from eldric.v1 import common_pb2, model_store_pb2, stage_pb2
+from eldric.v1 import model_store_pb2, stage_pb2
 from eldric.worker.config import WorkerConfig
 from eldric.worker.loading import StageLoader
 from eldric.worker.metrics import WorkerMetrics
@@ -34,6 +34,7 @@ from eldric.worker.mounted.mounts import Mounts
 from eldric.worker.mounted.watch import MountWatch
 from eldric.worker.range_cache.fetcher import RangeFetcher
 from eldric.worker.stages import StageTable
+from tests.loads import middle_stage
 from tests.models import storyteller
 from tests.nfs import Mounted, Server, exporting, free_port, mounted, need_nfs
 from tests.replicas import big_model, fetching, filled_store, replica
@@ -93,20 +94,6 @@ def worker(folder: Path, fetcher: RangeFetcher | None = None, **settings: Any) -
     return StageTable(config, loader), loader.mounts
 
 
-def request(source: stage_pb2.ModelSource, first: int, last: int, pipeline: str = "p") -> stage_pb2.LoadRequest:
-    """Layers [first, last) as a stage in the middle."""
-    return stage_pb2.LoadRequest(
-        pipeline_id=pipeline,
-        name=pipeline,
-        epoch=1,
-        index=1,
-        stage_count=3,
-        layers=common_pb2.LayerRange(start=first, end=last),
-        source=source,
-        options=common_pb2.StageOptions(context=64, slots=1, threads=1, chunk=16, weights="mapped"),
-    )
-
-
 def shard_bytes(path: Path, first: int, last: int) -> int:
     with ModelFile.open(path) as model:
         return sum(each.length for each in shard_of(model, spec_of(model), LayerRange(first, last)).ranges)
@@ -125,7 +112,7 @@ async def test_a_worker_mounts_the_export_and_only_the_shards_pages_travel(
     told.exports.append(server.export)
     events: list[stage_pb2.LoadProgress] = []
     try:
-        loaded = await table.load(request(told, 2, 5), events.append)
+        loaded = await table.load(middle_stage(told, 2, 5), events.append)
         shard = shard_bytes(store / "models" / "big" / "big.gguf", 2, 5)
         assert shard > 8 * MIB
         assert shard <= server.sent_bytes() <= 1.02 * shard
@@ -134,7 +121,7 @@ async def test_a_worker_mounts_the_export_and_only_the_shards_pages_travel(
             and events[-1].done_bytes == events[-1].total_bytes == loaded.memory.mapped_bytes
         )
         sent = server.sent_bytes()
-        await table.load(request(told, 3, 5, "again"), nothing)  # its pages are in the page cache
+        await table.load(middle_stage(told, 3, 5, "again"), nothing)  # its pages are in the page cache
         assert server.sent_bytes() - sent < 0.02 * shard
         (place,) = [each for each in mounts() if each.source == f"{server.address}#private"]
         assert place.point.startswith(str(tmp_path / "worker" / "mounts"))
@@ -149,7 +136,7 @@ async def test_what_was_loaded_from_a_mount_is_locked_in_memory(
 ) -> None:
     table, _ = worker(tmp_path, models_dir=mount.folder)
     try:
-        loaded = await table.load(request(source, 2, 3), nothing)
+        loaded = await table.load(middle_stage(source, 2, 3), nothing)
         assert loaded.memory.locked_bytes == loaded.memory.mapped_bytes > 0
     finally:
         await table.close()
@@ -190,7 +177,7 @@ async def interrupted_load(
 
     try:
         with pytest.raises(Exception) as caught:
-            await table.load(request(source, 1, LAYERS - 1), once)
+            await table.load(middle_stage(source, 1, LAYERS - 1), once)
         return caught.value, time.monotonic() - done[0]
     finally:
         await table.close()
@@ -235,7 +222,7 @@ async def test_a_load_whose_server_is_killed_goes_on_over_http_where_there_is_a_
             phases.append(event.phase)
 
         try:
-            loaded = await table.load(request(told, 1, LAYERS - 1), follow)
+            loaded = await table.load(middle_stage(told, 1, LAYERS - 1), follow)
             assert loaded.memory.mapped_bytes > 0 and loaded.memory.locked_bytes == 0
             assert list(dict.fromkeys(phases)) == ["mapping", "fetching"]
         finally:
@@ -250,7 +237,7 @@ async def test_another_file_under_a_mount_is_not_taken_for_the_model(
     other.header_sha256 = b"\1" * 32
     table, _ = worker(tmp_path, models_dir=mount.folder)
     with pytest.raises(NotReady, match="its header differs"):
-        await table.load(request(other, 1, 2), nothing)
+        await table.load(middle_stage(other, 1, 2), nothing)
 
 
 async def test_a_hanging_mount_keeps_no_load_waiting(
@@ -261,7 +248,7 @@ async def test_a_hanging_mount_keeps_no_load_waiting(
     mount.client.send_signal(signal.SIGSTOP)
     began = time.monotonic()
     with pytest.raises(NotReady, match="does not answer within"):
-        await table.load(request(source, 1, 2), nothing)
+        await table.load(middle_stage(source, 1, 2), nothing)
     assert time.monotonic() - began < 5
 
 
@@ -350,7 +337,7 @@ async def test_a_new_load_goes_to_http_at_once_while_the_mount_is_known_to_hang(
         known.problems.update(watched.mounts.problems)
         monkeypatch.setattr(mounts_module, "look", lambda *_: pytest.fail("it looked at the mount"))
         try:
-            await table.load(request(told, 2, 5), nothing)
+            await table.load(middle_stage(told, 2, 5), nothing)
             assert await data.sent_bytes() >= shard_bytes(store / "models" / "big" / "big.gguf", 2, 5)
         finally:
             await table.close()

@@ -5,7 +5,7 @@ import json
 import os
 import resource
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +23,7 @@ from eldric.errors import (
     NotReady,
     Unavailable,
 )
-from tests.hubs import FakeHub, serving_hub
+from tests.hubs import FakeHub
 from tests.models import SmallLlama, storyteller, write_small_llama
 from tests.pulling import (
     REPOSITORY,
@@ -35,31 +35,10 @@ from tests.pulling import (
     is_whole,
     kept_bytes,
     partial,
-    without_waiting,
 )
 from tests.stores import ignore
 
-
-@pytest.fixture(autouse=True)
-def calm(monkeypatch: pytest.MonkeyPatch) -> None:
-    without_waiting(monkeypatch)
-
-
-@pytest.fixture
-def hub() -> Iterator[FakeHub]:
-    with serving_hub() as made:
-        made.add(REPOSITORY, {"README.md": b"A tale.", "Tale-Q8_0.gguf": storyteller(), "Tale-Q4_0.gguf": b"no"})
-        yield made
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> ModelStore:
-    return ModelStore(tmp_path / "store")
-
-
-@pytest.fixture
-def pull(store: ModelStore, hub: FakeHub) -> Callable[[], Pulling]:
-    return lambda: Pulling(store, hub)
+pytestmark = pytest.mark.usefixtures("calm")
 
 
 def test_the_wanted_quantization_is_pulled_with_progress(store: ModelStore, pull: Callable[[], Pulling]) -> None:

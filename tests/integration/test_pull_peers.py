@@ -24,15 +24,11 @@ from eldric.data.store import ModelStore
 from eldric.errors import DataLoss, NotFound, NotReady, Unavailable
 from eldric.security import Authority
 from tests.models import SmallLlama, storyteller, write_small_llama
-from tests.pulling import without_waiting
 from tests.stores import Served, ignore, serving
 
+pytestmark = pytest.mark.usefixtures("calm")
+
 DATA = storyteller().read_bytes()
-
-
-@pytest.fixture(autouse=True)
-def calm(monkeypatch: pytest.MonkeyPatch) -> None:
-    without_waiting(monkeypatch)
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """Models from a hub: what lies, or is not there, is refused."""
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -21,8 +20,7 @@ from eldric.errors import (
     PermissionDenied,
     Unavailable,
 )
-from tests.hubs import FakeHub, serving_hub
-from tests.models import storyteller
+from tests.hubs import FakeHub
 from tests.pulling import (
     REPOSITORY,
     SIZE,
@@ -30,30 +28,9 @@ from tests.pulling import (
     is_whole,
     kept_bytes,
     no_identity,
-    without_waiting,
 )
 
-
-@pytest.fixture(autouse=True)
-def calm(monkeypatch: pytest.MonkeyPatch) -> None:
-    without_waiting(monkeypatch)
-
-
-@pytest.fixture
-def hub() -> Iterator[FakeHub]:
-    with serving_hub() as made:
-        made.add(REPOSITORY, {"README.md": b"A tale.", "Tale-Q8_0.gguf": storyteller(), "Tale-Q4_0.gguf": b"no"})
-        yield made
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> ModelStore:
-    return ModelStore(tmp_path / "store")
-
-
-@pytest.fixture
-def pull(store: ModelStore, hub: FakeHub) -> Callable[[], Pulling]:
-    return lambda: Pulling(store, hub)
+pytestmark = pytest.mark.usefixtures("calm")
 
 
 def flipped(data: bytes) -> bytes:

@@ -17,12 +17,13 @@ from prometheus_client import CollectorRegistry
 from eldric.config import NodeConfig
 from eldric.errors import NotReady
 from eldric.nfs.mountinfo import mounts
-from eldric.v1 import common_pb2, stage_pb2
+from eldric.v1 import stage_pb2
 from eldric.worker.config import WorkerConfig
 from eldric.worker.loading import StageLoader
 from eldric.worker.metrics import WorkerMetrics
 from eldric.worker.mounted.watch import MountWatch
 from eldric.worker.stages import StageTable
+from tests.loads import middle_stage
 
 FOLDER = Path("/run/worker")
 
@@ -37,27 +38,13 @@ def read_bytes() -> int:
     return int(line.split()[4])
 
 
-def request(source: stage_pb2.ModelSource, first: int, last: int, pipeline: str) -> stage_pb2.LoadRequest:
-    """Layers [first, last) as a stage in the middle."""
-    return stage_pb2.LoadRequest(
-        pipeline_id=pipeline,
-        name=pipeline,
-        epoch=1,
-        index=1,
-        stage_count=3,
-        layers=common_pb2.LayerRange(start=first, end=last),
-        source=source,
-        options=common_pb2.StageOptions(context=64, slots=1, threads=1, chunk=16, weights="mapped"),
-    )
-
-
 async def main(source: stage_pb2.ModelSource, first: int, last: int) -> None:
     config = WorkerConfig(NodeConfig("worker", "guest", FOLDER, controllers=("127.0.0.1:1",)), threads=1)
     loader = StageLoader(config, WorkerMetrics(CollectorRegistry()), lambda: None)
     table, changed = StageTable(config, loader), asyncio.Event()
     watch = MountWatch(loader.mounts, table, changed.set, CollectorRegistry())
     began = time.monotonic()
-    loaded = await table.load(request(source, first, last, "one"), lambda _: None)
+    loaded = await table.load(middle_stage(source, first, last, "one"), lambda _: None)
     (mount,) = [each for each in mounts() if each.kind == "nfs4"]
     say(
         "loaded",
@@ -76,7 +63,7 @@ async def main(source: stage_pb2.ModelSource, first: int, last: int) -> None:
     say("noticed", seconds=round(time.monotonic() - began, 2), status=held.status().message)
     began = time.monotonic()
     try:
-        await table.load(request(source, first, last, "two"), lambda _: None)
+        await table.load(middle_stage(source, first, last, "two"), lambda _: None)
     except NotReady as error:
         say("refused", seconds=round(time.monotonic() - began, 2), error=error.message)
     sys.stdin.readline()  # the server goes on
@@ -84,7 +71,7 @@ async def main(source: stage_pb2.ModelSource, first: int, last: int) -> None:
         while held.status().message:
             changed.clear()
             await changed.wait()
-    await table.load(request(source, first, last, "three"), lambda _: None)
+    await table.load(middle_stage(source, first, last, "three"), lambda _: None)
     say("answers again", read_bytes=read_bytes())
     await watch.stop()
     await table.close()
