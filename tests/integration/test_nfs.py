@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import signal
 import socket
 import subprocess
@@ -25,6 +26,7 @@ from eldric.nfs.address import NfsAddress
 from eldric.nfs.mountinfo import mounts
 from eldric.security import Authority
 from eldric.v1 import model_store_pb2, stage_pb2
+from eldric.worker import loading
 from eldric.worker.config import WorkerConfig
 from eldric.worker.loading import StageLoader
 from eldric.worker.metrics import WorkerMetrics
@@ -140,6 +142,28 @@ async def test_what_was_loaded_from_a_mount_is_locked_in_memory(
         assert loaded.memory.locked_bytes == loaded.memory.mapped_bytes > 0
     finally:
         await table.close()
+
+
+async def test_what_cannot_be_locked_is_counted_without_what_was_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(loading, "lockable_bytes", lambda: 0)
+    (tmp_path / "data").mkdir()
+    told = filled_store(tmp_path / "data", storyteller(), "tale")
+    with exporting(tmp_path / "data" / "models") as server, mounted(server, tmp_path / "mounts") as mount:
+        table, _ = worker(tmp_path, models_dir=mount.folder)
+        asked = middle_stage(told, 2, 4)
+        asked.options.weights = "auto"
+        try:
+            with caplog.at_level(logging.WARNING, "eldric.worker.loading"):
+                loaded = await table.load(asked, nothing)
+            mapped = loaded.memory.mapped_bytes
+            assert mapped < 0.05 * shard_bytes(storyteller(), 2, 4), "the matrices were copied"
+            said = [each.getMessage() for each in caplog.records if "not_locked" in each.getMessage()]
+            assert len(said) == (mapped > 0)
+            assert all(f"locked_bytes=0 mapped_bytes={mapped}:" in each for each in said)
+        finally:
+            await table.close()
 
 
 async def test_a_stage_from_a_mount_says_what_it_says_from_a_disk(tmp_path: Path) -> None:
