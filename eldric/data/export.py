@@ -78,6 +78,7 @@ EXPORT {{
     Export_Id = 1;
     Path = "{config.folder}";
     Pseudo = "{config.address.path}";
+    Attr_Expiration_Time = 2;
     Squash = All;
     Anonymous_Uid = {user};
     Anonymous_Gid = {group};

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import shutil
 import signal
 import socket
 import subprocess
@@ -40,7 +41,7 @@ from tests.loads import middle_stage
 from tests.models import storyteller
 from tests.nfs import Mounted, Server, exporting, free_port, mounted, need_nfs
 from tests.replicas import big_model, fetching, filled_store, replica
-from tests.rings import TestRing, ring
+from tests.rings import TestRing, ring, source_of
 from tests.stores import serving
 
 pytestmark = pytest.mark.timeout(60)
@@ -338,6 +339,33 @@ async def test_a_pipeline_goes_on_while_its_server_is_gone_and_the_mount_works_a
     await watched.told(False)
     with (mount.folder / "big" / "big.gguf").open("rb") as file:
         assert await asyncio.to_thread(file.read, 4) == b"GGUF"
+
+
+async def test_a_file_that_is_replaced_on_the_server_ends_its_stages_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """FUSE knows files by their names: what is mapped changes with the file, as if that were written to."""
+    monkeypatch.setattr(watch, "INTERVAL_S", 0.2)
+    here = tmp_path / "store"
+    here.mkdir()
+    shutil.copyfile(storyteller(), here / "tale.gguf")
+    (here / "other").write_bytes(b"another file")
+    with exporting(here) as server, mounted(server, tmp_path / "mounts") as mount:
+        path = mount.folder / "tale.gguf"
+        told = source_of(path)
+        async with ring(path, [3, 3], weights="mapped") as made:
+            watching = Watched(made)
+            await watching.watch.start()
+            (held,) = watching.table
+            try:
+                (here / "other").replace(here / "tale.gguf")
+                async with asyncio.timeout(15):
+                    await held.gone.wait()
+                assert f"{path} was changed in place from {storyteller().stat().st_size} to 12 bytes" in caplog.text
+                with pytest.raises(NotReady, match=r"tale\.gguf has 12 bytes here and"):
+                    await watching.table.load(middle_stage(told, 2, 4, "again"), nothing)
+            finally:
+                await watching.watch.stop()
 
 
 async def test_a_new_load_goes_to_http_at_once_while_the_mount_is_known_to_hang(

@@ -28,6 +28,7 @@ def test_the_server_listens_and_exports_read_only_as_the_folders_owner(tmp_path:
         'Pseudo = "/models";',
         "Access_Type = RO;",
         "Squash = All;",
+        "Attr_Expiration_Time = 2;",
         f"Anonymous_Uid = {os.getuid()};",
     ):
         assert line in text
