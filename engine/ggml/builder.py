@@ -15,6 +15,7 @@ from eldric.engine.ggml.graph import Graph, GraphShape
 from eldric.engine.ggml.kv import KVCache
 from eldric.engine.ggml.ports import Port, Ports
 from eldric.engine.ggml.weights import Weights
+from eldric.engine.kernels.attending import Attention
 from eldric.engine.kernels.compiler import largest_kernel
 from eldric.engine.kernels.panels import Panel
 from eldric.engine.shard import Shard
@@ -38,11 +39,13 @@ class GraphBuilder:
         cache: KVCache,
         ports: Ports,
         exact: bool,
+        attention: Attention | None,
     ) -> None:
-        """exact: what a row computes shall not depend on the number of rows beside it, nor on that of threads."""
+        """exact: what a row computes shall not depend on the number of rows beside it, nor on that of threads.
+        attention: the engine's own kernel; None to take the device's."""
         self.backend, self.api = backend, backend.api
         self.spec, self.shard, self.weights, self.cache, self.ports = spec, shard, weights, cache, ports
-        self.exact = exact
+        self.exact, self.attention = exact, attention
         self.largest = _largest_kernel(backend, spec.vocab_size)
         self.takes_ids = shard.is_head and weights.token_table is None
         factors = spec.rope.freq_factors
@@ -92,7 +95,9 @@ class GraphPlan:
         They come first, one behind the other, so that they can be written to at once. Masks come before.
         """
         cache, shard, mask = self.b.cache, self.b.shard, self.ports.mask
-        if self.shape.is_chunk:
+        if self.b.attention is not None:
+            pass  # it goes by positions
+        elif self.shape.is_chunk:
             self.masks.append(self._rows_of(mask, self.shape.rows))
         elif self.b.backend.cell_multiple > 1:
             self.masks += [self._rows_of(mask, 1, run) for run in range(self.shape.runs)]
@@ -170,10 +175,19 @@ class GraphPlan:
         views = self.views[2 * runs * index : 2 * runs * (index + 1)]
         for run, (keys, values) in enumerate(zip(views[:runs], views[runs:], strict=True)):
             query = api.ggml_view_3d(ctx, queries, spec.head_dim, per_run, spec.heads, row, head, run * row)
-            mask = self.masks[run] if self.masks else None
-            result = api.ggml_flash_attn_ext(ctx, query, keys, values, mask, spec.head_dim**-0.5, 0.0, 0.0)
+            if self.b.attention is not None:
+                result = self._attend_by(self.b.attention, (query, keys, values), rows + run, per_run)
+            else:
+                mask = self.masks[run] if self.masks else None
+                result = api.ggml_flash_attn_ext(ctx, query, keys, values, mask, spec.head_dim**-0.5, 0.0, 0.0)
             self._expand(self._place(result, port, run))
         return self._rows_of(port, rows)
+
+    def _attend_by(self, attention: Attention, sources: tuple[int, int, int], first: int, rows: int) -> int:
+        """The engine's own attention. first: where the rows' positions begin among the integers."""
+        shape = (self.spec.head_dim, self.spec.heads, rows)
+        positions = self._integers(first, rows)
+        return self._custom(TensorType.F32, shape, (*sources, positions), attention.function, attention.task)
 
     def _slot_view(self, cells: int) -> int:
         """Keys or values of slot 0 as [head_dim, stride, kv_heads]."""
@@ -228,7 +242,7 @@ class GraphPlan:
         return product
 
     def _times_panel(self, panel: Panel, vectors: int, rows: int) -> int:
-        return self._custom(TensorType.F32, (panel.rows, rows), vectors, panel.product, panel.task)
+        return self._custom(TensorType.F32, (panel.rows, rows, 1), (vectors,), panel.product, panel.task)
 
     def _find_likeliest(self, logits: int) -> int:
         """Have each row's largest logit looked for at once. Returns what ends the graph."""
@@ -236,14 +250,16 @@ class GraphPlan:
             return logits
         self._expand(logits)
         rows = 1 if self.shape.is_chunk else self.shape.rows
-        found = self._custom(TensorType.I32, (rows, 1), logits, self.b.largest, None)
+        found = self._custom(TensorType.I32, (rows, 1, 1), (logits,), self.b.largest, None)
         return self._place(found, self.ports.likeliest)
 
-    def _custom(self, kind: TensorType, shape: tuple[int, int], source: int, function: int, task: int | None) -> int:
+    def _custom(
+        self, kind: TensorType, shape: tuple[int, int, int], sources: tuple[int, ...], function: int, task: int | None
+    ) -> int:
         """An operation of the engine's own. It is called in every thread, with the task's address."""
-        sources = (ctypes.c_void_p * 1)(source)
+        array = (ctypes.c_void_p * len(sources))(*sources)
         result: int = self.api.ggml_custom_4d(
-            self.ctx, int(kind), *shape, 1, 1, sources, len(sources), function, _ALL_THREADS, task
+            self.ctx, int(kind), *shape, 1, array, len(array), function, _ALL_THREADS, task
         )
         return result
 

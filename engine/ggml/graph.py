@@ -80,6 +80,11 @@ class Graph:
         if self._columns is not None:
             self._columns[...] = lengths
 
+    @property
+    def is_masked(self) -> bool:
+        """Whether masks say what each row attends to."""
+        return self._columns is not None
+
     def move(self, slots: list[int], slot_bytes: int) -> None:
         """Let run i attend to slots[i]."""
         if slots != self._slots:

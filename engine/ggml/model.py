@@ -21,6 +21,7 @@ from eldric.engine.ggml.policy import RowRange, decode_rows, exact_rows
 from eldric.engine.ggml.ports import Ports
 from eldric.engine.ggml.weights import Progress, Weights, WeightsMode
 from eldric.engine.gguf import ModelFile
+from eldric.engine.kernels.attending import Attention
 from eldric.engine.shard import Shard
 from eldric.engine.spec import ModelSpec
 from eldric.engine.step import Hidden, Run, Tokens
@@ -104,7 +105,8 @@ class GgmlModel:
 
     @property
     def compute_bytes(self) -> int:
-        return self._graphs.nbytes + self._ports.nbytes + self._weights.scratch_bytes
+        attention = 0 if self._attention is None else self._attention.nbytes
+        return self._graphs.nbytes + self._ports.nbytes + self._weights.scratch_bytes + attention
 
     @property
     def compute_ns(self) -> int:
@@ -157,7 +159,8 @@ class GgmlModel:
         graph = self._graphs.get(0, padded, logits)
         end, first = position + rows, slot * self._stride + position
         length = self._cells(end)
-        self._ports.write_causal_mask(position, padded, length)
+        if graph.is_masked:
+            self._ports.write_causal_mask(position, padded, length)
         ids = self._take_rows(graph.hidden_in[:rows], padded, tokens, hidden)
         cells = [*range(first, first + rows), *self._spare[: padded - rows]]
         graph.feed(ids, list(range(position, position + padded)), cells, rows - 1, [length])
@@ -205,7 +208,14 @@ class GgmlModel:
         self._stride, self._slot_bytes = self._cache.stride, self._cache.slot_bytes
         self._spare = list(range(self._cache.first_spare, self._cache.first_spare + rows))
         self._no_ids = [0] * rows
-        builder = GraphBuilder(self._backend, spec, shard, self._weights, self._cache, self._ports, self.exact)
+        self._attention: Attention | None = None
+        if options.weights == "auto" and self._backend.is_cpu and self._backend.is_host:
+            self._attention = Attention.create(spec.head_dim, options.kv_type, options.threads)
+        if self._attention is not None:
+            resources.callback(self._attention.close)
+        builder = GraphBuilder(
+            self._backend, spec, shard, self._weights, self._cache, self._ports, self.exact, self._attention
+        )
         self._graphs = GraphCache(builder, _GRAPHS_KEPT)
         resources.callback(self._graphs.close)
         # The widest first: they size the scratch buffer.

@@ -20,6 +20,7 @@ import platformdirs
 from llvmlite import __version__ as compiler_version
 from llvmlite import binding
 
+from eldric.engine.kernels.attention import write_module as write_attention
 from eldric.engine.kernels.formats import FORMATS, Format
 from eldric.engine.kernels.isa import Isa, host_features, isa_of
 from eldric.engine.kernels.largest import write_module as write_largest
@@ -28,7 +29,10 @@ from eldric.engine.tensor_types import TensorType
 
 log = logging.getLogger(__name__)
 
-_LARGEST = "largest"
+_LARGEST, _ATTENTION = "largest", "attention"
+_KV_TYPES = (TensorType.F16, TensorType.F32)
+_MOST_HEAD_DIM = 256
+_USUAL_HEAD_DIMS = (64, 128)
 _COMPILE_S = 60.0  # some 20 times of what the largest module takes
 _DIGEST_BYTES = hashlib.sha256().digest_size
 _lock = threading.Lock()  # llvmlite's compiler is used by one thread at a time
@@ -71,13 +75,23 @@ def prepare(everything: bool = False) -> str | None:
     largest_kernel()
     for kind in FORMATS if everything else ():
         kernels_for(kind)
+    for head_dim in _USUAL_HEAD_DIMS if everything else ():
+        attention_kernel(head_dim, TensorType.F16)
     return None if isa is None else isa.name
 
 
+def attention_kernel(head_dim: int, kind: TensorType, isa: Isa | None = None) -> int | None:
+    """The address of `attend` for keys and values of a type; None if it is not written for them or this processor."""
+    chosen = isa or isa_of(host_features())
+    if chosen is None or kind not in _KV_TYPES or head_dim % 16 or not 16 <= head_dim <= _MOST_HEAD_DIM:
+        return None
+    (address,) = _functions(f"{_ATTENTION}-{kind.name}-{head_dim}", chosen, ("attend",))
+    return address
+
+
 def compile_module(module: str, isa: Isa) -> bytes:
-    """The machine code of a module: `largest`, or a format's functions by the name of its type."""
-    text = write_largest(isa.lanes) if module == _LARGEST else _write_format(TensorType[module], isa)
-    parsed = binding.parse_assembly(text)
+    """The machine code of a module: `largest`, `attention-F16-64` and the like, or a format's by its type's name."""
+    parsed = binding.parse_assembly(_write(module, isa))
     parsed.verify()
     # The IR is in its final form: passes over it would change nothing but the wait.
     code: bytes = _machine().emit_object(parsed)
@@ -124,8 +138,14 @@ def _compile_apart(module: str, isa: Isa) -> bytes:
     return done.stdout
 
 
-def _write_format(kind: TensorType, isa: Isa) -> str:
-    return write_product(FORMATS[kind](isa.lanes), isa)
+def _write(module: str, isa: Isa) -> str:
+    name, *options = module.split("-")
+    if name == _ATTENTION:
+        kind, head_dim = options
+        return write_attention(int(head_dim), TensorType[kind] is TensorType.F16, isa)
+    if name == _LARGEST:
+        return write_largest(isa.lanes)
+    return write_product(FORMATS[TensorType[name]](isa.lanes), isa)
 
 
 def _kept(path: Path) -> bytes | None:

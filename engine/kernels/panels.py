@@ -2,16 +2,14 @@
 
 import ctypes
 import mmap
-import sys
 from collections.abc import Sequence
 
-from eldric.engine.errors import OutOfMemory
 from eldric.engine.kernels.compiler import Kernels, kernels_for
+from eldric.engine.kernels.memory import private_memory
 from eldric.engine.kernels.product import PASS_ROWS, TASK, Task, row_bytes
 from eldric.engine.tensors import TensorInfo
 
 _ALIGNMENT = 64
-_HUGE_PAGE = 2 << 20
 _PACK = ctypes.CFUNCTYPE(None, ctypes.c_void_p, *[ctypes.c_int64] * 3, ctypes.c_void_p)
 
 
@@ -55,7 +53,7 @@ class Panels:
         """infos: matrices whose `panel_bytes` are not None. Takes their memory. Raises OutOfMemory."""
         sizes = [-(-(panel_bytes(info) or 0) // _ALIGNMENT) * _ALIGNMENT for info in infos]
         self.nbytes, self.scratch_bytes = sum(sizes), 0
-        self._memory, address = _memory(self.nbytes, "weights in panels")
+        self._memory, address = private_memory(self.nbytes, "weights in panels")
         self._scratch: mmap.mmap | None = None
         self._by_name: dict[str, Panel] = {}
         for info, nbytes in zip(infos, sizes, strict=True):
@@ -72,7 +70,7 @@ class Panels:
         widest = max(panel.scratch_row_bytes for panel in self._by_name.values())
         of_thread = -(-widest * min(rows, PASS_ROWS) // _ALIGNMENT) * _ALIGNMENT
         self.scratch_bytes = of_thread * threads
-        self._scratch, address = _memory(self.scratch_bytes, "activations of a step")
+        self._scratch, address = private_memory(self.scratch_bytes, "activations of a step")
         for panel in self._by_name.values():
             panel.set(scratch=address, scratch_bytes=of_thread)
 
@@ -88,16 +86,3 @@ def _kernels_of(info: TensorInfo) -> Kernels | None:
     if kernels is None or info.shape[0] % kernels.layout.block or info.shape[1] % kernels.layout.lanes:
         return None
     return kernels
-
-
-def _memory(nbytes: int, what: str) -> tuple[mmap.mmap, int]:
-    """Private memory, of huge pages where the kernel gives any, and its address on such a page's bound."""
-    flags = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if sys.platform == "linux" else {}
-    try:
-        memory = mmap.mmap(-1, nbytes + _HUGE_PAGE, **flags)
-    except (OSError, MemoryError) as error:
-        raise OutOfMemory(f"there are no {nbytes} bytes for the {what}") from error
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    return memory, -(-address // _HUGE_PAGE) * _HUGE_PAGE

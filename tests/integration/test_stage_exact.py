@@ -10,6 +10,7 @@ import pytest
 from benchmarks.shapes import Shape, write_model
 from eldric.engine.ggml.library import find_library
 from eldric.engine.ggml.policy import AMX, MAPPED, REPACK, exact_rows
+from eldric.engine.kernels.compiler import largest_kernel
 from eldric.engine.stage import Logits
 from eldric.engine.step import Run
 from eldric.engine.tensor_types import TensorType
@@ -75,6 +76,19 @@ def test_logits_do_not_depend_on_lanes_or_split() -> None:
             rows = {slot: (min(20, LENGTHS[slot]), slot + 3) for slot in range(SEQUENCES)}
             found.append(np.stack(list(chain.decode(rows).values())))
     np.testing.assert_array_equal(found[0], found[1])
+
+
+@pytest.mark.skipif(largest_kernel() is None, reason="no kernels for this processor")
+@pytest.mark.parametrize("quant", ["q4_0", "q4_k_m", "q8_0"])
+def test_the_engines_own_kernels_give_the_same_bits_whatever_the_chunks(tmp_path: Path, quant: str) -> None:
+    """Even a prompt that is taken token by token."""
+    path, found = write_model(tmp_path / "model.gguf", SHAPE, quant), []
+    prompt = random_prompt(SHAPE.vocab, 150)
+    for chunk, threads in ((64, 1), (64, 2), (17, 1), (150, 1), (1, 1)):
+        with Chain(path, chunk=chunk, threads=threads, exact=threads > 1) as chain:
+            found.append(np.concatenate([chain.prefill(1, prompt), chain.greedy(prompt, 4, slot=2)[1]]))
+    for other in found[1:]:
+        np.testing.assert_array_equal(other, found[0])
 
 
 def test_the_bound_is_that_of_the_worst_matrix(tmp_path: Path) -> None:
