@@ -105,12 +105,12 @@ class Weights:
             info, looked_up = self._shard.tensors[looked_up], None
             self.token_table = TokenTable(self._backend.library, info, self._address(info))
         plain = [info for info in infos if self._wants_plain(info, mode, matrices, looked_up)]
-        if self._backend.can_map:
+        if self._backend.can_map and not (mode == "auto" and self._copies_rest(plain, pack_budget_bytes)):
             self._place_over_file(plain)
         else:
             self._place_in_device(plain)
         self._bring_in(infos, progress, cancelled)
-        if not self._backend.can_map and self.token_table is None:
+        if not self.mapped_bytes and self.token_table is None:
             self._mappings.close()
 
     def take_scratch(self, rows: int) -> None:
@@ -147,6 +147,12 @@ class Weights:
         if not weight.packed:
             return True
         return mode == "auto" and keeps_mapped(info.type, weight.packing)
+
+    def _copies_rest(self, plain: list[TensorInfo], budget: int | None) -> bool:
+        """Whether what was not packed is copied too: where it is the smaller part, so that the stage needs the file
+        no more, and no page of it can be cut, or fail to come again."""
+        nbytes = sum(info.nbytes for info in plain)
+        return nbytes <= self.packed_bytes and (budget is None or self.packed_bytes + nbytes <= budget)
 
     def _pack_panels(self, infos: list[TensorInfo], budget: int | None) -> int | None:
         """Choose the matrices that the engine's own kernels multiply, and take their memory. Returns what is left."""
