@@ -11,7 +11,7 @@ import pytest
 
 from eldric.engine.errors import InvalidStep
 from eldric.engine.step import StepInput
-from eldric.transport.base import Peer, TransportStats
+from eldric.transport.base import LinkStats, Peer, TransportStats
 from eldric.transport.errors import ConnectFailed, PeerLost
 from eldric.transport.frame import Frame, FrameDtype, FrameKind, Header, Payload, Run
 from eldric.v1 import frame_pb2, stage_pb2
@@ -29,6 +29,7 @@ class FakeLink:
     def __init__(self) -> None:
         self.closed: str | None = None
         self.sent: queue.SimpleQueue[tuple[Header, bytes]] = queue.SimpleQueue()
+        self.stats = LinkStats(frames=0, bytes=0, queue_frames=0, queue_bytes=0)
 
     def send(self, header: Header, payload: Payload = b"", timeout: float | None = None) -> None:
         self.sent.put((header, bytes(memoryview(payload))))  # type: ignore[arg-type]
