@@ -1,5 +1,6 @@
 """Private memory that kernels work on."""
 
+import contextlib
 import ctypes
 import mmap
 import sys
@@ -20,6 +21,7 @@ def private_memory(nbytes: int, what: str) -> tuple[mmap.mmap, int]:
     except (OSError, MemoryError) as error:
         raise OutOfMemory(f"there are no {nbytes} bytes for the {what}") from error
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
+        with contextlib.suppress(OSError):  # a kernel without any: nothing is lost
+            memory.madvise(mmap.MADV_HUGEPAGE)
     address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
     return memory, -(-address // _HUGE_PAGE) * _HUGE_PAGE

@@ -12,11 +12,12 @@ from threading import Thread
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, quants
+from llvmlite import binding
 from numpy.typing import NDArray
 
 from eldric.engine.ggml.structs import Tensor
 from eldric.engine.kernels import compiler
-from eldric.engine.kernels.compiler import kernels_for, largest_kernel
+from eldric.engine.kernels.compiler import attention_kernel, kernels_for, largest_kernel
 from eldric.engine.kernels.formats import FORMATS
 from eldric.engine.kernels.isa import AVX2, AVX512_VNNI, AVX_VNNI, Isa, host_features, isa_of
 from eldric.engine.kernels.largest import NOT_A_NUMBER
@@ -284,3 +285,23 @@ def test_kernels_are_compiled_here_where_no_other_process_can_do_it(
     monkeypatch.setattr(sys, "executable", str(folder / "no such python"))
     assert kernels_for(TensorType.Q4_0)
     assert "kernels_not_compiled_apart=Q4_0 reason=" in caplog.text
+
+
+@pytest.mark.parametrize(("cpu", "isa"), [("haswell", AVX2), ("alderlake", AVX_VNNI), ("icelake-server", AVX512_VNNI)])
+def test_code_for_another_processor_gives_the_same_bits(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, cpu: str, isa: Isa
+) -> None:
+    """What a compiler makes of wide vectors depends on what the processor has besides."""
+    if isa not in runnable():
+        pytest.skip(f"this processor does not have {isa.name}")
+    matrices, vectors = [Matrix(TensorType.Q4_0), Matrix(TensorType.Q6_K)], activations(9)
+    expected = [multiply(matrix, vectors) for matrix in matrices]
+    likeliest = largest(expected[0], isa, 1)
+    target = binding.Target.from_default_triple()
+    monkeypatch.setattr(compiler, "_machine", lambda: target.create_target_machine(cpu=cpu, opt=3))
+    monkeypatch.setattr(compiler, "_compile_apart", compiler.compile_module)
+    monkeypatch.setattr("eldric.engine.kernels.panels.kernels_for", lambda kind: kernels_for(kind, isa))
+    for matrix, bits in zip(matrices, expected, strict=True):
+        np.testing.assert_array_equal(multiply(matrix, vectors), bits)
+    assert largest(expected[0], isa, 1) == likeliest
+    assert attention_kernel(64, TensorType.F16, isa)
