@@ -4,14 +4,15 @@ A kept file is taken only if it lies in a folder that nobody but the user can wr
 what follows. Its name tells the processor, the compiler and the sources, so anything new makes a new file.
 """
 
+import contextlib
 import hashlib
 import logging
 import os
 import stat
 import subprocess
 import sys
-import tempfile
 import threading
+import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,13 +164,16 @@ def _kept(path: Path) -> bytes | None:
 
 
 def _keep(path: Path, code: bytes) -> None:
+    """Other processes see nothing or all of it."""
+    partial = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(hashlib.sha256(code).digest() + code)
-        os.replace(file.name, path)
+        partial.write_bytes(hashlib.sha256(code).digest() + code)
+        partial.replace(path)
     except OSError as error:
         log.info("kernels_not_kept=%s reason=%s", path, error)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def _folder() -> Path:
