@@ -150,9 +150,11 @@ class Weights:
 
     def _copies_rest(self, plain: list[TensorInfo], budget: int | None) -> bool:
         """Whether what was not packed is copied too: where it is the smaller part, so that the stage needs the file
-        no more, and no page of it can be cut, or fail to come again."""
+        no more, and no page of it can be cut, or fail to come again. Locked pages are safe where they are."""
         nbytes = sum(info.nbytes for info in plain)
-        return nbytes <= self.packed_bytes and (budget is None or self.packed_bytes + nbytes <= budget)
+        return (
+            not self._lock and nbytes <= self.packed_bytes and (budget is None or self.packed_bytes + nbytes <= budget)
+        )
 
     def _pack_panels(self, infos: list[TensorInfo], budget: int | None) -> int | None:
         """Choose the matrices that the engine's own kernels multiply, and take their memory. Returns what is left."""
