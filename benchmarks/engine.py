@@ -4,12 +4,13 @@
     python -m benchmarks.engine --quants q8_0 f16 --layers 4 --rounds 5
 
 For each quantization, the same shape runs with its weights mapped, packed as ggml packs them (`repacked`), laid out as
-the policy chooses (in panels, where there are kernels for the processor), and so in exact mode. All of them take turns within a round. Decoding is bound by memory: a step reads every weight once, whatever its
-rows. So its ceiling is rows * bandwidth / bytes, with the bandwidth of one thread measured in the same run by a dot
-product over 256 MB. Prefill is bound by arithmetic and has no such line. `python` is the part of a step's time that
-was not spent in ggml. `on CPU` is the share of the time in which the thread had its CPU: well below 100 %, others were
-at work on the machine; `per CPU s` then says what the thread would have done with the CPU to itself, though not with
-the memory to itself. Random-weight files are made once and kept in the user's cache.
+the policy chooses (in panels, where there are kernels for the processor), and so in exact mode. All of them take turns
+within a round. Decoding is bound by memory: a step reads every weight once, whatever its rows. So its ceiling is rows *
+bandwidth / bytes, with the bandwidth of one thread measured in the same run by a dot product over 256 MB. Prefill is
+bound by arithmetic and has no such line. `python` is the part of a step's time that was not spent in ggml. `on CPU` is
+the share of the time in which the thread had its CPU: well below 100 %, others were at work on the machine; `per CPU s`
+then says what the thread would have done with the CPU to itself, though not with the memory to itself. Random-weight
+files are made once and kept in the user's cache.
 """
 
 import argparse

@@ -28,6 +28,7 @@ pytestmark = pytest.mark.timeout(60)
 MODEL = "tale"
 #: Short, and longer than a data worker takes to start again.
 SETTINGS = {"survey_s": 0.1, "replicate_after_s": 1.5}
+LONG_S = 60.0  # a grace time that a restart is within, however slow
 
 
 class Copies:
@@ -72,8 +73,10 @@ class Copies:
 
 
 @pytest.fixture
-async def copies(tmp_path: Path) -> AsyncIterator[Copies]:
-    async with controller_here(tmp_path, **SETTINGS) as (world, controller):
+async def copies(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[Copies]:
+    """A parameter is the grace time."""
+    settings = SETTINGS | {"replicate_after_s": getattr(request, "param", SETTINGS["replicate_after_s"])}
+    async with controller_here(tmp_path, **settings) as (world, controller):
         yield Copies(world, controller)
 
 
@@ -103,6 +106,7 @@ async def test_a_third_data_worker_gets_the_copy_of_one_that_is_killed_for_good(
                 assert status.copies == 2 and not status.copying and not status.problem, "a copy too many stays"
 
 
+@pytest.mark.parametrize("copies", [LONG_S], indirect=True)
 async def test_a_data_worker_that_restarts_costs_no_copy(copies: Copies) -> None:
     async with copies.store("a", storyteller()), copies.store("b", storyteller()) as second, copies.store("c") as third:
         assert list((await copies.set(2)).data_workers) == ["a", "b"]
