@@ -68,7 +68,7 @@ async def test_a_pipeline_over_ucx_says_the_same_and_notices_who_dies(tmp_path: 
         await tokens_until(events, 5)
         os.kill(cluster.node("worker-2").pid, signal.SIGKILL)
         killed = time.monotonic()
-        with pytest.raises(Unavailable, match="stage 1 of 3 on worker worker-2 is gone: its (connection|process)"):
+        with pytest.raises(Unavailable, match=r"stage 1 of 3 on worker worker-2 is gone: its (connection|process)"):
             await tokens_until(events, 1 << 20)
         assert time.monotonic() - killed < SOON_S
         await cluster.up()
