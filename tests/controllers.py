@@ -9,7 +9,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,18 +87,12 @@ class Calls:
                 if event.node.name == name and event.node.state == registry_pb2.UP and not event.removed:
                     return
 
-    async def wait_for(
-        self,
-        state: "pipeline_pb2.PipelineState.ValueType",
-        name: str = MODEL,
-        when: Callable[[Any], bool] = lambda info: True,
-    ) -> Any:
-        """The pipeline's info once it is in that state, and as `when` wants it."""
+    async def wait_for(self, state: "pipeline_pb2.PipelineState.ValueType", name: str = MODEL) -> Any:
+        """The pipeline's info once it is in that state."""
         async with asyncio.timeout(15):
             async for event in self.pipeline.Watch(pipeline_pb2.WatchPipelinesRequest()):
-                info = event.pipeline
-                if info.name == name and info.state == state and not event.removed and when(info):
-                    return info
+                if event.pipeline.name == name and event.pipeline.state == state and not event.removed:
+                    return event.pipeline
         raise AssertionError("the controller ended the stream")
 
 

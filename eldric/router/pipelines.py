@@ -12,8 +12,9 @@ from eldric.v1 import pipeline_pb2, stage_pb2
 
 DEPLOYING, READY, DEGRADED = pipeline_pb2.DEPLOYING, pipeline_pb2.READY, pipeline_pb2.DEGRADED
 
-#: How long a request waits for a pipeline to be ready whose stages are all loaded, in seconds.
-SETTLING_S = 2.0
+#: How long a request waits for a pipeline to be ready whose stages are all loaded, in seconds; and for one that is
+#: loading as far as this router has heard.
+SETTLING_S, NEWS_S = 2.0, 0.3
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,18 +96,17 @@ class Pipelines:
     # What a request asks
 
     async def settled_routes(self, name: str) -> list[Route]:
-        """As `routes`, but waits a moment for a pipeline whose stages are all loaded: whoever deployed it may know that
-        it is ready before this router does."""
-        deadline = asyncio.get_running_loop().time() + SETTLING_S
+        """As `routes`, but waits a moment for a pipeline that is loading, longer for one whose stages are all loaded:
+        whoever deployed it may know that it is ready before this router does."""
+        began = asyncio.get_running_loop().time()
         while True:
             news = self._news
             try:
                 return self.routes(name)
             except PipelineLoading as error:
-                if error.progress < 1:
-                    raise
+                patience_s = SETTLING_S if error.progress >= 1 else NEWS_S
                 try:
-                    async with asyncio.timeout_at(deadline):
+                    async with asyncio.timeout_at(began + patience_s):
                         await news.wait()
                 except TimeoutError:
                     raise error from None

@@ -1,5 +1,6 @@
 """The links that a controller makes: each by the best transport of its ends, the next best where one fails."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -106,8 +107,11 @@ async def test_a_ring_whose_transport_fails_when_it_is_mended_falls_back(world: 
     await world.calls.deploy(stages=3)
     world.workers["c"].unreachable["ucx"] = "the cable is out"
     world.workers["b"].change(stage_pb2.BROKEN, "its neighbour is gone")
-    fallen_back = (0, "zmq", "ucx failed: the cable is out")
-    await world.calls.wait_for(READY, when=lambda info: links(info)[2] == fallen_back)
+    await until(lambda: world.workers["c"].called("Connect")[-1].fallback)  # type: ignore[attr-defined]
+    await world.calls.wait_for(READY)
+    async with asyncio.timeout(15):  # a worker tells of its links with its next beat, which Watch does not say
+        while links(await world.calls.status())[2] != (0, "zmq", "ucx failed: the cable is out"):
+            await asyncio.sleep(0.02)
 
 
 async def test_links_are_shown_over_rest(here: tuple[World, Controller]) -> None:

@@ -108,13 +108,23 @@ async def test_a_request_waits_for_a_model_that_is_about_to_be_ready() -> None:
     assert [route.name for route in await waiting] == ["m"]
 
 
-async def test_a_request_waits_neither_long_nor_for_a_model_that_is_half_loaded(
+async def test_a_request_waits_for_news_of_a_model_that_is_half_loaded_as_far_as_is_known() -> None:
+    pipelines = known(info("m", state=pipeline_pb2.DEPLOYING, progress=0.73))
+    waiting = asyncio.ensure_future(pipelines.settled_routes("m"))
+    await asyncio.sleep(0)
+    pipelines.update(info("m"))
+    assert [route.name for route in await waiting] == ["m"]
+
+
+async def test_a_request_waits_not_long_and_least_for_a_model_that_is_half_loaded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("eldric.router.pipelines.SETTLING_S", 0.05)
+    monkeypatch.setattr("eldric.router.pipelines.SETTLING_S", 30.0)
+    monkeypatch.setattr("eldric.router.pipelines.NEWS_S", 0.01)
     pipelines = known(info("m", state=pipeline_pb2.DEPLOYING, progress=0.99), info("n"))
     with pytest.raises(PipelineLoading):
-        await asyncio.wait_for(pipelines.settled_routes("m"), 0.04)
+        await asyncio.wait_for(pipelines.settled_routes("m"), 10)
+    monkeypatch.setattr("eldric.router.pipelines.SETTLING_S", 0.05)
     pipelines.update(info("n", state=pipeline_pb2.DEPLOYING, progress=1.0))
     with pytest.raises(PipelineLoading):
         await pipelines.settled_routes("n")
