@@ -45,7 +45,6 @@ class Kernels:
     """A format's compiled functions, as addresses. They stay for the life of the process."""
 
     layout: Format
-    isa: Isa
     pack: int
     product: int
 
@@ -57,7 +56,7 @@ def kernels_for(kind: TensorType, isa: Isa | None = None) -> Kernels | None:
         return None
     layout = FORMATS[kind](chosen.lanes)
     pack, product = _functions(kind.name, chosen, ("pack", "product"))
-    return Kernels(layout, chosen, pack, product)
+    return Kernels(layout, pack, product)
 
 
 def largest_kernel(isa: Isa | None = None) -> tuple[int, int] | None:

@@ -26,10 +26,10 @@ class Panel:
     """One packed matrix. product, task: the function and the user data of a ggml_custom_4d that multiplies with it."""
 
     def __init__(self, info: TensorInfo, kernels: Kernels, address: int) -> None:
-        self.columns, self.rows = info.shape
+        columns, self.rows = info.shape
         self._kernels = kernels
-        self._row_bytes = info.type.row_bytes(self.columns)
-        self._blocks = self.columns // kernels.layout.block
+        self._row_bytes = info.type.row_bytes(columns)
+        self._blocks = columns // kernels.layout.block
         self.scratch_row_bytes = self._blocks * row_bytes(kernels.layout)
         self._task = (ctypes.c_int64 * len(Task._fields))()
         self.product = kernels.product
