@@ -4,7 +4,6 @@ import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import TypeVar
 
 from eldric.engine.errors import LoadCancelled, ModelUnreadable
@@ -27,7 +26,6 @@ from eldric.worker.metrics import WorkerMetrics
 from eldric.worker.models import Models, OpenModel
 from eldric.worker.mounted.changes import FileStamp
 from eldric.worker.mounted.mounts import MountedFile, Mounts
-from eldric.worker.mounted.read_ahead import ReadAhead
 from eldric.worker.range_cache.fetcher import RangeFetcher
 from eldric.worker.relay import NodeRelay
 from eldric.worker.resources import compute_threads, lockable_bytes, memory_budget
@@ -204,13 +202,28 @@ class StageLoader:
         return self._bring_in(plan, tell, cancelled)
 
     def _bring_in(self, plan: LoadPlan, tell: Tell, cancelled: Callable[[], bool]) -> Stage:
+        left = 0  # bytes to be fetched: while there are some, they are what is told of
+
+        def fetching(done: int, total: int) -> None:
+            nonlocal left
+            left = total - done
+            tell("fetching", done, total)
+
+        def mapping(done: int, total: int) -> None:
+            if not left:
+                tell("mapping", done, total)
+
         ranges = shard_of(plan.model, plan.spec, plan.layers).ranges
-        plan.opened.fetch(ranges, partial(tell, "fetching"), cancelled)
-        mapping, config = partial(tell, "mapping"), self._stage_config(plan)
+        stage = None
+        try:
+            with plan.opened.reader(ranges, fetching, cancelled) as wait:
+                stage = Stage.load(plan.model, self._stage_config(plan), mapping, cancelled, wait)
+        except BaseException:
+            if stage is not None:
+                stage.close()
+            raise
         if plan.opened.mounted is None:
-            return Stage.load(plan.model, config, mapping, cancelled)
-        with ReadAhead(plan.model.paths, ranges, cancelled) as reader:
-            stage = Stage.load(plan.model, config, mapping, cancelled, reader)
+            return stage
         if self._config.lock != "off" and stage.memory.locked < stage.memory.mapped:
             log.warning(
                 "event=not_locked locked_bytes=%d mapped_bytes=%d: an evicted page must be read again; "

@@ -2,8 +2,11 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
+from eldric.engine.ggml.mapping import Fetch as Wait
 from eldric.engine.gguf import ModelFile
 from eldric.engine.shard import ByteRange
 from eldric.errors import EldricError, InvalidRequest, NotFound, NotReady
@@ -11,24 +14,32 @@ from eldric.v1 import stage_pb2
 from eldric.worker.config import WorkerConfig
 from eldric.worker.mounted.changes import FileStamp, stamps_of
 from eldric.worker.mounted.mounts import MountedFile, Mounts
+from eldric.worker.mounted.read_ahead import ReadAhead
+from eldric.worker.range_cache.arrivals import Arrivals
 from eldric.worker.range_cache.entry import CachedModel
 from eldric.worker.range_cache.fetch import Cancelled, Progress
 from eldric.worker.range_cache.fetcher import RangeFetcher
+from eldric.worker.range_cache.incoming import Incoming
 from eldric.worker.relay import NodeRelay
 
 log = logging.getLogger(__name__)
 
+#: Gets ranges, is told (bytes fetched, bytes to fetch) and asks whether the load was cancelled.
+Reader = Callable[[Sequence[ByteRange], Progress, Cancelled], AbstractContextManager[Wait | None]]
+
 
 @dataclass(frozen=True, slots=True)
 class OpenModel:
-    """A model whose headers can be read. `fetch` makes ranges of it readable as well.
+    """A model whose headers can be read.
 
-    mounted: where it is, if reading it may hang because a file server does. stamps: of files that others may change.
-    release: gives the file back, so that a cache may drop it; for after the stage that maps it is gone.
+    reader: a context in which ranges of it, sorted, are brought in. It gives what waits for them, which is an engine's
+    `fetch`, or None where nobody needs to wait. mounted: where it is, if reading it may hang because a file server
+    does. stamps: of files that others may change. release: gives the file back, so that a cache may drop it; for after
+    the stage that maps it is gone.
     """
 
     file: ModelFile
-    fetch: Callable[[Sequence[ByteRange], Progress, Cancelled], None]
+    reader: Reader
     release: Callable[[], None]
     mounted: MountedFile | None = None
     stamps: tuple[FileStamp, ...] = ()
@@ -57,7 +68,8 @@ class Models:
         try:
             file, mounted = self._mounts.open(source)
             stamps = tuple(stamp for stamp in stamps_of(file.paths).values() if stamp is not None)
-            return OpenModel(file, _nothing_to_fetch, lambda: None, mounted, stamps)
+            reader = _no_wait if mounted is None else _ahead(file.paths)
+            return OpenModel(file, reader, lambda: None, mounted, stamps)
         except (NotFound, NotReady, InvalidRequest) as error:
             if self._config.models == "mount" or self._fetcher is None or not source.places:
                 raise
@@ -86,17 +98,25 @@ class Models:
         if self._relay is not None:
             source = self._relay.reachable(source)
         file, entry = fetcher.open(source, cancelled)
-        return OpenModel(file, _fetch(fetcher, entry, source), entry.close)
+        return OpenModel(file, _incoming(fetcher, entry, source), entry.close)
 
 
-def _fetch(
-    fetcher: RangeFetcher, entry: CachedModel, source: stage_pb2.ModelSource
-) -> Callable[[Sequence[ByteRange], Progress, Cancelled], None]:
-    def fetch(ranges: Sequence[ByteRange], progress: Progress, cancelled: Cancelled) -> None:
-        fetcher.fetch(entry, source, ranges, progress, cancelled)
+def _incoming(fetcher: RangeFetcher, entry: CachedModel, source: stage_pb2.ModelSource) -> Reader:
+    def reader(ranges: Sequence[ByteRange], progress: Progress, cancelled: Cancelled) -> Incoming:
+        def fetch(arrivals: Arrivals, cancelled: Cancelled) -> None:
+            fetcher.fetch(entry, source, ranges, progress, cancelled, arrivals)
 
-    return fetch
+        return Incoming(fetch, cancelled)
+
+    return reader
 
 
-def _nothing_to_fetch(ranges: Sequence[ByteRange], progress: Progress, cancelled: Cancelled) -> None:
-    """The mount has all of it."""
+def _ahead(paths: Sequence[Path]) -> Reader:
+    def reader(ranges: Sequence[ByteRange], progress: Progress, cancelled: Cancelled) -> ReadAhead:
+        return ReadAhead(paths, ranges, cancelled)
+
+    return reader
+
+
+def _no_wait(ranges: Sequence[ByteRange], progress: Progress, cancelled: Cancelled) -> AbstractContextManager[None]:
+    return nullcontext()

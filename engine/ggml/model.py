@@ -76,13 +76,15 @@ class GgmlModel:
             resources.callback(self._weights.close)
             matrices = _matrices(spec, shard)
             looked_up = spec.family.tensors["token_embd"].name if shard.is_head else None
-            self._weights.load(options.weights, matrices, looked_up, options.pack_budget_bytes, progress, cancelled)
+            self._weights.place(options.weights, matrices, looked_up, options.pack_budget_bytes)
             used = [self._weights[name] for name in matrices]
             self._matrices = {(weight.info.type, weight.layout) for weight in used}
             self._exact_rows = self._exact_range()
             self._token_table = self._weights.token_table
             self._likeliest: NDArray[np.int32] | None = None
             self._take_memory(spec, shard, options, resources)
+            # All memory is taken by now: what does not fit is known before anything was read.
+            self._weights.bring_in(progress, cancelled)
             self._resources = resources.pop_all()
 
     @property

@@ -48,7 +48,7 @@ class Weight:
 
 
 class Weights:
-    """The tensors of a shard by name. `load` fills it; nothing changes afterwards."""
+    """The tensors of a shard by name. `place` lays them out, `bring_in` fills them; nothing changes afterwards."""
 
     def __init__(
         self, backend: Backend, model: ModelFile, shard: Shard, fetch: Fetch | None = None, lock: bool = False
@@ -75,22 +75,15 @@ class Weights:
     def __contains__(self, name: str) -> bool:
         return name in self._by_name
 
-    def load(
-        self,
-        mode: WeightsMode,
-        matrices: frozenset[str],
-        looked_up: str | None,
-        pack_budget_bytes: int | None,
-        progress: Progress | None,
-        cancelled: Callable[[], bool] | None,
+    def place(
+        self, mode: WeightsMode, matrices: frozenset[str], looked_up: str | None, pack_budget_bytes: int | None
     ) -> None:
-        """Bring the weights in, in the order of the file.
+        """Choose a layout for each tensor and take its memory. Reads nothing of the files.
 
         matrices: names of the tensors that are multiplied with. looked_up: the token embedding if rows of it are
-        read, for which it must keep the file's layout. progress gets (bytes done, bytes of the shard) many times.
-        Raises ModelUnreadable, OutOfMemory, LoadCancelled or UnsupportedModel.
+        read, for which it must keep the file's layout. Raises OutOfMemory or UnsupportedModel.
         """
-        infos = sorted(self._shard.tensors.values(), key=lambda info: (info.file, info.offset))
+        infos = self._in_file_order()
         for info in infos:
             if self._api.ggml_type_name(int(info.type)) in (None, b"NONE"):
                 raise UnsupportedModel(f"ggml {self._backend.library.version} has no type {info.type.name}")
@@ -109,7 +102,26 @@ class Weights:
             self._place_over_file(plain)
         else:
             self._place_in_device(plain)
-        self._bring_in(infos, progress, cancelled)
+
+    def bring_in(self, progress: Progress | None, cancelled: Callable[[], bool] | None) -> None:
+        """Read each tensor's pages, in the order of the file, copy where a copy is due, and let go of pages that no
+        struct lies over.
+
+        progress gets (bytes done, bytes of the shard) many times. Raises ModelUnreadable or LoadCancelled.
+        """
+        infos = self._in_file_order()
+        done, total = 0, sum(info.nbytes for info in infos)
+
+        def on_piece(nbytes: int) -> None:
+            nonlocal done
+            done += nbytes
+            if progress is not None:
+                progress(done, total)
+            if cancelled is not None and cancelled():
+                raise LoadCancelled(f"loading was cancelled after {done} of {total} bytes")
+
+        for info in infos:
+            self._bring_one_in(info, on_piece)
         if not self.mapped_bytes and self.token_table is None:
             self._mappings.close()
 
@@ -232,34 +244,23 @@ class Weights:
                 self._by_name[info.name].plain = self._struct(arena, info)
             self.copied_bytes += self._allocate(arena, "weights").nbytes
 
-    def _bring_in(
-        self, infos: list[TensorInfo], progress: Progress | None, cancelled: Callable[[], bool] | None
-    ) -> None:
-        """Read each tensor's pages, copy where a copy is due, and let go of pages that no struct lies over."""
-        done, total = 0, sum(info.nbytes for info in infos)
+    def _in_file_order(self) -> list[TensorInfo]:
+        return sorted(self._shard.tensors.values(), key=lambda info: (info.file, info.offset))
 
-        def on_piece(nbytes: int) -> None:
-            nonlocal done
-            done += nbytes
-            if progress is not None:
-                progress(done, total)
-            if cancelled is not None and cancelled():
-                raise LoadCancelled(f"loading was cancelled after {done} of {total} bytes")
-
-        for info in infos:
-            weight, mapping = self._by_name[info.name], self._mapping(info)
-            read_in(mapping, info.offset, info.nbytes, on_piece, self._fetch)
-            address = self._address(info)
-            in_place = bool(weight.plain) and self._api.ggml_get_data(weight.plain) == address
-            if weight.panel is not None:
-                weight.panel.pack(address)
-            copies = [weight.packed] if in_place else [weight.packed, weight.plain]
-            for tensor in filter(None, copies):
-                self._api.ggml_backend_tensor_set(tensor, address, 0, info.nbytes)
-            if in_place or (self.token_table is not None and info is self.token_table.info):
-                self._keep(mapping, info)
-            else:
-                mapping.drop(info.offset, info.nbytes)
+    def _bring_one_in(self, info: TensorInfo, on_piece: Callable[[int], None]) -> None:
+        weight, mapping = self._by_name[info.name], self._mapping(info)
+        read_in(mapping, info.offset, info.nbytes, on_piece, self._fetch)
+        address = self._address(info)
+        in_place = bool(weight.plain) and self._api.ggml_get_data(weight.plain) == address
+        if weight.panel is not None:
+            weight.panel.pack(address)
+        copies = [weight.packed] if in_place else [weight.packed, weight.plain]
+        for tensor in filter(None, copies):
+            self._api.ggml_backend_tensor_set(tensor, address, 0, info.nbytes)
+        if in_place or (self.token_table is not None and info is self.token_table.info):
+            self._keep(mapping, info)
+        else:
+            mapping.drop(info.offset, info.nbytes)
 
     def _keep(self, mapping: Mapping, info: TensorInfo) -> None:
         if self._lock:

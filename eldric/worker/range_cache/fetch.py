@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable
 from eldric.engine.errors import LoadCancelled
 from eldric.errors import EldricError, InvalidRequest
 from eldric.v1 import stage_pb2
+from eldric.worker.range_cache.arrivals import Arrivals
 from eldric.worker.range_cache.connection import Connection
 from eldric.worker.range_cache.entry import CachedModel
 from eldric.worker.range_cache.extents import Extent
@@ -40,8 +41,16 @@ NOTE_S, LOOK_S = 1.0, 0.05
 class Fetch:
     """Runs once."""
 
-    def __init__(self, entry: CachedModel, source: stage_pb2.ModelSource, metrics: FetchMetrics) -> None:
+    def __init__(
+        self,
+        entry: CachedModel,
+        source: stage_pb2.ModelSource,
+        metrics: FetchMetrics,
+        arrivals: Arrivals | None = None,
+    ) -> None:
+        """arrivals: told what is there, as soon as it can be read."""
         self._entry, self._source, self._metrics = entry, source, metrics
+        self._arrivals = arrivals or Arrivals()
         self._lock = threading.Lock()
         self._unnoted: dict[int, list[Extent]] = defaultdict(list)  # guarded by the lock
 
@@ -52,6 +61,7 @@ class Fetch:
         NotEnoughSpace.
         """
         pieces = list(pieces)
+        self._arrivals.expect(pieces)
         connections, places = self._connect(tls)
         total_bytes = sum(len(piece.extent) for piece in pieces)
         work = Work(self._source.model, plan_spans(pieces, span_bytes(total_bytes, len(connections))), places)
@@ -149,6 +159,7 @@ class Fetch:
             self._ask_again(work, flight, piece)
             return
         self._entry.write(piece.file, piece.extent.start, data)
+        self._arrivals.came(piece)
         if work.came(flight, piece):
             self._metrics.bytes.labels(flight.place.node_id).inc(len(data))
             with self._lock:

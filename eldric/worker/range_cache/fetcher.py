@@ -12,6 +12,7 @@ from eldric.engine.shard import ByteRange
 from eldric.errors import NotReady
 from eldric.security import Identity
 from eldric.v1 import stage_pb2
+from eldric.worker.range_cache.arrivals import Arrivals
 from eldric.worker.range_cache.cache import RangeCache
 from eldric.worker.range_cache.entry import CachedModel
 from eldric.worker.range_cache.extents import Extent, Extents
@@ -68,15 +69,17 @@ class RangeFetcher:
         ranges: Sequence[ByteRange],
         progress: Progress,
         cancelled: Cancelled,
+        arrivals: Arrivals | None = None,
     ) -> None:
-        """Bring ranges in; what is there already is not fetched. progress gets (bytes done, bytes to fetch).
+        """Bring ranges in; what is there already is not fetched. progress gets (bytes done, bytes to fetch), arrivals
+        what is there as soon as it can be read.
 
         Raises LoadCancelled, Unavailable, NotReady, DataLoss, NotEnoughSpace.
         """
         wanted: dict[int, list[Extent]] = defaultdict(list)
         for part in ranges:
             wanted[part.file].append(Extent(part.offset, part.offset + part.length))
-        self._bring(entry, source, wanted, None, progress, cancelled)
+        self._bring(entry, source, wanted, None, progress, cancelled, arrivals)
 
     def _bring(
         self,
@@ -86,6 +89,7 @@ class RangeFetcher:
         checks: Mapping[int, Sequence[Check]] | None,
         progress: Progress,
         cancelled: Cancelled,
+        arrivals: Arrivals | None = None,
     ) -> None:
         """checks: None: the sums of the blocks, which a data worker is asked for when something is missing."""
         self._cache.claim(entry, wanted)
@@ -101,7 +105,7 @@ class RangeFetcher:
             known = block_checks(source, tls, cancelled) if checks is None else checks
             pieces = plan_pieces(wanted, entry.have(), known)
             began = time.monotonic()
-            Fetch(entry, source, self._metrics).run(pieces, tls, progress, cancelled)
+            Fetch(entry, source, self._metrics, arrivals).run(pieces, tls, progress, cancelled)
             log.info(
                 "event=fetched model=%s bytes=%d seconds=%.2f",
                 *(source.model, sum(len(piece.extent) for piece in pieces), time.monotonic() - began),
