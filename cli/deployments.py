@@ -68,7 +68,7 @@ def deploy(
     ] = 0,
     lanes: Annotated[
         int,
-        option("--lanes", metavar="N", help="Micro-batches in flight. Default: one per stage."),
+        option("--lanes", metavar="N", help="Most micro-batches in flight. Default: one per stage."),
     ] = 0,
     threads: Annotated[
         int,

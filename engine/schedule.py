@@ -4,7 +4,7 @@ Pure: it knows no socket, clock or thread. The head asks `next_action` whenever 
 that came back from the tail with `step_done`.
 
 Sequences in decode are grouped into at most `lanes` steps in flight, so that every stage of a ring of that many
-stages has one to compute. Prompts go in as chunks that end at multiples of `chunk`, back to back: a chunk that makes
+stages has one to compute; into fewer where that turns out to be faster (eldric.engine.lanes). Prompts go in as chunks that end at multiples of `chunk`, back to back: a chunk that makes
 no token is not waited for. A step holds either one chunk of one sequence or one token of each of several sequences,
 so the shapes in which a prompt is computed depend on that prompt alone.
 """
@@ -17,6 +17,7 @@ from enum import Enum
 import numpy as np
 
 from eldric.engine.errors import EngineError
+from eldric.engine.lanes import Lanes
 from eldric.engine.step import Run, Tokens
 
 
@@ -39,7 +40,7 @@ class ScheduleConfig:
     slots: int  # sequences that hold KV rows at once
     context: int  # tokens that a slot holds, prompt and answer together
     chunk: int  # most prompt tokens in one step
-    lanes: int  # decode steps in flight
+    lanes: int  # most decode steps in flight
     decode_rows: int  # most sequences in one decode step
     queue: int  # sequences that may wait for a slot
 
@@ -136,8 +137,10 @@ class Scheduler:
     _chunks_in_flight: int = 0
     _decodes_since_chunk: int = 0
     _step: int = 0
+    _lanes: Lanes = field(init=False)
 
     def __post_init__(self) -> None:
+        self._lanes = Lanes(self.config.lanes, self.config.decode_rows)
         self._free = list(range(self.config.slots - 1, -1, -1))
 
     @property
@@ -194,27 +197,35 @@ class Scheduler:
         self._in_flight.clear()
         self._control.clear()
         self._chunks_in_flight = 0
+        self._lanes.disturbed()
         return ended
 
     def next_action(self) -> Action | None:
         """What stage 0 should do now, or None when it has to wait for a step or a request."""
         if self._control:
             return self._control.popleft()
-        decode = bool(self._ready) and self._decodes_in_flight < self.config.lanes
+        decoding = self._decoding if self._ready else 0
+        lanes = self._lanes.count(decoding) if decoding else 0
+        decode = self._decodes_in_flight < lanes
         prefill = bool(self._prefill) and self._chunks_in_flight < self.config.chunks_in_flight
-        if prefill and not (decode and self._decodes_since_chunk < self.config.lanes):
+        if prefill and not (decode and self._decodes_since_chunk < lanes):
             self._decodes_since_chunk = 0
             return self._chunk_step(self._prefill[0])
         if decode:
             self._decodes_since_chunk += 1
-            return self._decode_step()
+            return self._decode_step(-(-decoding // lanes))
         return None
 
-    def step_done(self, number: int, tokens: Iterable[tuple[int, int]]) -> list[Outcome]:
+    def step_done(self, number: int, tokens: Iterable[tuple[int, int]], now_ns: int) -> list[Outcome]:
         """A step came back from the tail with (slot, token) for each run with logits. Unknown steps are ignored."""
-        step = self._in_flight.pop(number, None)
+        step = self._in_flight.get(number)
         if step is None:
             return []
+        if step.is_chunk or self._chunks_in_flight or self._prefill:
+            self._lanes.disturbed()
+        else:
+            self._lanes.returned(self._decoding, len(step.sequences), now_ns)
+        del self._in_flight[number]
         if step.is_chunk:
             self._chunks_in_flight -= 1
         by_slot = dict(tokens)
@@ -239,6 +250,11 @@ class Scheduler:
     @property
     def _decodes_in_flight(self) -> int:
         return len(self._in_flight) - self._chunks_in_flight
+
+    @property
+    def _decoding(self) -> int:
+        """Sequences that are in decode steps, or could be."""
+        return len(self._ready) + sum(len(step.sequences) for step in self._in_flight.values() if not step.is_chunk)
 
     def _admit(self) -> None:
         while self._waiting and self._free:
@@ -292,9 +308,8 @@ class Scheduler:
         run = Run(sequence.slot, begin, end - begin, last)
         return self._send((run,), sequence.prompt[begin:end], (sequence,))
 
-    def _decode_step(self) -> Step:
-        decoding = len(self._ready) + sum(len(step.sequences) for step in self._in_flight.values() if not step.is_chunk)
-        share = -(-decoding // self.config.lanes)
+    def _decode_step(self, share: int) -> Step:
+        """share: of each lane, in sequences."""
         count = min(len(self._ready), share, self.config.decode_rows)
         group = sorted((self._ready.popleft() for _ in range(count)), key=lambda sequence: sequence.slot)
         runs = tuple(Run(sequence.slot, sequence.position, 1, True) for sequence in group)

@@ -38,6 +38,7 @@ class StageConfig:
     slots: int  # most sequences at once
     chunk: int  # most tokens of a prompt in one run
     lane_slots: int  # most sequences that a decode step computes together
+    lanes: int = 1  # decode steps that share all sequences when each stage has one: what `exact` is decided by
     threads: int = 1
     cpus: tuple[int, ...] | None = None  # pin the computing threads to these
     exact: bool | None = False  # the same bits for a sequence, whatever else is in its step; None: where it is cheap
@@ -122,6 +123,7 @@ class Stage:
             slots=config.slots,
             chunk=config.chunk,
             decode_rows=min(config.lane_slots, config.slots),
+            lanes=config.lanes,
             threads=config.threads,
             cpus=config.cpus,
             device=config.device,
@@ -148,6 +150,11 @@ class Stage:
     def compute_ns(self) -> int:
         """Nanoseconds inside of ggml, in all steps so far: the rest of a step's time is Python's."""
         return self._model.compute_ns
+
+    @property
+    def lane_slots(self) -> int:
+        """Most sequences that a decode step computes together; one with more is computed in parts."""
+        return self._lane
 
     @property
     def exact(self) -> bool:

@@ -130,7 +130,9 @@ class StageOptions(_message.Message):
     chunk: _builtins.int
     """Largest number of prompt tokens in one step. Default 64. At most 4096."""
     lanes: _builtins.int
-    """Micro-batches in flight. Default: the number of stages."""
+    """Most micro-batches in flight. Default: the number of stages. The head takes fewer, with more sequences in each,
+    where it finds that faster.
+    """
     threads: _builtins.int
     """Compute threads of each stage. Default: the worker's own setting."""
     exact: _builtins.bool

@@ -151,7 +151,7 @@ class HeadThread(ComputeThread):
         now = time.perf_counter_ns()
         step = self._entered.pop(number, None)
         sampled = {token.slot: token for token in answer.tokens}
-        outcomes = self._scheduler.step_done(number, [(slot, token.token) for slot, token in sampled.items()])
+        outcomes = self._scheduler.step_done(number, [(slot, token.token) for slot, token in sampled.items()], now)
         news: News = []
         for outcome in outcomes:
             generation = self._generations[outcome.sequence.id]

@@ -245,7 +245,8 @@ class StageLoader:
             context=options.context,
             slots=options.slots,
             chunk=options.chunk,
-            lane_slots=-(-options.slots // options.lanes),
+            lane_slots=options.slots,
+            lanes=options.lanes,
             threads=options.threads,
             cpus=self._config.cpus,
             exact=options.exact if options.HasField("exact") else None,
@@ -298,7 +299,7 @@ class StageLoader:
             context=options.context,
             chunk=options.chunk,
             lanes=options.lanes,
-            decode_rows=options.slots,
+            decode_rows=stage.lane_slots,
             queue=self._config.queue,
         )
 

@@ -41,13 +41,14 @@ class ModelOptions:
     slots: int
     chunk: int
     decode_rows: int  # most rows of one decode
+    lanes: int  # decodes that share the slots when each stage has one to compute
     threads: int
     cpus: tuple[int, ...] | None
     device: str
     weights: WeightsMode
     kv_type: TensorType
     pack_budget_bytes: int | None
-    exact: bool | None  # None: if steps of decode_rows need not be divided for it
+    exact: bool | None  # None: if no decode need be divided for it while they share the slots
     lock: bool
 
 
@@ -177,7 +178,8 @@ class GgmlModel:
         """KV cache, ports and scratch: nothing is allocated in a step later on, graphs of new shapes aside."""
         decode = options.decode_rows
         # Where the bound is lower, a step is computed in parts, each of which reads all weights again.
-        self.exact = self._exact_rows.most >= decode if options.exact is None else options.exact
+        shared = min(decode, -(-options.slots // options.lanes))
+        self.exact = self._exact_rows.most >= shared if options.exact is None else options.exact
         if self.exact:
             decode = min(decode, self._exact_rows.most)
             self._padded_decode = [max(rows, self._exact_rows.least) for rows in range(decode + 1)]
