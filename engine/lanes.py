@@ -19,7 +19,7 @@ WORTHWHILE = 0.97
 
 @dataclass(slots=True)
 class _Choice:
-    """For one number of sequences. `best` is the candidate of the last verdict, `current` the one in use or on trial."""
+    """For one number of sequences. best: the candidate of the last verdict. current: the one in use, or on trial."""
 
     candidates: tuple[int, ...]
     best: int

@@ -157,6 +157,11 @@ class Stage:
         return self._lane
 
     @property
+    def cuts_freely(self) -> bool:
+        """Whether a prompt gets the same bits in chunks of any length, here and in the model's other stages."""
+        return self._model.cuts_freely
+
+    @property
     def exact(self) -> bool:
         """Whether a sequence gets the same bits whatever else is in its step: as configured, or decided at the load."""
         return self._model.exact

@@ -280,7 +280,7 @@ class StageLoader:
             if request.index == 0:
                 limit = options.slots + self._config.queue
                 head = Head(request.name, plan.spec.vocab_size, options.context, limit, self._metrics)
-                scheduler = Scheduler(self._schedule_config(options, stage))
+                scheduler = Scheduler(self._schedule_config(plan, stage))
                 thread = HeadThread(stage, transport, place, changed, scheduler, head.deliver, head.trace)
                 head.attach(thread.post)
             else:
@@ -293,7 +293,8 @@ class StageLoader:
         stamps = plan.opened.stamps if stage.memory.mapped else ()
         return LoadedStage(thread, head, rewired.wiring, memory, release, mounted, problem, stamps)
 
-    def _schedule_config(self, options: common_pb2.StageOptions, stage: Stage) -> ScheduleConfig:
+    def _schedule_config(self, plan: LoadPlan, stage: Stage) -> ScheduleConfig:
+        options = plan.options
         return ScheduleConfig(
             slots=options.slots,
             context=options.context,
@@ -301,6 +302,8 @@ class StageLoader:
             lanes=options.lanes,
             decode_rows=stage.lane_slots,
             queue=self._config.queue,
+            stages=plan.request.stage_count,
+            cuts_freely=stage.cuts_freely,
         )
 
 

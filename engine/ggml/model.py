@@ -17,12 +17,13 @@ from eldric.engine.ggml.graph_cache import GraphCache
 from eldric.engine.ggml.kv import KVCache
 from eldric.engine.ggml.library import Library
 from eldric.engine.ggml.mapping import Fetch
-from eldric.engine.ggml.policy import RowRange, decode_rows, exact_rows
+from eldric.engine.ggml.policy import PANELS, RowRange, decode_rows, exact_rows
 from eldric.engine.ggml.ports import Ports
 from eldric.engine.ggml.weights import Progress, Weights, WeightsMode
 from eldric.engine.gguf import ModelFile
 from eldric.engine.kernels.attending import Attention
-from eldric.engine.shard import Shard
+from eldric.engine.kernels.panels import panel_bytes
+from eldric.engine.shard import LayerRange, Shard, shard_of
 from eldric.engine.spec import ModelSpec
 from eldric.engine.step import Hidden, Run, Tokens
 from eldric.engine.tensor_types import TensorType
@@ -84,6 +85,8 @@ class GgmlModel:
             self._token_table = self._weights.token_table
             self._likeliest: NDArray[np.int32] | None = None
             self._take_memory(spec, shard, options, resources)
+            self.cuts_freely = self._attention is not None and all(layout == PANELS for _, layout in self._matrices)
+            self.cuts_freely = self.cuts_freely and _can_all_be_panels(model, spec)
             # All memory is taken by now: what does not fit is known before anything was read.
             self._weights.bring_in(progress, cancelled)
             self._resources = resources.pop_all()
@@ -257,6 +260,12 @@ class GgmlModel:
         if result is not None:
             self._ports.download(len(result))
         return result
+
+
+def _can_all_be_panels(model: ModelFile, spec: ModelSpec) -> bool:
+    """Whether the engine's own kernels can take every matrix of a model."""
+    whole = shard_of(model, spec, LayerRange(0, spec.layers))
+    return all(panel_bytes(whole.tensors[name]) is not None for name in _matrices(spec, whole))
 
 
 def _matrices(spec: ModelSpec, shard: Shard) -> frozenset[str]:

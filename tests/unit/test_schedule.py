@@ -65,6 +65,25 @@ def test_chunks_end_at_multiples_of_the_chunk_and_only_the_last_wants_logits() -
     ]
 
 
+@pytest.mark.parametrize(
+    ("prompt", "stages", "chunk"),
+    [(1000, 2, 64), (200, 2, 32), (50, 2, 16), (5, 6, 16), (1000, 6, 32), (5000, 6, 64), (50, 1, 64)],
+)
+def test_a_short_prompt_is_cut_into_short_chunks_so_that_several_stages_have_some(
+    prompt: int, stages: int, chunk: int
+) -> None:
+    config = ScheduleConfig(4, 8192, 64, lanes=stages, decode_rows=4, queue=2, stages=stages, cuts_freely=True)
+    scheduler = Scheduler(config)
+    scheduler.submit(sequence("a", prompt, tokens=1))
+    counts = [run.count for step in finish(scheduler) for run in step.runs]
+    assert counts == [chunk] * (prompt // chunk) + [prompt % chunk] * (prompt % chunk > 0)
+
+
+def test_chunks_are_never_longer_than_they_may_be() -> None:
+    config = ScheduleConfig(4, 8192, 10, lanes=2, decode_rows=4, queue=2, stages=2, cuts_freely=True)
+    assert {config.chunk_of(prompt) for prompt in range(1, 8192, 7)} == {10}
+
+
 def test_chunks_of_one_prompt_enter_without_waiting_for_each_other() -> None:
     scheduler = Scheduler(CONFIG)
     scheduler.submit(sequence("a", 60))
