@@ -76,6 +76,10 @@ def _stage_times(
     return StageTimes(queue, wire, python, (stage.computed_ns - stage.began_ns) / 1e3)
 
 
+#: A viewer takes 0 for a processor's idle thread and a process's own number for its main thread.
+_PIPELINE, _FIRST_STAGE = 1, 2
+
+
 def trace_events(steps: Sequence[stage_pb2.StepTrace]) -> list[dict[str, Any]]:
     """Trace event format: https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU"""
     events: list[dict[str, Any]] = []
@@ -95,16 +99,17 @@ def trace_events(steps: Sequence[stage_pb2.StepTrace]) -> list[dict[str, Any]]:
                         "ph": "X",
                         "ts": begin / 1e3,
                         "dur": (end - begin) / 1e3,
-                        "pid": 1,
-                        "tid": stage.stage,
+                        "pid": _PIPELINE,
+                        "tid": _FIRST_STAGE + stage.stage,
                         "args": {"step": step.step, "rows": step.rows},
                     }
                 )
     stages = sorted({stage.stage for step in steps for stage in step.stages})
-    events += [
-        {"name": "thread_name", "ph": "M", "pid": 1, "tid": stage, "args": {"name": f"stage {stage}"}}
-        for stage in stages
-    ]
+    events.append({"name": "process_name", "ph": "M", "pid": _PIPELINE, "args": {"name": "pipeline"}})
+    for stage in stages:
+        place = {"ph": "M", "pid": _PIPELINE, "tid": _FIRST_STAGE + stage}
+        events.append({"name": "thread_name", **place, "args": {"name": f"stage {stage}"}})
+        events.append({"name": "thread_sort_index", **place, "args": {"sort_index": stage}})
     return events
 
 

@@ -23,8 +23,8 @@ from eldric.engine.errors import EngineError
 from eldric.engine.lanes import Lanes
 from eldric.engine.step import Run, Tokens
 
-#: What a step takes besides its rows, in rows: 4 to 7 were measured, with weights of 4 to 6 bits.
-_FIXED_ROWS = 6
+#: What a step takes besides its rows, in rows: 3 to 7, as measured with weights of 4 to 6 bits.
+_FIXED_ROWS = 4
 #: Rows that are multiplied at once: a chunk is a multiple of them.
 _TILE_ROWS = 16
 
