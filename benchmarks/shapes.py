@@ -91,6 +91,8 @@ QUANTS = {
     "q5_k": Quant(gguf.LlamaFileType.MOSTLY_Q5_K_S, Kind.Q5_K, Kind.Q6_K),
     "q4_k_m": Quant(gguf.LlamaFileType.MOSTLY_Q4_K_M, Kind.Q4_K, Kind.Q6_K, Kind.Q6_K),
     "q6_k": Quant(gguf.LlamaFileType.MOSTLY_Q6_K, Kind.Q6_K, Kind.Q6_K),
+    "iq4_nl": Quant(gguf.LlamaFileType.MOSTLY_IQ4_NL, Kind.IQ4_NL, Kind.Q6_K),
+    "iq4_xs": Quant(gguf.LlamaFileType.MOSTLY_IQ4_XS, Kind.IQ4_XS, Kind.Q6_K),
 }
 
 
@@ -341,6 +343,11 @@ def _q6_k(blocks: Bytes, std: float, rng: np.random.Generator) -> None:
     _halves(blocks, 208, std / (73.9 * 18.5))
 
 
+def _iq4_xs(blocks: Bytes, std: float, rng: np.random.Generator) -> None:
+    """IQ4_XS: value = d * (s - 32) * v, 6-bit s (root mean square 18.5), v of a table (69.5); d begins the block."""
+    _halves(blocks, 0, std / (18.5 * 69.5))
+
+
 _SCALES: dict[Kind, Callable[[Bytes, float, np.random.Generator], None]] = {
     Kind.Q4_0: _signed(16),
     Kind.Q5_0: _signed(32),
@@ -352,6 +359,8 @@ _SCALES: dict[Kind, Callable[[Bytes, float, np.random.Generator], None]] = {
     Kind.Q4_K: _k_minimum(16),
     Kind.Q5_K: _k_minimum(32),
     Kind.Q6_K: _q6_k,
+    Kind.IQ4_NL: _signed(240),
+    Kind.IQ4_XS: _iq4_xs,
 }
 
 

@@ -27,7 +27,7 @@ from eldric.engine.kernels.code import (
     constant,
     vector,
 )
-from eldric.engine.kernels.formats import UNIT, Format, Part
+from eldric.engine.kernels.format import UNIT, Format, Part
 from eldric.engine.kernels.isa import Isa
 
 PASS_ROWS = 64  # so many rows are in scratch memory at once

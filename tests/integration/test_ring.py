@@ -46,7 +46,7 @@ async def test_any_number_of_stages_gives_the_references_tokens(stages: int) -> 
             assert answer == expected, f"prompt of {length} tokens"
 
 
-@pytest.mark.parametrize("quant", QUANTS)
+@pytest.mark.parametrize("quant", [*QUANTS, "q2_k", "q3_k", "q5_1", "iq4_xs"])
 async def test_every_weight_type_gives_the_same_tokens_for_every_split(quant: str, tmp_path: Path) -> None:
     path = write_model(tmp_path / "tiny.gguf", SHAPES["tiny"], quant)
     prompts = [prompt_of(length, 500) for length in (1, 64, 130, 250)]

@@ -49,6 +49,7 @@ def greedy_together(chain: Chain, count: int) -> list[Logits]:
 
 
 LAYOUTS = [*itertools.product(("q4_k_m", "q4_0", "q8_0", "f16"), ("auto", "mapped"), (1,)), ("q4_k_m", "repacked", 1)]
+LAYOUTS += [(quant, "auto", 1) for quant in ("q2_k", "q3_k", "iq4_xs")]
 
 
 @pytest.mark.parametrize(("quant", "weights", "threads"), [*LAYOUTS, ("q4_0", "auto", 2), ("f16", "auto", 2)])

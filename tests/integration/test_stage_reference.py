@@ -22,7 +22,7 @@ from tests.stages import Chain, random_prompt
 SMALL = Shape(layers=3, hidden=256, heads=8, kv_heads=2, ffn=512, vocab=512, context=1024)
 TYPES = (
     *("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1"),
-    *("q2_k", "q3_k", "q4_k_m", "q5_k", "q6_k"),
+    *("q2_k", "q3_k", "q4_k_m", "q5_k", "q6_k", "iq4_nl", "iq4_xs"),
 )
 OPTIONS: dict[str, dict[str, Any]] = {
     "linear": {"rope_linear_factor": 4.0},

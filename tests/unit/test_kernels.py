@@ -32,6 +32,9 @@ COLUMNS, ROWS = 512, 48
 KINDS = sorted(FORMATS)
 _HALVES = {
     TensorType.Q4_1: (0, 2),
+    TensorType.Q5_1: (0, 2),
+    TensorType.Q2_K: (80, 82),
+    TensorType.Q3_K: (108,),
     TensorType.Q4_K: (0, 2),
     TensorType.Q5_K: (0, 2),
     TensorType.Q6_K: (208,),
