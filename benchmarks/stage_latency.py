@@ -104,12 +104,11 @@ def trace_events(steps: Sequence[stage_pb2.StepTrace]) -> list[dict[str, Any]]:
                         "args": {"step": step.step, "rows": step.rows},
                     }
                 )
-    stages = sorted({stage.stage for step in steps for stage in step.stages})
     events.append({"name": "process_name", "ph": "M", "pid": _PIPELINE, "args": {"name": "pipeline"}})
-    for stage in stages:
-        place = {"ph": "M", "pid": _PIPELINE, "tid": _FIRST_STAGE + stage}
-        events.append({"name": "thread_name", **place, "args": {"name": f"stage {stage}"}})
-        events.append({"name": "thread_sort_index", **place, "args": {"sort_index": stage}})
+    for number in sorted({stage.stage for step in steps for stage in step.stages}):
+        place = {"ph": "M", "pid": _PIPELINE, "tid": _FIRST_STAGE + number}
+        events.append({"name": "thread_name", **place, "args": {"name": f"stage {number}"}})
+        events.append({"name": "thread_sort_index", **place, "args": {"sort_index": number}})
     return events
 
 

@@ -22,7 +22,8 @@ from llvmlite import __version__ as compiler_version
 from llvmlite import binding
 
 from eldric.engine.kernels.attention import write_module as write_attention
-from eldric.engine.kernels.formats import FORMATS, Format
+from eldric.engine.kernels.format import Format
+from eldric.engine.kernels.formats import FORMATS
 from eldric.engine.kernels.isa import Isa, host_features, isa_of
 from eldric.engine.kernels.largest import write_module as write_largest
 from eldric.engine.kernels.product import write_module as write_product
