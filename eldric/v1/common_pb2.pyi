@@ -137,7 +137,8 @@ class StageOptions(_message.Message):
     """Compute threads of each stage. Default: the worker's own setting."""
     exact: _builtins.bool
     """Whether a sequence's tokens must not depend on its batch, its lane or the split. Default: in each stage
-    where it costs little, that is where no step has to be computed in parts for it. In a stage's status: whether it is so.
+    where it costs little, that is where no step has to be computed in parts, or with more rows, for it. In a
+    stage's status: whether it is so.
     """
     weights: _builtins.str
     """"auto" (default: per tensor type, by measurement), "mapped" (no private copy) or "repacked"."""

@@ -49,7 +49,7 @@ class ModelOptions:
     weights: WeightsMode
     kv_type: TensorType
     pack_budget_bytes: int | None
-    exact: bool | None  # None: if no decode need be divided for it while they share the slots
+    exact: bool | None  # None: if no decode need be padded for it, or divided while they share the slots
     lock: bool
 
 
@@ -182,7 +182,8 @@ class GgmlModel:
         decode = options.decode_rows
         # Where the bound is lower, a step is computed in parts, each of which reads all weights again.
         shared = min(decode, -(-options.slots // options.lanes))
-        self.exact = self._exact_rows.most >= shared if options.exact is None else options.exact
+        is_cheap = self._exact_rows.least == 1 and self._exact_rows.most >= shared
+        self.exact = is_cheap if options.exact is None else options.exact
         if self.exact:
             decode = min(decode, self._exact_rows.most)
             self._padded_decode = [max(rows, self._exact_rows.least) for rows in range(decode + 1)]

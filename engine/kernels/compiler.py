@@ -22,10 +22,10 @@ from llvmlite import __version__ as compiler_version
 from llvmlite import binding
 
 from eldric.engine.kernels.attention import write_module as write_attention
-from eldric.engine.kernels.format import Format
 from eldric.engine.kernels.formats import FORMATS
 from eldric.engine.kernels.isa import Isa, host_features, isa_of
 from eldric.engine.kernels.largest import write_module as write_largest
+from eldric.engine.kernels.layout import Layout
 from eldric.engine.kernels.product import write_module as write_product
 from eldric.engine.tensor_types import TensorType
 
@@ -45,7 +45,7 @@ _engines: dict[tuple[str, Isa], binding.ExecutionEngine] = {}  # they own the ma
 class Kernels:
     """A format's compiled functions, as addresses. They stay for the life of the process."""
 
-    layout: Format
+    layout: Layout
     pack: int
     product: int
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from eldric.engine.kernels.compiler import Kernels, kernels_for
 from eldric.engine.kernels.memory import private_memory
-from eldric.engine.kernels.product import PASS_ROWS, TASK, Task, row_bytes
+from eldric.engine.kernels.product import PASS_ROWS, TASK, Task
 from eldric.engine.tensors import TensorInfo
 
 _ALIGNMENT = 64
@@ -30,7 +30,7 @@ class Panel:
         self._kernels = kernels
         self._row_bytes = info.type.row_bytes(columns)
         self._blocks = columns // kernels.layout.block
-        self.scratch_row_bytes = self._blocks * row_bytes(kernels.layout)
+        self.scratch_row_bytes = self._blocks * kernels.layout.tile_row_bytes
         self._task = (ctypes.c_int64 * len(Task._fields))()
         self.product = kernels.product
         self.task = ctypes.addressof(self._task)

@@ -111,6 +111,17 @@ def test_exact_mode_is_left_out_where_steps_would_have_to_be_divided(
         assert chain.stages[0].exact is exact
 
 
+@pytest.mark.parametrize(("weights", "exact"), [("auto", True), ("mapped", False)])
+def test_exact_mode_is_left_out_where_a_single_row_would_have_to_be_padded(
+    tmp_path: Path, weights: str, exact: bool
+) -> None:
+    if weights == "auto" and largest_kernel() is None:
+        pytest.skip("no kernels of the engine's own for this processor")
+    path = write_model(tmp_path / "model.gguf", SHAPE, "f16")
+    with Chain(path, exact=None, weights=weights) as chain:
+        assert chain.stages[0].exact is exact
+
+
 def test_default_mode_is_not_exact_for_mapped_k_quants(tmp_path: Path) -> None:
     """The comparison above can fail: outside of exact mode, other kernels give other bits."""
     path = write_model(tmp_path / "model.gguf", SHAPE, "q4_k_m")

@@ -60,12 +60,17 @@ def info(kind: TensorType, rows: int) -> TensorInfo:
 
 @dataclass
 class Matrix:
-    """Random blocks of a type, with scales of the size that weights have."""
+    """Random blocks of a type, with scales of the size that weights have; or random numbers."""
 
     kind: TensorType
 
     def __post_init__(self) -> None:
         draw = np.random.default_rng(int(self.kind))
+        self.info = info(self.kind, ROWS)
+        if self.kind is TensorType.F16:
+            halves = draw.uniform(-0.1, 0.1, (ROWS, COLUMNS)).astype(np.float16)
+            self.raw, self.values = halves.view(np.uint8), halves.astype(np.float64)
+            return
         blocks = COLUMNS // self.kind.block_size
         raw = draw.integers(0, 256, (ROWS, blocks, self.kind.type_bytes), dtype=np.uint8)
         for offset in _HALVES.get(self.kind, (0,)):
@@ -73,7 +78,6 @@ class Matrix:
             raw[:, :, offset : offset + 2] = scales.view(np.uint8)
         self.raw = raw.reshape(ROWS, -1)
         self.values = quants.dequantize(self.raw, GGMLQuantizationType[self.kind.name]).astype(np.float64)
-        self.info = info(self.kind, ROWS)
 
 
 def multiply(matrix: Matrix, vectors: Floats, threads: int = 1, rows: int = PASS_ROWS) -> Floats:
@@ -120,7 +124,8 @@ def in_bytes(vectors: Floats, block: int) -> NDArray[np.float64]:
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 def test_products_are_those_of_the_dequantized_matrix(kind: TensorType) -> None:
     matrix, vectors = Matrix(kind), activations(5)
-    expected = in_bytes(vectors, kind.block_size) @ matrix.values.T
+    seen = vectors.astype(np.float64) if kind is TensorType.F16 else in_bytes(vectors, kind.block_size)
+    expected = seen @ matrix.values.T
     np.testing.assert_allclose(multiply(matrix, vectors), expected, rtol=0, atol=2e-6 * np.abs(expected).max())
 
 
@@ -208,7 +213,7 @@ def test_strides_of_a_view_are_heeded() -> None:
 def test_matrices_that_fill_no_panel_or_have_no_kernels_are_left_alone() -> None:
     assert panel_bytes(Matrix(TensorType.Q4_0).info)
     assert panel_bytes(info(TensorType.Q4_0, ROWS + 1)) is None
-    assert panel_bytes(info(TensorType.F16, ROWS)) is None
+    assert panel_bytes(info(TensorType.BF16, ROWS)) is None
 
 
 def test_extension_follows_from_the_features() -> None:
