@@ -3,7 +3,6 @@
 import struct
 import time
 from collections import deque
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from eldric.transport.frame import MAX_HEADER_BYTES
 from eldric.transport.mailbox import CORRUPT, END, FRAME, HELLO, NOTHING, Arrival, Mailbox
 from eldric.transport.opening import Wire
 from eldric.transport.spin import give_way
-from eldric.transport.ucx_worker import PREFIX, Endpoint, Worker, libucxx, payload_begin
+from eldric.transport.ucx_worker import PREFIX, SMALL_BYTES, Array, Endpoint, Worker, libucxx, payload_begin
 
 #: What a sender says of itself at the door: the tag of its link, and behind it its worker's address.
 TAG = struct.Struct("<Q")
@@ -23,21 +22,36 @@ GRANT = 5  # kind of a message that goes from receiver to sender, after those of
 _SPARE_MESSAGES = 16  # hellos, beside the frames of a window
 _LAST_S = 0.02  # for what a peer that is gone had sent to come out of the kernel
 _KINDS = frozenset({FRAME, HELLO, END, CORRUPT})
+_NO_PREFIX = b"\xff" * PREFIX.size  # of no kind, and with a header that is too long
 
 
-@dataclass(slots=True, eq=False)
 class _Inlet:
     """One inbound wire, the message of it that is being received, and what waits to be taken."""
 
-    wire: Wire
-    tag: Any
-    back: Endpoint
-    memory: "np.ndarray[Any, Any]" = field(default_factory=lambda: np.empty(0, np.uint8))
-    request: Any = None
-    arrived: int = 0  # messages and their bytes; counted by whoever holds the worker's lock
-    arrived_bytes: int = 0
-    taken: int = 0  # by the transport's thread
-    taken_bytes: int = 0
+    __slots__ = (
+        "array",
+        "arrived",
+        "arrived_bytes",
+        "back",
+        "begun",
+        "request",
+        "rest",
+        "taken",
+        "taken_bytes",
+        "view",
+        "wire",
+    )
+
+    def __init__(self, wire: Wire, back: Endpoint) -> None:
+        self.wire, self.back = wire, back
+        memory = np.zeros(SMALL_BYTES, np.uint8)  # for every message; what is shorter leaves older bytes of its sender
+        self.array, self.view = Array(memory), memoryview(memory.data)
+        self.view[: PREFIX.size] = _NO_PREFIX
+        self.request: Any = None  # that receives a message into it
+        self.begun: tuple[int, bytes, int] | None = None  # kind, header, payload's length: the payload is to follow
+        self.rest: tuple[Any, np.ndarray[Any, Any]] | None = None  # the request that receives the payload, and to where
+        self.arrived = self.arrived_bytes = 0  # messages and their payloads; counted by whoever holds the worker's lock
+        self.taken = self.taken_bytes = 0  # by the transport's thread
 
 
 class UcxMailbox(Mailbox):
@@ -73,7 +87,7 @@ class UcxMailbox(Mailbox):
         except (libucxx.UCXError, ValueError, RuntimeError) as error:
             raise CorruptFrame(f"no way back to the UCX worker of the link: {error}") from error
         with self.worker.lock:
-            self._inlets[wire] = _Inlet(wire, back.tag, back)
+            self._inlets[wire] = _Inlet(wire, back)
 
     def remove(self, wire: Wire) -> None:
         with self.worker.lock:
@@ -115,11 +129,15 @@ class UcxMailbox(Mailbox):
         self._arrived.clear()
         self.worker.close()
 
-    def _collect(self) -> None:
+    def _collect(self, everything: bool) -> bool:
         """Called by the worker, which holds its lock."""
+        found = False
         for inlet in self._inlets.values():
-            while self._has_room(inlet) and self._advance(inlet):
-                pass
+            while self._advance(inlet):
+                found = True
+                if not everything:
+                    return True
+        return found
 
     def _has_room(self, inlet: _Inlet) -> bool:
         waiting, waiting_bytes = inlet.arrived - inlet.taken, inlet.arrived_bytes - inlet.taken_bytes
@@ -127,19 +145,48 @@ class UcxMailbox(Mailbox):
 
     def _advance(self, inlet: _Inlet) -> bool:
         """Whether a message came whole, so that there may be another."""
-        if inlet.request is None:
-            size = self.worker.probe(inlet.tag)
+        if inlet.begun is not None:
+            return self._advance_rest(inlet, *inlet.begun)
+        request = inlet.request
+        if request is None:
+            if not self._has_room(inlet):
+                return False
+            inlet.request = request = self.worker.receive(inlet.array, inlet.back.tag)
+        if not request.completed:
+            return False
+        inlet.request = None
+        view = inlet.view
+        kind, header_bytes, payload_bytes = PREFIX.unpack_from(view)
+        view[: PREFIX.size] = _NO_PREFIX
+        if request.status or kind not in _KINDS or header_bytes > MAX_HEADER_BYTES or payload_bytes > self._max_bytes:
+            return self._arrive(inlet, CORRUPT, b"", NOTHING)
+        begin = payload_begin(header_bytes)
+        end = begin + payload_bytes
+        header = view[PREFIX.size : PREFIX.size + header_bytes].tobytes()
+        if end <= SMALL_BYTES:
+            return self._arrive(inlet, kind, header, memoryview(view[begin:end].tobytes()))
+        inlet.begun = kind, header, payload_bytes
+        return self._advance_rest(inlet, kind, header, payload_bytes)
+
+    def _advance_rest(self, inlet: _Inlet, kind: int, header: bytes, payload_bytes: int) -> bool:
+        if inlet.rest is None:
+            size = self.worker.probe(inlet.back.rest_tag)
             if size is None:
                 return False
-            inlet.memory = np.empty(size if size <= self._max_bytes else 1, np.uint8)  # UCX cuts off the rest
-            inlet.request = self.worker.receive(inlet.memory, inlet.tag)
-        if not inlet.request.completed:
+            memory = np.empty(size if size <= self._max_bytes else 1, np.uint8)  # UCX cuts off the rest
+            inlet.rest = self.worker.receive(Array(memory), inlet.back.rest_tag), memory
+        request, memory = inlet.rest
+        if not request.completed:
             return False
-        inlet.request, memory = None, inlet.memory
-        arrival = _arrival(inlet.wire, memory.data.toreadonly())
+        inlet.begun = inlet.rest = None
+        if memory.nbytes != payload_bytes:
+            return self._arrive(inlet, CORRUPT, b"", NOTHING)
+        return self._arrive(inlet, kind, header, memory.data.toreadonly())
+
+    def _arrive(self, inlet: _Inlet, kind: int, header: bytes, payload: memoryview) -> bool:
         inlet.arrived += 1
-        inlet.arrived_bytes += arrival[3].nbytes
-        self._arrived.append(arrival)
+        inlet.arrived_bytes += payload.nbytes
+        self._arrived.append((kind, inlet.wire, header, payload))
         return True
 
     def _take(self) -> Arrival:
@@ -153,14 +200,6 @@ class UcxMailbox(Mailbox):
     def _let_go(self, inlet: _Inlet) -> None:
         """With the worker's lock held. What is being received may still be written to."""
         if inlet.request is not None:
-            self.worker.leave([(inlet.request, inlet.memory)])
-
-
-def _arrival(wire: Wire, message: memoryview) -> Arrival:
-    if message.nbytes >= PREFIX.size:
-        kind, header_bytes, payload_bytes = PREFIX.unpack_from(message)
-        begin = payload_begin(header_bytes)
-        if kind in _KINDS and begin + payload_bytes == message.nbytes:
-            header = message[PREFIX.size : PREFIX.size + header_bytes].tobytes()
-            return kind, wire, header, message[begin:]
-    return CORRUPT, wire, b"", NOTHING
+            self.worker.recall((inlet.request, inlet.array), inlet.back.tag)
+        if inlet.rest is not None:
+            self.worker.leave([inlet.rest])

@@ -2,7 +2,8 @@
 
 A UCX worker does nothing but when it is called. Who waits for frames calls it; while the stage computes, the pump does.
 Layout of a message: its kind (1 byte), 3 unused, length of the header (4 bytes, little-endian), length of the payload
-(8 bytes); the header; at the next multiple of 64 the payload.
+(8 bytes); the header; at the next multiple of 64 the payload. Where that takes more than SMALL_BYTES, the payload
+follows as a message of its own under another tag, so that whoever receives can have a buffer ready for what comes next.
 """
 
 import math
@@ -30,6 +31,7 @@ except ImportError as error:
 
 PREFIX = struct.Struct("<B3xIQ")
 _ALIGNMENT = 64
+SMALL_BYTES = 64 * 1024  # longest message that carries its payload
 #: Up to here a message goes at once. Larger ones wait until the receiver asks for them, which costs a round trip more,
 #: and the receiver's time; UCX by itself makes those of 16 KiB wait.
 _EAGER_BYTES = 256 * 1024
@@ -65,7 +67,7 @@ class Endpoint:
     """A way to another worker. What has been sent by it and is not gone yet, and what comes back by it."""
 
     def __init__(self, handle: Any, tag: int) -> None:
-        self.handle, self.tag = handle, libucxx.UCXXTag(tag)
+        self.handle, self.tag, self.rest_tag = handle, libucxx.UCXXTag(tag), libucxx.UCXXTag(tag ^ 1)
         self.sends: deque[tuple[Any, Outgoing]] = deque()
         self.incoming: Request | None = None
 
@@ -83,8 +85,9 @@ class Endpoint:
 class Worker:
     """`lock` is held by every method that touches UCX; `ring` needs none."""
 
-    def __init__(self, collect: Callable[[], None]) -> None:
-        """collect: takes what has come off the worker; called with the lock held."""
+    def __init__(self, collect: Callable[[bool], bool]) -> None:
+        """collect: takes one message, or all that have come, off the worker, and tells whether there was any. Called
+        with the lock held."""
         context = libucxx.UCXContext(
             {"RNDV_THRESH": str(_EAGER_BYTES)}, feature_flags=(libucxx.Feature.TAG, libucxx.Feature.WAKEUP)
         )
@@ -94,6 +97,7 @@ class Worker:
         self.lock = threading.Lock()
         self._collect = collect
         self._endpoints: list[Endpoint] = []
+        self._own: Any = None  # a way to this very worker
         self._left: list[Request] = []  # that nobody waits for
         self._retiring: list[tuple[Endpoint, float, Callable[[], None]]] = []
         self._free: dict[int, list[Outgoing]] = {}
@@ -125,17 +129,23 @@ class Worker:
 
     def send(self, endpoint: Endpoint, kind: int, header: bytes, payload: memoryview) -> None:
         """Copy a message and send it. Never waits for the peer."""
-        begin = payload_begin(len(header))
-        size = begin + payload.nbytes
+        header_bytes, payload_bytes = len(header), payload.nbytes
+        begin = payload_begin(header_bytes)
+        size = begin + payload_bytes
+        if payload_bytes and (payload.format != "B" or payload.ndim != 1):
+            payload = payload.cast("B")
         with self.lock:
-            buffer = self._buffer(size)
+            buffer = self._buffer(size if size <= SMALL_BYTES else begin)
             view = buffer.view
-            PREFIX.pack_into(view, 0, kind, len(header), payload.nbytes)
-            view[PREFIX.size : PREFIX.size + len(header)] = header
-            if payload.nbytes:
-                view[begin:size] = payload if payload.format == "B" and payload.ndim == 1 else payload.cast("B")
-            request = endpoint.handle.tag_send(buffer.array, endpoint.tag)
-            endpoint.sends.append((request, buffer))
+            PREFIX.pack_into(view, 0, kind, header_bytes, payload_bytes)
+            view[PREFIX.size : PREFIX.size + header_bytes] = header
+            if payload_bytes and size <= SMALL_BYTES:
+                view[begin:] = payload
+            endpoint.sends.append((endpoint.handle.tag_send(buffer.array, endpoint.tag), buffer))
+            if size > SMALL_BYTES:
+                buffer = self._buffer(payload_bytes)
+                buffer.view[:] = payload
+                endpoint.sends.append((endpoint.handle.tag_send(buffer.array, endpoint.rest_tag), buffer))
             self._worker.progress()
             self._settle(endpoint)
         if endpoint.sends:
@@ -144,7 +154,10 @@ class Worker:
     def move(self) -> None:
         """Take what has come, send on what has not gone. With the lock held."""
         self._worker.progress()
-        self._collect()
+        self._collect(True)
+        self._tidy()
+
+    def _tidy(self) -> None:
         for endpoint in self._endpoints:
             if endpoint.sends:
                 self._settle(endpoint)
@@ -152,10 +165,12 @@ class Worker:
             self._let_go(time.monotonic())
 
     def attend(self) -> None:
-        """As `move`, for the thread that waits for frames."""
+        """As `move`, for the thread that waits for frames: one at a time, and no more than that while there is one."""
         self._attended = time.monotonic()
         with self.lock:
-            self.move()
+            self._worker.progress()
+            if not self._collect(False) or self._retiring:
+                self._tidy()
 
     def sleep(self, timeout_s: float | None) -> None:
         """Until something has come or may be sent, or the bell is rung, or for a while."""
@@ -177,9 +192,20 @@ class Worker:
         found = self._worker.tag_probe(tag)
         return found.length if found.matched else None
 
-    def receive(self, memory: "np.ndarray[Any, Any]", tag: Any) -> Any:
-        """Start to receive the next message with that tag. With the lock held. Gives UCX's request."""
-        return self._worker.tag_recv(Array(memory), tag)
+    def receive(self, array: Any, tag: Any) -> Any:
+        """Start to receive the next message with that tag into an Array. With the lock held. Gives UCX's request."""
+        return self._worker.tag_recv(array, tag)
+
+    def recall(self, receiving: Request, tag: Any) -> None:
+        """End what waits for a message with that tag, by one of our own: UCX has no other way that ends nothing else.
+
+        With the lock held.
+        """
+        if self._own is None:
+            there = libucxx.UCXAddress.create_from_buffer(self.address)
+            self._own = self._worker.create_endpoint_from_worker_address(there, False)
+        nothing = Array(np.zeros(1, np.uint8))
+        self.leave([receiving, (self._own.tag_send(nothing, tag), nothing)])
 
     def take(self, endpoint: Endpoint) -> bytes | None:
         """The header of the next message with the endpoint's tag, without payload; empty: it is none of this protocol.
@@ -193,7 +219,7 @@ class Worker:
                 if size is None:
                     return None
                 memory = np.empty(size if size <= _MAX_SMALL_BYTES else 1, np.uint8)  # UCX cuts off the rest
-                endpoint.incoming = self.receive(memory, endpoint.tag), memory
+                endpoint.incoming = self.receive(Array(memory), endpoint.tag), memory
             request, memory = endpoint.incoming
             if not request.completed:
                 return None
@@ -245,6 +271,7 @@ class Worker:
                 self._worker.progress()
                 self.leave(())
             self._endpoints.clear()
+            self._own = None
             self._worker.cancel_inflight_requests()
             memories = [memory for _, memory in self._left]
             self._left.clear()

@@ -17,7 +17,7 @@ from eldric.transport.identity import Identity
 from eldric.transport.mailbox import END, FRAME, HELLO, NOTHING
 from eldric.transport.opening import open_outbound
 from eldric.transport.ucx_mailbox import GRANT, TAG
-from eldric.transport.ucx_worker import PREFIX, Array, Endpoint, Worker
+from eldric.transport.ucx_worker import PREFIX, SMALL_BYTES, Array, Endpoint, Worker
 from eldric.v1 import frame_pb2
 from tests.doors import GOOD_HELLO, OPTIONS, Target, attacked, header
 from tests.transports import SHORT, fill, linked, make_transport, numbered, receive
@@ -41,18 +41,18 @@ class Insider:
     def say(self, kind: int, header: bytes, payload_bytes: int = 0) -> None:
         self.worker.send(self.endpoint, kind, header, memoryview(bytes(payload_bytes)))
 
-    def say_raw(self, message: bytes) -> None:
-        """Anything, under the link's tag."""
+    def say_raw(self, message: bytes, *, as_rest: bool = False) -> None:
+        """Anything, under the link's tag, or under the one of payloads that come by themselves."""
         memory = np.frombuffer(message or b"\0", np.uint8)[: len(message)].copy()
         with self.worker.lock:
-            request = self.endpoint.handle.tag_send(Array(memory), self.endpoint.tag)
-            self.worker.leave([(request, memory)])
+            tag = self.endpoint.rest_tag if as_rest else self.endpoint.tag
+            self.worker.leave([(self.endpoint.handle.tag_send(Array(memory), tag), memory)])
 
 
 @contextmanager
 def insider(target: Target, hello: frame_pb2.LinkHello = GOOD_HELLO) -> Iterator[Insider]:
     identity = target.insider()
-    worker = Worker(lambda: None)
+    worker = Worker(lambda everything: False)
     talk = target.talk()
     with talk.socket:
         address = TAG.pack(TAG_NUMBER) + worker.address
@@ -63,7 +63,7 @@ def insider(target: Target, hello: frame_pb2.LinkHello = GOOD_HELLO) -> Iterator
 
 @pytest.mark.parametrize("case", ["empty", "tag alone", "cut off", "zeros", "newer version"])
 def test_link_without_a_worker_to_answer_is_refused(target: Target, case: str) -> None:
-    identity, worker = target.insider(), Worker(lambda: None)
+    identity, worker = target.insider(), Worker(lambda everything: False)
     good = worker.address
     address = {
         "empty": b"",
@@ -131,6 +131,50 @@ def test_oversized_payload_is_not_let_in(target: Target, size: int) -> None:
         target.dropped(DropReason.OVERSIZED if size == 100_001 else DropReason.CORRUPT, 1)
 
 
+@pytest.mark.parametrize("size", [0, 1, 69_999, 70_001, 99_999, 1_000_000, 50_000_000])
+def test_payload_of_another_length_than_announced_is_dropped(target: Target, size: int) -> None:
+    with insider(target) as peer:
+        peer.say_raw(PREFIX.pack(FRAME, 0, 70_000) + bytes(48))
+        peer.say_raw(bytes(size), as_rest=True)
+        target.dropped(DropReason.CORRUPT, 1)
+        peer.say(FRAME, header(1))
+        assert receive(target.receiver).header.step == 1
+
+
+def test_message_that_is_too_long_for_its_buffer_is_dropped(target: Target) -> None:
+    with insider(target) as peer:
+        for size in (SMALL_BYTES + 1, 1_000_000):
+            peer.say_raw(PREFIX.pack(FRAME, 0, 0) + bytes(size - PREFIX.size))
+        target.dropped(DropReason.CORRUPT, 2)
+        peer.say(FRAME, header(1))
+        assert receive(target.receiver).header.step == 1
+
+
+def test_message_that_is_cut_off_is_no_frame_of_before(target: Target) -> None:
+    with insider(target) as peer:
+        for serial in (1, 2):
+            peer.say(FRAME, header(serial))
+            assert receive(target.receiver).header.step == serial
+            peer.say_raw(PREFIX.pack(FRAME, len(header()), 0)[:-1])
+            target.dropped(DropReason.CORRUPT, serial)
+
+
+def test_what_was_ready_for_a_peer_that_left_is_let_go(target: Target) -> None:
+    worker = target.receiver._mailbox.worker  # type: ignore[attr-defined]
+    for number in range(1, 6):
+        with insider(target) as peer:
+            peer.say(FRAME, header(number))
+            assert receive(target.receiver).header.step == number
+        with pytest.raises(PeerLost):
+            target.receiver.recv(5)
+    deadline = time.monotonic() + 5
+    while any(memory is not None for _, memory in worker._left):
+        assert time.monotonic() < deadline, worker._left
+        assert target.receiver.recv(0.01) is None
+        with worker.lock:
+            worker.leave(())
+
+
 def test_message_under_another_tag_reaches_nobody(target: Target) -> None:
     with insider(target) as peer:
         stray = peer.worker.connect(target.receiver._mailbox.address, TAG_NUMBER + 1)  # type: ignore[attr-defined]
@@ -155,10 +199,8 @@ def test_peer_that_sends_without_end_takes_no_more_memory_than_a_window(target: 
 def test_peer_that_leaves_in_the_middle_of_a_large_frame_is_lost(target: Target) -> None:
     target.receiver._mailbox._max_bytes = 1 << 40  # type: ignore[attr-defined]
     with insider(target) as peer:
-        with peer.worker.lock:  # it is asked for the rest, and never sends it
-            memory = np.zeros(64_000_000, np.uint8)
-            request = peer.endpoint.handle.tag_send(Array(memory), peer.endpoint.tag)
-            peer.worker.leave([(request, memory)])
+        peer.say_raw(PREFIX.pack(FRAME, 0, 64_000_000) + bytes(48))
+        peer.say_raw(bytes(64_000_000), as_rest=True)  # it is asked for the rest, and never sends it
         assert target.receiver.recv(0.05) is None
     with pytest.raises(PeerLost):
         while True:
