@@ -31,7 +31,7 @@ except ImportError as error:
 
 PREFIX = struct.Struct("<B3xIQ")
 _ALIGNMENT = 64
-SMALL_BYTES = 64 * 1024  # longest message that carries its payload
+SMALL_BYTES = 80 * 1024  # longest message that carries its payload
 #: Up to here a message goes at once. Larger ones wait until the receiver asks for them, which costs a round trip more,
 #: and the receiver's time; UCX by itself makes those of 16 KiB wait.
 _EAGER_BYTES = 256 * 1024
