@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
+from eldric.transport import ucx_worker
 from eldric.transport.base import Peer, TransportOptions
 from eldric.transport.errors import ConnectFailed, PeerLost, QueueFull
 from eldric.transport.filter import DropReason
@@ -47,6 +48,17 @@ class Insider:
         with self.worker.lock:
             tag = self.endpoint.rest_tag if as_rest else self.endpoint.tag
             self.worker.leave([(self.endpoint.handle.tag_send(Array(memory), tag), memory)])
+
+
+class WithoutAddresses:
+    """UCX, in whose worker's address no way is found."""
+
+    UCXError = ucx_worker.libucxx.UCXError
+
+    class UCXAddress:
+        @staticmethod
+        def create_from_buffer(address: bytes) -> None:
+            raise WithoutAddresses.UCXError("Destination is unreachable")
 
 
 @contextmanager
@@ -173,6 +185,18 @@ def test_what_was_ready_for_a_peer_that_left_is_let_go(target: Target) -> None:
         assert target.receiver.recv(0.01) is None
         with worker.lock:
             worker.leave(())
+
+
+def test_worker_without_a_way_to_itself_bears_a_peer_that_leaves(
+    target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with insider(target) as peer:
+        peer.say(FRAME, header(1))
+        assert receive(target.receiver).header.step == 1
+        monkeypatch.setattr(ucx_worker, "libucxx", WithoutAddresses)
+    with pytest.raises(PeerLost):
+        target.receiver.recv(5)
+    monkeypatch.undo()
 
 
 def test_message_under_another_tag_reaches_nobody(target: Target) -> None:
