@@ -23,6 +23,7 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
     "Text": {
         "run": ("text", "Answer one prompt."),
         "chat": ("text", "Talk with a model."),
+        "embed": ("text", "Print a text as a vector."),
     },
     "Looking": {
         "status": ("looking", "Show the pipelines with their stages: layers, memory, step time, state."),

@@ -1,6 +1,7 @@
-"""eldric-cli run and chat: text out of a pipeline."""
+"""eldric-cli run, chat and embed: text, or a vector, out of a pipeline."""
 
 import contextlib
+import json
 import sys
 from collections.abc import Iterator
 from typing import Annotated, Any
@@ -120,6 +121,28 @@ def chat(
                     answer = _answer_json(events) if as_json else _answer(events)
                 if answer:
                     conversation += [question, {"role": "assistant", "content": answer}]
+
+
+@app.command()
+def embed(
+    model: options.Pipeline,
+    text: Annotated[str, typer.Argument(metavar="TEXT", help="What to embed; - reads it from stdin.")],
+    folder: options.Dir = None,
+    controller: options.Controller = None,
+    as_json: options.Json = False,
+) -> None:
+    """Print a text as a vector.
+
+    It is what the model makes of the last token, scaled to length 1: a JSON array, or with --json an object with
+    embedding, dimensions and usage. The cosine of two texts' vectors is their product.
+    """
+    with client_of(folder, controller) as client:
+        found = client.embed(model, sys.stdin.read() if text == "-" else text)
+    if as_json:
+        usage = {"prompt_tokens": found.prompt_tokens, "total_tokens": found.prompt_tokens}
+        print_json({"embedding": found.vector, "dimensions": len(found.vector), "usage": usage})
+    else:
+        sys.stdout.write(json.dumps(found.vector) + "\n")
 
 
 def _settings(

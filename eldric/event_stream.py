@@ -6,6 +6,7 @@ import json
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from typing import Any, Self, TypeVar
 
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -34,6 +35,12 @@ async def unless_gone(work: Coroutine[Any, Any, T], gone: Awaitable[None]) -> T:
         task.cancel()
         watch.cancel()
         await asyncio.wait({task, watch})
+
+
+async def disconnected(request: Request) -> None:
+    """Returns when the client went away; for use after the body was read."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 class EventStream(Response):

@@ -25,7 +25,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from eldric.errors import EldricError, InvalidRequest, NotEnoughMemory, PermissionDenied
-from eldric.event_stream import ClientGone, EventStream, unless_gone
+from eldric.event_stream import ClientGone, EventStream, disconnected, unless_gone
 from eldric.http_errors import error_response, http_code
 from eldric.interceptors import Aborted, CallFailed, CallGuard, checked_request, failure_of
 from eldric.json_messages import from_json, set_text, to_json
@@ -111,8 +111,7 @@ class RestContext:
 
     async def until_gone(self) -> None:
         """Returns when the client went away. For the face itself, after the body was read."""
-        while (await self._request.receive())["type"] != "http.disconnect":
-            pass
+        await disconnected(self._request)
         self._gone = True
 
 

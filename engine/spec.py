@@ -18,6 +18,7 @@ RopeScaling = Literal["none", "linear"]
 # Bounds of sane files, well above the largest models: they keep all later arithmetic in range.
 MAX_LAYERS = 1024
 MAX_HEADS = 1024
+_POOLS_NOTHING, _POOLS_LAST = 0, 3  # of `enum llama_pooling_type`, llama.h
 MAX_HEAD_DIM = 1024
 MAX_WIDTH = 1 << 20  # hidden and feed-forward sizes
 MAX_VOCAB = 1 << 24
@@ -60,6 +61,7 @@ class ModelSpec:
     attn_output_bias: bool
     ffn_bias: bool
     tied_output: bool  # no output.weight: token_embd.weight is the output matrix too
+    embeds_last: bool  # an embedding is what becomes of the last token, and not of all, which this engine does not do
 
     @property
     def family(self) -> Family:
@@ -162,6 +164,7 @@ def _read(keys: _Keys, family: Family, layers: int, groups: Set[str | None]) -> 
         attn_output_bias="attn_output_bias" in groups,
         ffn_bias="ffn_bias" in groups,
         tied_output="output" not in groups,
+        embeds_last=keys.metadata.get_int(keys.prefix + "pooling_type", _POOLS_LAST) in (_POOLS_NOTHING, _POOLS_LAST),
     )
 
 

@@ -205,6 +205,17 @@ class Stage:
             held[slot] = position + count
         return output
 
+    def final(self) -> Hidden:
+        """What the logits of the last step were made of: [hidden_size], behind the output norm. Valid until the next.
+
+        Raises InvalidStep unless that was a step of one run with logits, on the tail.
+        """
+        rows = self._model.final()
+        if rows is None or len(rows) != 1:
+            raise InvalidStep("the last step did not compute one row of logits")
+        row: Hidden = rows[0]
+        return row
+
     def close(self) -> None:
         """Give back all maps and buffers. Arrays of earlier outputs must not be touched any more."""
         self._closed, self._slot_count = True, 0  # no slots: every further step is refused

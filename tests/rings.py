@@ -14,7 +14,7 @@ from eldric.engine.gguf import ModelFile
 from eldric.engine.spec import spec_of
 from eldric.v1 import common_pb2, inference_pb2, stage_pb2
 from eldric.worker.config import WorkerConfig
-from eldric.worker.inference_service import Answer, make_generation
+from eldric.worker.inference_service import Answer, InferenceService, make_generation
 from eldric.worker.loading import StageLoader
 from eldric.worker.metrics import WorkerMetrics
 from eldric.worker.stages import StageTable
@@ -91,6 +91,10 @@ class TestRing:
         """Token ids, greedily unless `options` (fields of GenerateRequest) say otherwise."""
         events = [event async for event in self.events(prompt, count, **options)]
         return [token.id for event in events for token in event.delta.tokens]
+
+    async def embed(self, prompt: Sequence[int]) -> list[float]:
+        request = inference_pb2.EmbedRequest(model=PIPELINE, tokens=inference_pb2.TokenIds(ids=prompt))
+        return list((await InferenceService(self.tables[0]).Embed(request, None)).embedding)
 
     async def events(
         self, prompt: Sequence[int], count: int, **options: Any

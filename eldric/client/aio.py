@@ -202,6 +202,19 @@ class AsyncClient:
         async with contextlib.aclosing(self.generate(model, prompt, **options)) as events:
             return await collect(events)
 
+    async def embed(self, model: str, text: str | Sequence[int], *, timeout_s: float | None = None) -> types.Embedding:
+        """A text (or token ids) as a vector of length 1: what the model makes of its last token. Raises NotReady for a
+        model that was made to pool all of them."""
+        request = inference_pb2.EmbedRequest(model=model)
+        if isinstance(text, str):
+            request.text = text
+        else:
+            request.tokens.CopyFrom(convert.token_ids(text))
+        stub = inference_pb2_grpc.InferenceStub(await self._connections.router())
+        with self._connections.calling(_ROUTER):
+            answer = await stub.Embed(request, timeout=timeout_s)
+        return types.Embedding(tuple(answer.embedding), answer.prompt_tokens)
+
     async def tokenize(self, model: str, text: str, *, special: bool = False) -> list[int]:
         stub = inference_pb2_grpc.InferenceStub(await self._connections.router())
         request = inference_pb2.TokenizeRequest(model=model, text=text, special=special)

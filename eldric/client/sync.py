@@ -102,6 +102,10 @@ class Client:
         """`generate`, read to its end."""
         return self._run(self._client.complete(model, prompt, **options))
 
+    def embed(self, model: str, text: str | Sequence[int], *, timeout_s: float | None = None) -> types.Embedding:
+        """See AsyncClient.embed."""
+        return self._run(self._client.embed(model, text, timeout_s=timeout_s))
+
     def tokenize(self, model: str, text: str, *, special: bool = False) -> list[int]:
         return self._run(self._client.tokenize(model, text, special=special))
 

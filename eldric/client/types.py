@@ -227,6 +227,14 @@ Event = Started | Delta | Finished
 
 
 @dataclass(frozen=True, slots=True)
+class Embedding:
+    """A text as a vector of length 1."""
+
+    vector: tuple[float, ...]
+    prompt_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class Answer:
     """A whole generation."""
 

@@ -120,6 +120,20 @@ class Heads:
                 async for event in events:
                     yield event
 
+    async def embed(self, target: Target, tokens: Sequence[int]) -> Sequence[float]:
+        """The embedding of a prompt, of length 1. Raises as `generate` does, and NotReady for a model that cannot."""
+        problems: list[EldricError] = []
+        for route in self._pipelines.by_load(_fitting(target, len(tokens))):
+            request = inference_pb2.EmbedRequest(model=route.name, tokens=inference_pb2.TokenIds(ids=tokens))
+            try:
+                with self._pipelines.running(route), _head_errors(route):
+                    return (await self._stub(route).Embed(request)).embedding
+            except EldricError as error:
+                if not _may_retry(error):
+                    raise
+                problems.append(error)
+        raise next((each for each in problems if each.status == "RESOURCE_EXHAUSTED"), problems[0])
+
     async def cancel(self, request_id: str) -> bool:
         """Ends a generation wherever it runs: it may have come by another router."""
         request = inference_pb2.CancelRequest(request_id=request_id)

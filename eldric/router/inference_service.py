@@ -47,6 +47,19 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                 async for event in events:
                     yield _message(event, target.vocabulary)
 
+    async def Embed(self, request: inference_pb2.EmbedRequest, context: object) -> inference_pb2.EmbedResponse:
+        with self._admission.admit():
+            target = await self._prompts.find(request.model)
+            match request.WhichOneof("input"):
+                case "text":
+                    tokens = await target.encode(request.text)
+                case "tokens":
+                    tokens = target.checked(list(request.tokens.ids))
+                case _:
+                    raise InvalidRequest("the request has no input: set text or tokens")
+            embedding = await self._heads.embed(target, tokens)
+            return inference_pb2.EmbedResponse(embedding=embedding, prompt_tokens=len(tokens))
+
     async def Tokenize(self, request: inference_pb2.TokenizeRequest, context: object) -> inference_pb2.TokenizeResponse:
         target = await self._prompts.find(request.model)
         add_bos = request.add_bos if request.HasField("add_bos") else None

@@ -11,6 +11,7 @@ from eldric.router.http_body import BodyReader
 from eldric.router.inference_service import InferenceService
 from eldric.router.metrics import RouterMetrics
 from eldric.router.openai_api import OpenAiApi
+from eldric.router.openai_embeddings import Embeddings
 from eldric.router.openai_generation import Completions
 from eldric.router.pipelines import DEPLOYING, READY, Pipelines
 from eldric.router.prompts import Prompts
@@ -34,7 +35,8 @@ class Router:
         heads = Heads(self.node.channels, self.pipelines, metrics)
         completions = Completions(prompts, heads, self._admission)
         self.bodies = BodyReader(config.max_body_bytes, config.max_bodies_bytes, self._executor)
-        api = OpenAiApi(self.pipelines, prompts, completions, self._admission, metrics, self.bodies)
+        embeddings = Embeddings(prompts, heads)
+        api = OpenAiApi(self.pipelines, prompts, completions, embeddings, self._admission, metrics, self.bodies)
         self.node.routes(api.routes())
         self.node.service(
             InferenceService(prompts, heads, self._admission),

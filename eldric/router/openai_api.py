@@ -1,5 +1,5 @@
-"""The HTTP face for OpenAI's clients: /v1/models, /v1/chat/completions, /v1/completions; and llama.cpp's /tokenize
-and /detokenize."""
+"""The HTTP face for OpenAI's clients: /v1/models, /v1/chat/completions, /v1/completions, /v1/embeddings; and
+llama.cpp's /tokenize and /detokenize."""
 
 import logging
 import time
@@ -16,6 +16,7 @@ from eldric.router.admission import Admission
 from eldric.router.errors import InvalidParameter, ModelNotFound
 from eldric.router.http_body import BodyReader
 from eldric.router.metrics import RouterMetrics
+from eldric.router.openai_embeddings import Embeddings, EmbeddingsBody
 from eldric.router.openai_errors import ApiError, api_error
 from eldric.router.openai_generation import Body, Completions
 from eldric.router.openai_types import DetokenizeBody, TokenizeBody, chat_body, completion_body
@@ -39,6 +40,7 @@ class OpenAiApi:
         pipelines: Pipelines,
         prompts: Prompts,
         completions: Completions,
+        embeddings: Embeddings,
         admission: Admission,
         metrics: RouterMetrics,
         bodies: BodyReader,
@@ -47,6 +49,7 @@ class OpenAiApi:
         self._pipelines = pipelines
         self._prompts = prompts
         self._completions = completions
+        self._embeddings = embeddings
         self._admission = admission
         self._metrics = metrics
 
@@ -56,6 +59,7 @@ class OpenAiApi:
             self._route("/v1/models/{name:path}", "GET", self._model),
             self._route("/v1/chat/completions", "POST", self._chat),
             self._route("/v1/completions", "POST", self._complete),
+            self._route("/v1/embeddings", "POST", self._embed),
             self._route("/tokenize", "POST", self._tokenize),
             self._route("/detokenize", "POST", self._detokenize),
             Route("/v1/{path:path}", self._unknown, methods=_ALL_METHODS),
@@ -93,6 +97,11 @@ class OpenAiApi:
 
     async def _complete(self, request: Request, stack: AsyncExitStack) -> Response:
         return await self._generate(request, stack, completion_body)
+
+    async def _embed(self, request: Request, stack: AsyncExitStack) -> Response:
+        stack.enter_context(self._admission.admit())
+        body = await self._bodies.read(request, EmbeddingsBody.model_validate)
+        return await self._embeddings.answer(request, self._name(body.model), body)
 
     async def _generate(
         self, request: Request, stack: AsyncExitStack, check: Callable[[dict[str, Any]], Body]

@@ -5,10 +5,10 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -16,7 +16,7 @@ from starlette.responses import Response
 from eldric import __version__
 from eldric.engine.errors import InvalidPrompt
 from eldric.errors import InvalidRequest
-from eldric.event_stream import unless_gone
+from eldric.event_stream import disconnected, unless_gone
 from eldric.router.admission import Admission
 from eldric.router.errors import InvalidParameter, PromptTooLong
 from eldric.router.feed import Feed
@@ -60,12 +60,12 @@ class Completions:
         Raises ClientGone when the client goes away; whatever else it raises is the request's error.
         """
         work = self._begin(model, body, arrived, stack)
-        made, feed, pipeline = await unless_gone(work, _gone(request))
+        made, feed, pipeline = await unless_gone(work, disconnected(request))
         headers = {"x-request-id": made.format.id, "x-eldric-pipeline": pipeline}
         if body.stream:
             chunks = _chunks(made, feed, request.url.path)
-            return ChunkStream(chunks, lambda: _gone(request), stack.pop_all(), headers)
-        answer = await unless_gone(_whole(made, feed), _gone(request))
+            return ChunkStream(chunks, lambda: disconnected(request), stack.pop_all(), headers)
+        answer = await unless_gone(_whole(made, feed), disconnected(request))
         return Response(answer, media_type="application/json", headers=headers)
 
     async def _begin(self, model: str, body: Body, arrived: float, stack: AsyncExitStack) -> tuple[_Request, Feed, str]:
@@ -200,13 +200,3 @@ async def _whole(made: _Request, feed: Feed) -> bytes:
                 if choice.logprobs is not None:
                     choice.logprobs.keep((), settled_at_end(event))
     return made.format.answer(made.choices)
-
-
-def _gone(request: Request) -> Coroutine[Any, Any, None]:
-    """Returns when the client went away; for use after the body was read."""
-
-    async def wait() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    return wait()

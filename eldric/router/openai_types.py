@@ -23,7 +23,7 @@ MAX_LOGPROBS = 20
 _SMALLEST_TOP_P = 1e-6  # of 32 bits; keeps the most likely token only
 
 
-class _Body(BaseModel):
+class StrictBody(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True, allow_inf_nan=False)
 
 
@@ -59,15 +59,15 @@ def _as_text(value: Any) -> Any:
     return "\n".join(texts)
 
 
-def _as_prompts(value: Any) -> list[str | list[int]]:
-    """A list of prompts, each a text or token ids."""
+def as_prompts(value: Any, most: int = MAX_CHOICES) -> list[str | list[int]]:
+    """A list of prompts, each a text or token ids; at most so many."""
     prompts = [value] if isinstance(value, str) or (value and _are(int, value)) else value
     if not isinstance(prompts, list) or not prompts or not all(isinstance(p, str) or _are(int, p) for p in prompts):
         raise PydanticCustomError(
             "wrong_prompt", "a string, an array of strings, an array of token ids, or an array of arrays of token ids"
         )
-    if len(prompts) > MAX_CHOICES:
-        raise PydanticCustomError("too_many_prompts", f"at most {MAX_CHOICES} prompts")
+    if len(prompts) > most:
+        raise PydanticCustomError("too_many_prompts", f"at most {most} prompts")
     return [_unicode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
 
 
@@ -88,11 +88,11 @@ Penalty = Annotated[float, Field(ge=-10, le=10)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
-class StreamOptions(_Body):
+class StreamOptions(StrictBody):
     include_usage: bool | None = None
 
 
-class Message(_Body):
+class Message(StrictBody):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[Text | None, BeforeValidator(_as_text)] = None
     tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
@@ -102,7 +102,7 @@ class Message(_Body):
         return {"role": "system" if self.role == "developer" else self.role, "content": self.content or ""}
 
 
-class GenerationBody(_Body):
+class GenerationBody(StrictBody):
     """What both endpoints take."""
 
     model: Text | None = None
@@ -189,7 +189,7 @@ class ChatBody(GenerationBody):
 
 
 class CompletionBody(GenerationBody):
-    prompt: Annotated[list[str | list[int]], PlainValidator(_as_prompts)]
+    prompt: Annotated[list[str | list[int]], PlainValidator(as_prompts)]
     max_tokens: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
@@ -206,7 +206,7 @@ class CompletionBody(GenerationBody):
         return self.logprobs
 
 
-class TokenizeBody(_Body):
+class TokenizeBody(StrictBody):
     model: Text | None = None
     content: Text
     add_special: bool = False
@@ -214,7 +214,7 @@ class TokenizeBody(_Body):
     with_pieces: bool = False
 
 
-class DetokenizeBody(_Body):
+class DetokenizeBody(StrictBody):
     model: Text | None = None
     tokens: Annotated[list[TokenId], Field(fail_fast=True)]
 

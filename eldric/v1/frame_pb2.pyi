@@ -329,6 +329,7 @@ class SampledToken(_message.Message):
     LOGPROB_FIELD_NUMBER: _builtins.int
     TOP_TOKENS_FIELD_NUMBER: _builtins.int
     TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
+    EMBEDDING_FIELD_NUMBER: _builtins.int
     slot: _builtins.int
     token: _builtins.int
     """Id of the token, which belongs to the position after the run's last."""
@@ -340,6 +341,10 @@ class SampledToken(_message.Message):
 
     @_builtins.property
     def top_logprobs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    @_builtins.property
+    def embedding(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """The hidden state behind the output norm at the run's last token, in place of a token, for a sequence that is embedded."""
+
     def __init__(
         self,
         *,
@@ -348,10 +353,11 @@ class SampledToken(_message.Message):
         logprob: _builtins.float | None = ...,
         top_tokens: _abc.Iterable[_builtins.int] | None = ...,
         top_logprobs: _abc.Iterable[_builtins.float] | None = ...,
+        embedding: _abc.Iterable[_builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_logprob", b"_logprob", "logprob", b"logprob"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprob", b"_logprob", "logprob", b"logprob", "slot", b"slot", "token", b"token", "top_logprobs", b"top_logprobs", "top_tokens", b"top_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprob", b"_logprob", "embedding", b"embedding", "logprob", b"logprob", "slot", b"slot", "token", b"token", "top_logprobs", b"top_logprobs", "top_tokens", b"top_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__logprob: _TypeAlias = _typing.Literal["logprob"]  # noqa: Y015
     _WhichOneofArgType__logprob: _TypeAlias = _typing.Literal["_logprob", b"_logprob"]  # noqa: Y015
@@ -404,11 +410,14 @@ class SequenceOpen(_message.Message):
     SAMPLING_FIELD_NUMBER: _builtins.int
     PROMPT_FIELD_NUMBER: _builtins.int
     FIRST_POSITION_FIELD_NUMBER: _builtins.int
+    EMBED_FIELD_NUMBER: _builtins.int
     slot: _builtins.int
     sequence_id: _builtins.str
     """Name of the sequence, for logs and traces. At most 64 bytes."""
     first_position: _builtins.int
     """Position of the first token that will be computed: the KV rows before it are kept from the slot's last sequence. 0: none."""
+    embed: _builtins.bool
+    """Whether its prompt is embedded: the tail samples nothing, and gives the last token's hidden state once."""
     @_builtins.property
     def sampling(self) -> _sampling_pb2.SamplingParams:
         """How the tail samples. The seed is set."""
@@ -427,10 +436,11 @@ class SequenceOpen(_message.Message):
         sampling: _sampling_pb2.SamplingParams | None = ...,
         prompt: _abc.Iterable[_builtins.int] | None = ...,
         first_position: _builtins.int = ...,
+        embed: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_position", b"first_position", "prompt", b"prompt", "sampling", b"sampling", "sequence_id", b"sequence_id", "slot", b"slot"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["embed", b"embed", "first_position", b"first_position", "prompt", b"prompt", "sampling", b"sampling", "sequence_id", b"sequence_id", "slot", b"slot"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

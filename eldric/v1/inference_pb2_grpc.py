@@ -50,6 +50,11 @@ class InferenceStub:
                 request_serializer=eldric_dot_v1_dot_inference__pb2.DetokenizeRequest.SerializeToString,
                 response_deserializer=eldric_dot_v1_dot_inference__pb2.DetokenizeResponse.FromString,
                 _registered_method=True)
+        self.Embed = channel.unary_unary(
+                '/eldric.v1.Inference/Embed',
+                request_serializer=eldric_dot_v1_dot_inference__pb2.EmbedRequest.SerializeToString,
+                response_deserializer=eldric_dot_v1_dot_inference__pb2.EmbedResponse.FromString,
+                _registered_method=True)
         self.Cancel = channel.unary_unary(
                 '/eldric.v1.Inference/Cancel',
                 request_serializer=eldric_dot_v1_dot_inference__pb2.CancelRequest.SerializeToString,
@@ -84,6 +89,14 @@ class InferenceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Embed(self, request, context):
+        """The meaning of a text as a vector: what the model makes of its last token, behind the output norm, scaled to length 1.
+        Errors as of Generate, and FAILED_PRECONDITION for a model that was made to pool its tokens in another way.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Cancel(self, request, context):
         """Ends a generation by its request id. No error when there is none.
         """
@@ -108,6 +121,11 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.Detokenize,
                     request_deserializer=eldric_dot_v1_dot_inference__pb2.DetokenizeRequest.FromString,
                     response_serializer=eldric_dot_v1_dot_inference__pb2.DetokenizeResponse.SerializeToString,
+            ),
+            'Embed': grpc.unary_unary_rpc_method_handler(
+                    servicer.Embed,
+                    request_deserializer=eldric_dot_v1_dot_inference__pb2.EmbedRequest.FromString,
+                    response_serializer=eldric_dot_v1_dot_inference__pb2.EmbedResponse.SerializeToString,
             ),
             'Cancel': grpc.unary_unary_rpc_method_handler(
                     servicer.Cancel,
@@ -197,6 +215,33 @@ class Inference:
             '/eldric.v1.Inference/Detokenize',
             eldric_dot_v1_dot_inference__pb2.DetokenizeRequest.SerializeToString,
             eldric_dot_v1_dot_inference__pb2.DetokenizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Embed(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/eldric.v1.Inference/Embed',
+            eldric_dot_v1_dot_inference__pb2.EmbedRequest.SerializeToString,
+            eldric_dot_v1_dot_inference__pb2.EmbedResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -42,6 +42,10 @@ class InferenceStub:
     """Token ids of a text, by the model's own tokenizer. Routers only."""
     Detokenize: _grpc.UnaryUnaryMultiCallable[_inference_pb2.DetokenizeRequest, _inference_pb2.DetokenizeResponse]
     """Text of token ids. Routers only."""
+    Embed: _grpc.UnaryUnaryMultiCallable[_inference_pb2.EmbedRequest, _inference_pb2.EmbedResponse]
+    """The meaning of a text as a vector: what the model makes of its last token, behind the output norm, scaled to length 1.
+    Errors as of Generate, and FAILED_PRECONDITION for a model that was made to pool its tokens in another way.
+    """
     Cancel: _grpc.UnaryUnaryMultiCallable[_inference_pb2.CancelRequest, _inference_pb2.CancelResponse]
     """Ends a generation by its request id. No error when there is none."""
 
@@ -59,6 +63,10 @@ class InferenceAsyncStub(InferenceStub):
     """Token ids of a text, by the model's own tokenizer. Routers only."""
     Detokenize: _aio.UnaryUnaryMultiCallable[_inference_pb2.DetokenizeRequest, _inference_pb2.DetokenizeResponse]  # type: ignore[assignment]
     """Text of token ids. Routers only."""
+    Embed: _aio.UnaryUnaryMultiCallable[_inference_pb2.EmbedRequest, _inference_pb2.EmbedResponse]  # type: ignore[assignment]
+    """The meaning of a text as a vector: what the model makes of its last token, behind the output norm, scaled to length 1.
+    Errors as of Generate, and FAILED_PRECONDITION for a model that was made to pool its tokens in another way.
+    """
     Cancel: _aio.UnaryUnaryMultiCallable[_inference_pb2.CancelRequest, _inference_pb2.CancelResponse]  # type: ignore[assignment]
     """Ends a generation by its request id. No error when there is none."""
 
@@ -91,6 +99,16 @@ class InferenceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_inference_pb2.DetokenizeResponse, _abc.Awaitable[_inference_pb2.DetokenizeResponse]]:
         """Text of token ids. Routers only."""
+
+    @_abc_1.abstractmethod
+    def Embed(
+        self,
+        request: _inference_pb2.EmbedRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.EmbedResponse, _abc.Awaitable[_inference_pb2.EmbedResponse]]:
+        """The meaning of a text as a vector: what the model makes of its last token, behind the output norm, scaled to length 1.
+        Errors as of Generate, and FAILED_PRECONDITION for a model that was made to pool its tokens in another way.
+        """
 
     @_abc_1.abstractmethod
     def Cancel(

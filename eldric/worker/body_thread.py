@@ -56,7 +56,7 @@ class BodyThread(ComputeThread):
             assert output.hidden is not None
             self._ring.send_hidden(header, output.hidden, times)
         else:
-            self._ring.send_tokens(header, self._tail.sample(runs, output.logits, output.likeliest), times)
+            self._ring.send_tokens(header, self._tail.answer(runs, output, self._stage.final), times)
 
     def _open(self, frame: Frame) -> None:
         message = frame_pb2.SequenceOpen.FromString(bytes(frame.payload))

@@ -19,7 +19,7 @@ class Admitted(NamedTuple):
 
 
 class Token(NamedTuple):
-    """The tail sampled a token."""
+    """The tail sampled a token, or has the embedding."""
 
     sampled: frame_pb2.SampledToken
     at_ns: int
@@ -47,6 +47,7 @@ class Generation:
 
     sequence: EngineSequence
     sampling: sampling_pb2.SamplingParams
+    embeds: bool = False  # what comes out is one embedding, in place of a token
     submitted_ns: int = field(default_factory=time.perf_counter_ns)
     last_token_ns: int = 0  # 0: no token yet
     _pending: deque[Happening] = field(default_factory=deque)

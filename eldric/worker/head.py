@@ -17,11 +17,14 @@ _FOLLOWED_STEPS = 4096
 class Head:
     """Belongs to the control loop, but for `deliver` and `trace`, which the compute thread calls."""
 
-    def __init__(self, name: str, vocab_size: int, context: int, limit: int, metrics: WorkerMetrics) -> None:
-        """`limit`: generations that may run and wait at once."""
+    def __init__(
+        self, name: str, vocab_size: int, context: int, limit: int, metrics: WorkerMetrics, embeds: bool = True
+    ) -> None:
+        """`limit`: generations that may run and wait at once. `embeds`: whether the model's way to do it is known."""
         self.name = name
         self.vocab_size = vocab_size
         self.context = context
+        self.embeds = embeds
         self._limit = limit
         self._metrics = metrics.of_pipeline(name)
         self._loop = asyncio.get_running_loop()
@@ -92,6 +95,8 @@ class Head:
             self._measure(generation, happening)
 
     def _measure(self, generation: Generation, happening: Admitted | Token | Ended | Failed) -> None:
+        if generation.embeds and isinstance(happening, Token):
+            return
         match happening:
             case Admitted(at_ns):
                 self._metrics.queue.observe((at_ns - generation.submitted_ns) / 1e9)

@@ -105,7 +105,9 @@ class HeadThread(ComputeThread):
 
     def _open(self, generation: Generation) -> None:
         sequence = generation.sequence
-        message = frame_pb2.SequenceOpen(slot=sequence.slot, sequence_id=sequence.id, sampling=generation.sampling)
+        message = frame_pb2.SequenceOpen(
+            slot=sequence.slot, sequence_id=sequence.id, sampling=generation.sampling, embed=generation.embeds
+        )
         if _has_penalties(generation):
             message.prompt.extend(sequence.prompt.tolist())
         self._stage.truncate(sequence.slot, 0)
@@ -131,7 +133,7 @@ class HeadThread(ComputeThread):
             return
         self._entered[step.number] = step
         if self._tail is not None:
-            answer = self._tail.sample(step.runs, output.logits, output.likeliest)
+            answer = self._tail.answer(step.runs, output, self._stage.final)
             self._answered(step.number, answer, self._ring.trace(times) if self._ring.tracing else ())
         else:
             assert output.hidden is not None

@@ -38,6 +38,37 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             if not answer.ended:
                 head.cancel(generation.sequence.id)
 
+    async def Embed(self, request: inference_pb2.EmbedRequest, context: object) -> inference_pb2.EmbedResponse:
+        head = self._stages.find_head(request.model)
+        if not head.embeds:
+            raise NotReady(f"the model of {request.model!r} pools its tokens for an embedding, which is not supported")
+        tokens = request.tokens if request.HasField("tokens") else None
+        generation = make_generation(
+            inference_pb2.GenerateRequest(model=request.model, tokens=tokens, max_tokens=1), head, embeds=True
+        )
+        head.submit(generation)
+        ended, embedding = False, None
+        try:
+            async for happenings in generation.happenings():
+                for happening in happenings:
+                    match happening:
+                        case Token(sampled, _):
+                            embedding = np.array(sampled.embedding, np.float64)
+                        case Failed(error):
+                            ended = True
+                            raise error
+                        case Ended():
+                            ended = True
+        finally:
+            if not ended:
+                head.cancel(generation.sequence.id)
+        if embedding is None or not embedding.size:
+            raise NotReady("the worker of the last stage cannot embed: update it")
+        length = float(np.linalg.norm(embedding)) or 1.0
+        return inference_pb2.EmbedResponse(
+            embedding=(embedding / length).tolist(), prompt_tokens=len(generation.sequence.prompt)
+        )
+
     async def Tokenize(self, request: inference_pb2.TokenizeRequest, context: object) -> inference_pb2.TokenizeResponse:
         raise NotReady("workers hold no vocabulary; ask a router")
 
@@ -52,7 +83,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         return inference_pb2.CancelResponse(cancelled=any(cancelled))
 
 
-def make_generation(request: inference_pb2.GenerateRequest, head: Head) -> Generation:
+def make_generation(request: inference_pb2.GenerateRequest, head: Head, *, embeds: bool = False) -> Generation:
     """Check a request against its head's bounds. Raises InvalidRequest, InvalidSampling."""
     if request.WhichOneof("input") != "tokens":
         raise InvalidRequest("a head worker takes token ids; ask a router for text")
@@ -75,7 +106,7 @@ def make_generation(request: inference_pb2.GenerateRequest, head: Head) -> Gener
         max_tokens=request.max_tokens,
         stop_tokens=frozenset(request.stop_tokens),
     )
-    return Generation(sequence, sampling)
+    return Generation(sequence, sampling, embeds)
 
 
 class Answer:

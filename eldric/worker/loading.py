@@ -279,7 +279,8 @@ class StageLoader:
             head = None
             if request.index == 0:
                 limit = options.slots + self._config.queue
-                head = Head(request.name, plan.spec.vocab_size, options.context, limit, self._metrics)
+                spec = plan.spec
+                head = Head(request.name, spec.vocab_size, options.context, limit, self._metrics, spec.embeds_last)
                 scheduler = Scheduler(self._schedule_config(plan, stage))
                 thread = HeadThread(stage, transport, place, changed, scheduler, head.deliver, head.trace)
                 head.attach(thread.post)

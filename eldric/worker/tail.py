@@ -1,11 +1,13 @@
-"""Sampling at the last stage: one sampler for each sequence that holds a slot."""
+"""What the last stage makes of its output: for each sequence that holds a slot, sampled tokens or an embedding."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from eldric.engine.errors import EngineError
 from eldric.engine.sampling import Sampler
+from eldric.engine.stage import StepOutput
 from eldric.engine.step import Run
 from eldric.v1 import frame_pb2
 from eldric.worker.convert import sampling_params
@@ -17,21 +19,31 @@ class Tail:
     def __init__(self, vocab_size: int) -> None:
         self._vocab_size = vocab_size
         self._samplers: dict[int, Sampler] = {}
+        self._embedded: set[int] = set()  # slots of sequences that are embedded
 
     def open(self, message: frame_pb2.SequenceOpen) -> None:
         """A sequence takes a slot. Raises InvalidSampling."""
+        self.close(message.slot)
+        if message.embed:
+            self._embedded.add(message.slot)
+            return
         params = sampling_params(message.sampling)
         self._samplers[message.slot] = Sampler(params, self._vocab_size, list(message.prompt))
 
     def close(self, slot: int) -> None:
         self._samplers.pop(slot, None)
+        self._embedded.discard(slot)
 
-    def sample(
-        self, runs: Sequence[Run], logits: NDArray[np.float32] | None, likeliest: Sequence[int] | None = None
+    def answer(
+        self, runs: Sequence[Run], output: StepOutput, final: Callable[[], NDArray[np.float32]]
     ) -> frame_pb2.StepTokens:
-        """One token for each run with logits. logits: [runs with logits, vocab_size] float32, None for no such run.
-        likeliest: as in StepOutput. Raises EngineError if logits are not numbers."""
+        """One token, or the embedding, for each run with logits.
+
+        output: of the step. final: gives the hidden state that the only row of logits was made of, [hidden_size].
+        Raises EngineError if logits or hidden states are not numbers.
+        """
         answer = frame_pb2.StepTokens()
+        logits, likeliest = output.logits, output.likeliest
         if logits is None:
             return answer
         row = 0
@@ -48,5 +60,14 @@ class Tail:
                     entry.logprob = sampled.logprob
                     entry.top_tokens.extend(token for token, _ in sampled.top)
                     entry.top_logprobs.extend(logprob for _, logprob in sampled.top)
+            elif run.slot in self._embedded:
+                answer.tokens.add(slot=run.slot, embedding=_numbers(final()))
             row += 1
         return answer
+
+
+def _numbers(embedding: NDArray[np.float32]) -> list[float]:
+    if not np.isfinite(embedding).all():
+        raise EngineError("the embedding holds values that are not numbers")
+    values: list[float] = embedding.tolist()
+    return values

@@ -118,7 +118,7 @@ class GraphPlan:
             hidden = self._layer(index, layer, hidden, ends_model=shard.is_tail and layer == final)
         if hidden and shard.is_tail and self.ports.logits is not None:
             rows = 1 if shape.is_chunk else shape.rows
-            normed = self._norm(hidden, "output_norm")
+            normed = self._place(self._norm(hidden, "output_norm"), self.ports.hidden_out)
             output = "token_embd" if self.spec.tied_output else "output"
             logits = self._times(self.b.weight(output), normed, rows)
             hidden = self._find_likeliest(self._place(logits, self.ports.logits))

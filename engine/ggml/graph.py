@@ -61,10 +61,12 @@ class Graph:
         self.hidden_in = ports.hidden_in.array[:used]
         self.result: NDArray[np.float32] | None = None  # hidden states or logits, of rows that are no padding
         self.likeliest: NDArray[np.int32] | None = None  # the token with the largest logit, of each such row
+        self.final: NDArray[np.float32] | None = None  # what the logits were made of, of each such row
         if ports.logits is None:
             self.result = ports.hidden_out.array[:used]
         elif shape.logits:
             self.result = ports.logits.array[: shape.runs or 1]
+            self.final = ports.hidden_out.array[: shape.runs or 1]
             if finds_likeliest and ports.likeliest is not None:
                 self.likeliest = ports.likeliest.array[: shape.runs or 1]
 

@@ -84,6 +84,7 @@ class GgmlModel:
             self._exact_rows = self._exact_range()
             self._token_table = self._weights.token_table
             self._likeliest: NDArray[np.int32] | None = None
+            self._final: Hidden | None = None
             self._take_memory(spec, shard, options, resources)
             self.cuts_freely = self._attention is not None and all(layout == PANELS for _, layout in self._matrices)
             self.cuts_freely = self.cuts_freely and _can_all_be_panels(model, spec)
@@ -125,6 +126,15 @@ class GgmlModel:
         None if the device does not look for them, or there were no logits.
         """
         return None if self._likeliest is None else self._likeliest.tolist()
+
+    def final(self) -> Hidden | None:
+        """What the logits of the last step were made of: [rows of logits, hidden_size], behind the output norm.
+
+        None if there were no logits.
+        """
+        if self._final is not None and not self._backend.is_host:
+            self._ports.hidden_out.download(len(self._final))
+        return self._final
 
     def exact_rows(self) -> int:
         """Most rows of a decode step in which each row gets the bits that it gets alone."""
@@ -252,7 +262,7 @@ class GgmlModel:
         return self._no_ids[:padded]
 
     def _compute(self, graph: Graph, undivided: bool) -> Rows | None:
-        result, self._likeliest = graph.result, graph.likeliest
+        result, self._likeliest, self._final = graph.result, graph.likeliest, graph.final
         if self._backend.is_host:
             self._backend.compute(graph.handle, undivided)
             return result

@@ -50,6 +50,15 @@ def complete(client: openai.OpenAI, **options: Any) -> Any:
     return create(**{**GREEDY, "prompt": "Once upon a time", **options})
 
 
+def test_embeddings_are_those_of_the_command_line(client: openai.OpenAI, cli: Cli) -> None:
+    said = cli("embed", STORY, "A fox", "--json").json
+    answer = client.embeddings.create(model=STORY, input=["A fox", "A cat", "A fox"])
+    vectors = [each.embedding for each in answer.data]
+    assert vectors[0] == vectors[2] == pytest.approx(said["embedding"]) and vectors[1] != vectors[0]
+    assert len(vectors[0]) == said["dimensions"] > 1
+    assert answer.usage.prompt_tokens > said["usage"]["prompt_tokens"]
+
+
 def test_a_chat_says_what_the_command_line_says(client: openai.OpenAI, cli: Cli) -> None:
     said = cli("run", STORY, TELL[0]["content"], "--temperature", 0, "--max-tokens", 40, "--json").json
     answer = chat(client)

@@ -9,6 +9,7 @@ import sys
 import threading
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 
@@ -16,11 +17,11 @@ from benchmarks.shapes import SHAPES, write_model
 from eldric.engine.ggml.library import find_library
 from eldric.engine.gguf import ModelFile
 from eldric.engine.tokenizer import Tokenizer
-from eldric.errors import InvalidRequest, PipelineDegraded, QueueIsFull, StaleEpoch, Unavailable
+from eldric.errors import InvalidRequest, NotReady, PipelineDegraded, QueueIsFull, StaleEpoch, Unavailable
 from eldric.v1 import inference_pb2, sampling_pb2
 from eldric.worker.commands import Degrade, Stop
 from tests.llama_reference import LlamaReference
-from tests.models import smollm2, storyteller
+from tests.models import SmallLlama, smollm2, storyteller, write_small_llama
 from tests.rings import PIPELINE, even, ring
 
 TOKENS = 24
@@ -55,6 +56,39 @@ async def test_every_weight_type_gives_the_same_tokens_for_every_split(quant: st
         async with ring(path, layers) as pipeline:
             answers.append([await pipeline.generate(prompt, TOKENS, ignore_eos=True) for prompt in prompts])
     assert answers[1:] == answers[:1] * 3
+
+
+@pytest.mark.parametrize("length", [1, 64, 130])
+async def test_an_embedding_is_what_the_logits_are_made_of_for_every_split(length: int, tmp_path: Path) -> None:
+    path = write_model(tmp_path / "tiny.gguf", SHAPES["tiny"], "f16")
+    prompt, found = prompt_of(length, 500), []
+    for layers in ([4], [2, 2], [1, 2, 1]):
+        async with ring(path, layers) as pipeline:
+            found.append(await pipeline.embed(prompt))
+            (likeliest,) = await pipeline.generate(prompt, 1, ignore_eos=True)
+    assert found[1:] == found[:1] * 2
+    output = next(each for each in gguf.GGUFReader(path).tensors if each.name == "output.weight")
+    logits = gguf.dequantize(output.data, output.tensor_type) @ np.array(found[0], np.float32)
+    assert int(logits.argmax()) == likeliest
+    assert np.linalg.norm(found[0]) == pytest.approx(1.0, abs=1e-6)
+
+
+async def test_embeddings_come_beside_generations_and_leave_their_slots() -> None:
+    prompts = [prompt_of(length) for length in (3, 40, 70, 130, 9, 64)]
+    async with ring(storyteller(), even(storyteller(), 3), slots=2) as pipeline:
+        alone = [await pipeline.embed(prompt) for prompt in prompts]
+        text = await pipeline.generate(prompts[0], TOKENS)
+        both = [*(pipeline.embed(prompt) for prompt in prompts), pipeline.generate(prompts[0], TOKENS)]
+        together = await asyncio.gather(*both)
+        assert together == [*alone, text]
+        assert pipeline.tables[0].find_head(PIPELINE).live == 0
+
+
+async def test_a_model_that_pools_all_of_its_tokens_is_not_embedded_with(tmp_path: Path) -> None:
+    path = write_small_llama(tmp_path / "pools.gguf", SmallLlama(), metadata={"llama.pooling_type": 1})
+    async with ring(path, [SmallLlama().layers]) as pipeline:
+        with pytest.raises(NotReady, match="pools its tokens"):
+            await pipeline.embed([5, 6])
 
 
 @pytest.mark.model

@@ -1,8 +1,10 @@
 """The HTTP face without sockets: no request, however strange, is an internal error."""
 
 import asyncio
+import base64
 import json
-from collections.abc import AsyncGenerator, Iterator
+import struct
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
@@ -22,6 +24,7 @@ from eldric.router.generation import Delta, Event, Finished, Heads, Job, Started
 from eldric.router.http_body import BodyReader
 from eldric.router.metrics import RouterMetrics
 from eldric.router.openai_api import OpenAiApi
+from eldric.router.openai_embeddings import Embeddings
 from eldric.router.openai_generation import Completions
 from eldric.router.openai_types import ChatBody
 from eldric.router.pipelines import Pipelines
@@ -43,6 +46,11 @@ class Talker:
         yield Started(job.request_id, len(job.prompt), "p")
         yield Delta("Once upon", (Token(20, -0.5, ((20, -0.5),)), Token(21, -1.0, ())), 2)
         yield Finished("length", "", len(job.prompt), 2, 1.0, 2.0, 3.0)
+
+    async def embed(self, target: Target, tokens: Sequence[int]) -> Sequence[float]:
+        if self.error is not None:
+            raise self.error
+        return [0.6, -0.8] if len(tokens) > 1 else [1.0, 0.0]
 
 
 class OneVocabulary:
@@ -73,7 +81,8 @@ class Face:
         prompts = Prompts(pipelines, cast(Vocabularies, OneVocabulary()), self.executor)
         bodies = BodyReader(100_000, 100_000, self.executor)
         completions = Completions(prompts, cast(Heads, self.heads), self.admission)
-        api = OpenAiApi(pipelines, prompts, completions, self.admission, metrics, bodies)
+        embeddings = Embeddings(prompts, cast(Heads, self.heads))
+        api = OpenAiApi(pipelines, prompts, completions, embeddings, self.admission, metrics, bodies)
         self.app = Starlette(routes=api.routes())
 
     def call(self, method: str, path: str, body: bytes = b"") -> tuple[int, dict[str, str], bytes]:
@@ -137,6 +146,42 @@ def test_several_prompts_and_choices_are_numbered_through(face: Face) -> None:
     assert [choice["text"][:1] for choice in answer["choices"][:2]] == ["A", "A"]
 
 
+def test_texts_and_token_ids_are_embedded_in_their_order(face: Face) -> None:
+    code, answer = face.post("/v1/embeddings", {"model": "m", "input": [[5], [5, 6], "A dog"], "dimensions": 2})
+    assert (code, answer["model"]) == (200, "m")
+    assert [each["index"] for each in answer["data"]] == [0, 1, 2]
+    assert [each["embedding"] for each in answer["data"][:2]] == [[1.0, 0.0], pytest.approx([0.6, -0.8])]
+    assert answer["usage"]["prompt_tokens"] == answer["usage"]["total_tokens"] >= 5
+    _, packed = face.post("/v1/embeddings", {"input": [5, 6], "encoding_format": "base64"})
+    assert struct.unpack("<2f", base64.b64decode(packed["data"][0]["embedding"])) == pytest.approx((0.6, -0.8))
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "message"),
+    [
+        ({}, "input", "Missing required parameter: 'input'"),
+        ({"input": []}, "input", "a string, an array of strings"),
+        ({"input": [["a"]]}, "input", "a string, an array of strings"),
+        ({"input": ["a"] * 2049}, "input", "at most 2048 prompts"),
+        ({"input": "a", "dimensions": 1}, "dimensions", "have 2 dimensions and cannot be shortened"),
+        ({"input": "a", "encoding_format": "int8"}, "encoding_format", "'float' or 'base64'"),
+    ],
+)
+def test_what_cannot_be_embedded_is_refused(face: Face, body: Any, param: str, message: str) -> None:
+    code, answer = face.post("/v1/embeddings", body)
+    assert (code, answer["error"]["param"]) == (400, param)
+    assert message in answer["error"]["message"]
+
+
+def test_a_failure_to_embed_is_answered_once_and_ends_the_others(face: Face) -> None:
+    face.heads.error = QueueIsFull("the queue is full")
+    code, answer = face.post("/v1/embeddings", {"input": [[5]] * 20})
+    assert (code, answer["error"]["code"]) == (429, "rate_limit_exceeded")
+    face.heads.error = NotReady("its model pools its tokens")
+    code, answer = face.post("/v1/embeddings", {"input": "A dog"})
+    assert "pools its tokens" in answer["error"]["message"]
+
+
 def test_no_tokens_wanted_are_none_generated(face: Face) -> None:
     for stream in (False, True):
         code, answer = face.post(
@@ -180,7 +225,7 @@ def test_a_draining_router_takes_nothing_new(face: Face) -> None:
 
 @pytest.mark.parametrize(
     ("method", "path"),
-    [("GET", "/v1/chat/completions"), ("POST", "/v1/embeddings"), ("DELETE", "/v1/models/m"), ("GET", "/v1/")],
+    [("GET", "/v1/chat/completions"), ("POST", "/v1/responses"), ("DELETE", "/v1/models/m"), ("GET", "/v1/")],
 )
 def test_what_is_not_served_is_said_in_openais_shape(face: Face, method: str, path: str) -> None:
     code, _, body = face.call(method, path)

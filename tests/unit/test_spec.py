@@ -32,6 +32,7 @@ SMALL = ModelSpec(
     attn_output_bias=False,
     ffn_bias=False,
     tied_output=False,
+    embeds_last=True,
 )
 
 
@@ -62,6 +63,7 @@ def test_real_models_have_their_known_specs() -> None:
             attn_output_bias=False,
             ffn_bias=False,
             tied_output=True,
+            embeds_last=True,
         )
     with ModelFile.open(storyteller()) as model:
         spec = spec_of(model)
