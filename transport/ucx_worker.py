@@ -32,10 +32,9 @@ except ImportError as error:
 
 PREFIX = struct.Struct("<B3xIQ")
 _ALIGNMENT = 64
-SMALL_BYTES = 80 * 1024  # longest message that carries its payload
-#: Up to here a message goes at once. Larger ones wait until the receiver asks for them, which costs a round trip more,
-#: and the receiver's time; UCX by itself makes those of 16 KiB wait.
-_EAGER_BYTES = 256 * 1024
+#: Up to here a message carries its payload, and goes at once. What is larger waits until the receiver asks for it:
+#: a round trip more, and the receiver's time. UCX by itself makes messages of 16 KiB wait.
+SMALL_BYTES = 288 * 1024
 _PUSH_S = 0.0005  # how long a sender moves a large message itself before the pump does
 _ATTENDED_S = 0.001  # who looked for frames that recently needs no pump
 _LOOK_S = 0.005  # between two looks of the pump whether it is needed
@@ -90,7 +89,7 @@ class Worker:
         """collect: takes one message, or all that have come, off the worker, and tells whether there was any. Called
         with the lock held."""
         context = libucxx.UCXContext(
-            {"RNDV_THRESH": str(_EAGER_BYTES)}, feature_flags=(libucxx.Feature.TAG, libucxx.Feature.WAKEUP)
+            {"RNDV_THRESH": str(SMALL_BYTES)}, feature_flags=(libucxx.Feature.TAG, libucxx.Feature.WAKEUP)
         )
         self._worker: Any = libucxx.UCXWorker(context)
         self._worker.init_blocking_progress_mode()
