@@ -73,6 +73,15 @@ class LlamaReference:
             tokens.append(int(rows[-1].argmax()))
         return tokens, np.stack(rows)
 
+    def embedding(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        """The hidden state of the last token, behind the output norm: [hidden_size]."""
+        self._lib.llama_set_embeddings(self._ctx, True)
+        self._decode(tokens, 0, every=False)
+        row = self._lib.llama_get_embeddings_ith(self._ctx, -1)
+        found: NDArray[np.float32] = np.ctypeslib.as_array(row, (self._lib.llama_model_n_embd(self._model),)).copy()
+        self._lib.llama_set_embeddings(self._ctx, False)
+        return found
+
     def _decode(self, tokens: Sequence[int], position: int, every: bool) -> NDArray[np.float32]:
         """Run a batch, with logits of every token or of the last one."""
         self._lib.llama_memory_seq_rm(self._lib.llama_get_memory(self._ctx), 0, position, -1)
@@ -131,6 +140,9 @@ def _library() -> Any:
         ("llama_batch_free", None, _Batch),
         ("llama_decode", ctypes.c_int32, pointer, _Batch),
         ("llama_get_logits_ith", floats, pointer, ctypes.c_int32),
+        ("llama_set_embeddings", None, pointer, ctypes.c_bool),
+        ("llama_get_embeddings_ith", floats, pointer, ctypes.c_int32),
+        ("llama_model_n_embd", ctypes.c_int32, pointer),
         ("llama_free", None, pointer),
         ("llama_model_free", None, pointer),
     ):

@@ -73,6 +73,16 @@ async def test_an_embedding_is_what_the_logits_are_made_of_for_every_split(lengt
     assert np.linalg.norm(found[0]) == pytest.approx(1.0, abs=1e-6)
 
 
+async def test_embeddings_are_the_references() -> None:
+    prompts = [prompt_of(length) for length in (1, 40, 130, 257)]
+    async with ring(storyteller(), even(storyteller(), 3)) as pipeline:
+        found = [await pipeline.embed(prompt) for prompt in prompts]
+    with LlamaReference(storyteller(), 512) as reference:
+        expected = [reference.embedding(prompt) for prompt in prompts]
+    for one, other in zip(found, expected, strict=True):
+        assert np.dot(one, other / np.linalg.norm(other)) > 0.9995
+
+
 async def test_embeddings_come_beside_generations_and_leave_their_slots() -> None:
     prompts = [prompt_of(length) for length in (3, 40, 70, 130, 9, 64)]
     async with ring(storyteller(), even(storyteller(), 3), slots=2) as pipeline:
