@@ -73,7 +73,9 @@ class NfsFiles(mfusepy.Operations):  # type: ignore[misc]
 
     def release(self, path: str, fh: int) -> int:
         with self._lock:
-            self._open.pop(fh, None)
+            opened = self._open.pop(fh, None)
+        if opened is not None:
+            self._remote.release(opened)
         return 0
 
 

@@ -83,22 +83,22 @@ def test_spans_are_contiguous_of_one_file_and_bounded() -> None:
         [Extents([Extent(4 * MIB, 5 * MIB)]), Extents()],
         {0: blocks(20 * MIB), 1: blocks(3 * MIB)},
     )
-    spans = plan_spans(pieces, SPAN_BYTES)
+    spans = plan_spans(pieces, 1)
     assert [piece for span in spans for piece in span.pieces] == pieces
     for span in spans:
         assert len(span.extent) == sum(len(piece.extent) for piece in span.pieces) <= SPAN_BYTES
         assert {piece.file for piece in span.pieces} == {span.file}
-    assert [len(span.extent) // MIB for span in spans] == [4, 8, 7, 3]
+    assert [len(span.extent) // MIB for span in spans] == [4, 8, 5, 2, 1, 1, 1]
 
 
 def test_a_piece_longer_than_a_span_is_one_request() -> None:
     header = Check(Extent(0, 2 * SPAN_BYTES), b"", "the header")
-    (span,) = plan_spans(plan_pieces({0: [header.extent]}, [Extents()], {0: [header]}), SPAN_BYTES)
+    (span,) = plan_spans(plan_pieces({0: [header.extent]}, [Extents()], {0: [header]}), 4)
     assert span.extent == header.extent
 
 
-def test_spans_of_little_are_short_so_that_every_connection_gets_some() -> None:
-    assert span_bytes(16 * MIB, 4) == MIB == LEAST_SPAN_BYTES
-    assert span_bytes(80 * MIB, 8) == 80 * MIB // 32
+def test_spans_are_short_where_little_is_left_so_that_every_connection_gets_some() -> None:
+    assert span_bytes(8 * MIB, 4) == MIB == LEAST_SPAN_BYTES
+    assert span_bytes(80 * MIB, 8) == 5 * MIB
     assert span_bytes(10_000 * MIB, 8) == SPAN_BYTES
     assert span_bytes(10, 0) == LEAST_SPAN_BYTES

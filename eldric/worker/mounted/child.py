@@ -22,7 +22,8 @@ from collections.abc import Iterator
 from typing import Any
 
 _PIECE_BYTES = 1 << 20
-_AHEAD = 4  # pieces that are asked for before they are waited for
+_AHEAD = 4  # pieces, of which all bytes are asked for before they are waited for
+_ASKED_BYTES = 128 << 10  # at a time: the kernel brings no more of what is asked for at once, by default
 _PAGE = mmap.PAGESIZE
 _INPUT, _OUTPUT = 0, 1
 
@@ -94,7 +95,7 @@ def _pieces(descriptor: int, offset: int, length: int) -> Iterator[memoryview]:
     end, asked = offset + length, offset
     while offset < end:
         while asked < min(end, offset + _AHEAD * _PIECE_BYTES):
-            step = min(_PIECE_BYTES - asked % _PIECE_BYTES, end - asked)
+            step = min(_ASKED_BYTES - asked % _ASKED_BYTES, end - asked)
             os.posix_fadvise(descriptor, asked, step, os.POSIX_FADV_WILLNEED)
             asked += step
         size = min(_PIECE_BYTES - offset % _PIECE_BYTES, end - offset)

@@ -18,7 +18,7 @@ from eldric.worker.mounted.process import Child, Silent
 #: A load fails when no byte came for so long, in seconds. While bytes move it may take as long as they need.
 STALL_S = 10.0
 #: How far reading may be ahead of mapping, in bytes: what is read and not used yet takes memory.
-WINDOW_BYTES = 64 << 20
+WINDOW_BYTES = 32 << 20
 #: How much is used up between two words of it to the reader.
 _STEP_BYTES = 4 << 20
 

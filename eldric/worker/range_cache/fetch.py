@@ -24,7 +24,7 @@ from eldric.worker.range_cache.entry import CachedModel
 from eldric.worker.range_cache.extents import Extent
 from eldric.worker.range_cache.metrics import FetchMetrics
 from eldric.worker.range_cache.places import Place, reason_of
-from eldric.worker.range_cache.spans import Piece, plan_spans, span_bytes
+from eldric.worker.range_cache.spans import Piece, plan_spans
 from eldric.worker.range_cache.work import Flight, Work
 
 log = logging.getLogger(__name__)
@@ -63,8 +63,7 @@ class Fetch:
         pieces = list(pieces)
         self._arrivals.expect(pieces)
         connections, places = self._connect(tls)
-        total_bytes = sum(len(piece.extent) for piece in pieces)
-        work = Work(self._source.model, plan_spans(pieces, span_bytes(total_bytes, len(connections))), places)
+        work = Work(self._source.model, plan_spans(pieces, len(connections)), places)
         threads = [threading.Thread(target=self._serve, args=(work, *each), daemon=True) for each in connections]
         for thread in threads:
             thread.start()

@@ -87,9 +87,11 @@ def plan_pieces(
     return sorted(exact, key=lambda piece: (piece.file, piece.extent.start))
 
 
-def plan_spans(pieces: Iterable[Piece], most_bytes: int) -> list[Span]:
-    """Sorted pieces as requests of at most so many bytes, or of one piece that is longer."""
+def plan_spans(pieces: Sequence[Piece], connections: int) -> list[Span]:
+    """Sorted pieces as requests: of one piece that is longer, or of at most `span_bytes` of what is left."""
     spans: list[list[Piece]] = []
+    left = sum(len(piece.extent) for piece in pieces)
+    most_bytes = 0
     for piece in pieces:
         last = spans[-1] if spans else []
         follows = last and last[-1].file == piece.file and last[-1].extent.stop == piece.extent.start
@@ -97,12 +99,15 @@ def plan_spans(pieces: Iterable[Piece], most_bytes: int) -> list[Span]:
             last.append(piece)
         else:
             spans.append([piece])
+            most_bytes = span_bytes(left, connections)
+        left -= len(piece.extent)
     return [Span(tuple(each)) for each in spans]
 
 
-def span_bytes(total_bytes: int, connections: int) -> int:
-    """Most bytes of a span, so that each connection gets some of the whole, and nobody waits long for the last one."""
-    return max(LEAST_SPAN_BYTES, min(SPAN_BYTES, total_bytes // (4 * max(1, connections))))
+def span_bytes(left_bytes: int, connections: int) -> int:
+    """Most bytes of a span, when so many are left to be asked for: shorter ones in the end, so that all connections
+    come to an end at about the same time."""
+    return max(LEAST_SPAN_BYTES, min(SPAN_BYTES, left_bytes // (2 * max(1, connections))))
 
 
 def _by_check(missing: Iterable[Extent], checks: Sequence[Check]) -> list[tuple[Check | None, list[Extent]]]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from eldric.errors import DataLoss, EldricError
 from eldric.worker.range_cache.extents import Extent
 from eldric.worker.range_cache.places import Place, all_given_up
-from eldric.worker.range_cache.spans import SPAN_BYTES, Piece, Span, plan_spans
+from eldric.worker.range_cache.spans import Piece, Span, plan_spans
 
 #: A data worker that sends nothing for so long is asked no less, but somebody idle fetches the same from another one.
 STALLED_S = 2.0
@@ -103,7 +103,7 @@ class Work:
             self._flights.remove(flight)
             left = [piece for piece in flight.left if _key(piece) in self._missing]
             if left and not flight.doubled:
-                self._todo.extendleft(reversed(plan_spans(left, SPAN_BYTES)))
+                self._todo.extendleft(reversed(plan_spans(left, 1)))
             self._look_for_hope()
             self._changed.notify_all()
 
