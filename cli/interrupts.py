@@ -2,6 +2,7 @@
 
 import contextlib
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from types import FrameType
@@ -11,6 +12,11 @@ from typing import NoReturn
 INTERRUPTED = 128 + signal.SIGINT
 
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+#: Breaks a wait in C, and does nothing where nobody handles it.
+_NUDGE = signal.SIGURG
+#: Between two nudges, in seconds.
+_NUDGE_S = 0.02
 
 
 def _end(number: int, frame: FrameType | None) -> NoReturn:
@@ -48,3 +54,39 @@ def deferred() -> Iterator[None]:
         handler = before[signal.Signals(came_number)]
         if callable(handler):
             handler(came_number, frame)
+
+
+@contextlib.contextmanager
+def heard() -> Iterator[None]:
+    """A signal in the block is heard although the main thread waits for input. Elsewhere, no change.
+
+    Readline, and read(2) too, waits until a key or a signal comes. A signal that came just before it began to wait
+    has left a mark that Python looks at after the next key only. So a thread, which the signal's own write wakes, goes
+    on breaking that wait until the block is left.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    main, left = threading.get_ident(), threading.Event()
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)  # as signal.set_wakeup_fd wants it
+
+    def nudge() -> None:
+        if ours.recv(1):
+            while not left.wait(_NUDGE_S):
+                signal.pthread_kill(main, _NUDGE)
+
+    handler = signal.signal(_NUDGE, lambda number, frame: None)
+    wakeup = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+    thread = threading.Thread(target=nudge, name="nudge", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        with deferred():  # a second Ctrl-C leaves no half of this behind
+            left.set()
+            signal.set_wakeup_fd(wakeup)
+            theirs.close()  # ends a thread that still waits for a signal
+            thread.join()
+            ours.close()
+            signal.signal(_NUDGE, handler)

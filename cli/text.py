@@ -171,7 +171,8 @@ def _lines() -> Iterator[str]:
             import readline  # noqa: F401 (gives input() editing and a history)
     while True:
         try:
-            line = input("> " if asking else "").strip()
+            with interrupts.heard():
+                line = input("> " if asking else "").strip()
         except EOFError:
             if asking:
                 print()
