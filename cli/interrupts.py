@@ -72,21 +72,23 @@ def heard() -> Iterator[None]:
     theirs.setblocking(False)  # as signal.set_wakeup_fd wants it
 
     def nudge() -> None:
-        if ours.recv(1):
-            while not left.wait(_NUDGE_S):
-                signal.pthread_kill(main, _NUDGE)
+        with ours:
+            if ours.recv(1):
+                while not left.wait(_NUDGE_S):
+                    signal.pthread_kill(main, _NUDGE)
 
-    handler = signal.signal(_NUDGE, lambda number, frame: None)
-    wakeup = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
     thread = threading.Thread(target=nudge, name="nudge", daemon=True)
-    thread.start()
+    before = signal.getsignal(_NUDGE)
     try:
+        signal.signal(_NUDGE, lambda number, frame: None)
+        signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+        thread.start()
         yield
     finally:
         with deferred():  # a second Ctrl-C leaves no half of this behind
             left.set()
-            signal.set_wakeup_fd(wakeup)
-            theirs.close()  # ends a thread that still waits for a signal
-            thread.join()
-            ours.close()
-            signal.signal(_NUDGE, handler)
+            signal.set_wakeup_fd(-1)
+            theirs.close()  # ends a thread that no signal has woken
+            if thread.is_alive():
+                thread.join()
+            signal.signal(_NUDGE, before)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from eldric.cli import options
+from eldric.cli import interrupts, options
 from eldric.cli.connect import client_of
 from eldric.cli.failures import failure_of
 from eldric.cli.generating import speed_line, stream, whole
