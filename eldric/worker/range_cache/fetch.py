@@ -32,10 +32,17 @@ log = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
 Cancelled = Callable[[], bool]
 
-#: Connections to each data worker, and to all together: each keeps a piece in memory.
-CONNECTIONS, MOST_CONNECTIONS = 4, 16
+#: Connections to a single data worker, to each of several, and to all together: each keeps a piece in memory and has a
+#: thread, and a few carry what a link does.
+CONNECTIONS, LEAST_CONNECTIONS, MOST_CONNECTIONS = 4, 2, 16
 #: How often what was written is noted, and how often somebody looks whether the load was cancelled, in seconds.
 NOTE_S, LOOK_S = 1.0, 0.05
+
+
+def _connections(places: int) -> int:
+    """To each of so many data workers."""
+    places = max(1, places)
+    return max(1, min(max(LEAST_CONNECTIONS, CONNECTIONS // places), CONNECTIONS, MOST_CONNECTIONS // places))
 
 
 class Fetch:
@@ -86,7 +93,7 @@ class Fetch:
         """In random order: no data worker comes first to all workers."""
         made: list[tuple[Place, Connection]] = []
         places = [Place(place.node_id) for place in self._source.places]
-        each = max(1, min(CONNECTIONS, MOST_CONNECTIONS // max(1, len(places))))
+        each = _connections(len(places))
         for place, address in zip(places, self._source.places, strict=True):
             try:
                 made += [(place, Connection(address, tls)) for _ in range(each)]
