@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
 from eldric.client import types
@@ -14,6 +15,18 @@ _FINISH: dict[int, types.Finish] = {
     inference_pb2.STOP: "stop",
     inference_pb2.LENGTH: "length",
     inference_pb2.CANCELLED: "cancelled",
+}
+
+#: What a field's value must be, for people.
+_WANTED = {
+    FieldDescriptor.CPPTYPE_UINT32: f"a whole number from 0 to {2**32 - 1}",
+    FieldDescriptor.CPPTYPE_UINT64: f"a whole number from 0 to {2**64 - 1}",
+    FieldDescriptor.CPPTYPE_INT32: f"a whole number from {-(2**31)} to {2**31 - 1}",
+    FieldDescriptor.CPPTYPE_INT64: f"a whole number from {-(2**63)} to {2**63 - 1}",
+    FieldDescriptor.CPPTYPE_FLOAT: "a number",
+    FieldDescriptor.CPPTYPE_DOUBLE: "a number",
+    FieldDescriptor.CPPTYPE_BOOL: "true or false",
+    FieldDescriptor.CPPTYPE_STRING: "a text",
 }
 
 
@@ -273,7 +286,15 @@ def _fill(message: Message, values: Mapping[str, Any]) -> None:
             try:
                 message.MergeFrom(type(message)(**{name: value}))
             except (TypeError, ValueError) as error:
-                raise InvalidRequest(f"{name} cannot be {value!r}: {error}") from error
+                raise InvalidRequest(_complaint(message, name, value)) from error
+
+
+def _complaint(message: Message, name: str, value: Any) -> str:
+    field = message.DESCRIPTOR.fields_by_name.get(name)
+    if field is None:
+        return f"there is no option {name!r}"
+    wanted = _WANTED.get(field.cpp_type, "of another kind")
+    return f"{name} cannot be {value!r}: it must be {'a list, each ' * field.is_repeated}{wanted}"
 
 
 def token_ids(ids: Sequence[int]) -> inference_pb2.TokenIds:
