@@ -73,13 +73,18 @@ def test_a_block_with_a_signal_leaves_nothing_behind(untouched: None) -> None:
             signal.sigtimedwait([], 5)
 
 
+def type_line(keyboard: int) -> None:
+    os.write(keyboard, b"a line\n")
+    os.close(keyboard)
+
+
 def test_a_signal_that_ends_nothing_leaves_the_line_whole(untouched: None) -> None:
     reader, writer = os.pipe()
     before = signal.signal(signal.SIGUSR1, lambda number, frame: None)
     try:
         with os.fdopen(reader) as lines, interrupts.heard():
             signal.raise_signal(signal.SIGUSR1)
-            threading.Timer(0.2, lambda: (os.write(writer, b"a line\n"), os.close(writer))).start()
+            threading.Timer(0.2, type_line, [writer]).start()
             assert lines.readline() == "a line\n"
     finally:
         signal.signal(signal.SIGUSR1, before)
