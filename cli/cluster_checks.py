@@ -1,6 +1,7 @@
 """What `doctor` says of a cluster: pure functions of facts that cluster_facts gathers."""
 
 import datetime
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -35,12 +36,11 @@ def check_local_nodes(stopped: Mapping[str, str], count: int, folder: Path) -> F
     """stopped: the nodes of a local cluster that do not run, and their last words; count: all its nodes."""
     if not stopped:
         return ok("processes", "every node of this cluster runs")
+    up = f"`eldric-cli up --dir {shlex.quote(str(folder))}`"
     if len(stopped) == count and not any(stopped.values()):
-        return problem(
-            "processes", f"the cluster in {folder} does not run", f"`eldric-cli up --dir {folder}` starts it"
-        )
+        return problem("processes", f"the cluster in {folder} does not run", f"{up} starts it")
     text = ", ".join(f"{name} ({line})" if line else name for name, line in stopped.items())
-    return problem("processes", f"not running: {text}", f"`eldric-cli up --dir {folder}` starts what does not run")
+    return problem("processes", f"not running: {text}", f"{up} starts what does not run")
 
 
 def check_nodes(nodes: Sequence[NodeInfo]) -> Iterator[Finding]:

@@ -1,5 +1,6 @@
 """eldric-cli up and down: a cluster of processes on this machine."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -99,7 +100,7 @@ def _not_ready(folder: Path) -> list[str]:
 
 def which(folder: Path | None, place: Path) -> str:
     """The option that makes the next command find the same cluster, where it needs one."""
-    return "" if folder is None else f" --dir {place}"
+    return "" if folder is None else f" --dir {shlex.quote(str(place))}"
 
 
 def summarize(folder: Path, nodes: list[NodeProcess]) -> dict[str, Any]:

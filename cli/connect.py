@@ -1,6 +1,7 @@
 """The cluster that a command speaks to."""
 
 import os
+import shlex
 from pathlib import Path
 
 from eldric.cli.certificates import keep_fresh
@@ -32,8 +33,7 @@ def client_of(folder: Path | None, controller: str | None, *, timeout_s: float =
     """A client of that cluster. Raises NotReady for a local one that does not run."""
     cluster = cluster_of(folder, controller)
     if cluster.folder is not None and not is_running(cluster.folder / "controller"):
-        raise NotReady(
-            f"the cluster in {cluster.folder} does not run: start it with `eldric-cli up --dir {cluster.folder}`"
-        )
+        there = shlex.quote(str(cluster.folder))
+        raise NotReady(f"the cluster in {cluster.folder} does not run: start it with `eldric-cli up --dir {there}`")
     keep_fresh(cluster)
     return Client(cluster, timeout_s=timeout_s)

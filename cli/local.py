@@ -9,6 +9,7 @@ FOLDER/KIND[-N]/       one node each: certificate, state, node.json, log
 
 import datetime
 import json
+import shlex
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Set
@@ -70,7 +71,9 @@ class LocalCluster:
             nodes = [NodeEntry(node["kind"], node["name"], tuple(node["arguments"])) for node in document["nodes"]]
             return cls(folder, document["name"], nodes, document["controllers"])
         except FileNotFoundError:
-            raise NotFound(f"{folder} holds no cluster: start one with `eldric-cli up --dir {folder}`") from None
+            raise NotFound(
+                f"{folder} holds no cluster: start one with `eldric-cli up --dir {shlex.quote(str(folder))}`"
+            ) from None
         except (ValueError, KeyError, TypeError) as error:
             raise InvalidRequest(f"{path} is not the file of a local cluster: {error!r}") from error
 
@@ -89,8 +92,8 @@ class LocalCluster:
         count = sum(entry.kind == "worker" for entry in cluster.nodes)
         if "workers" in given and shape.workers != count:
             raise AlreadyExists(
-                f"{folder} holds a cluster of {count} workers: `eldric-cli down --dir {folder}` and remove the folder, "
-                "or use another --dir"
+                f"{folder} holds a cluster of {count} workers: `eldric-cli down --dir {shlex.quote(str(folder))}` and "
+                "remove the folder, or use another --dir"
             )
         affected = {"router"} if "router_port" in given else set()
         affected |= {"worker"} if given & {"memory", "threads", "pin"} else set()
@@ -103,9 +106,8 @@ class LocalCluster:
             if entry == other or entry.kind not in kinds:
                 continue
             if self.process(entry).running:
-                raise AlreadyExists(
-                    f"{entry.name} runs with other settings: `eldric-cli down --dir {self.folder}` first"
-                )
+                down = f"eldric-cli down --dir {shlex.quote(str(self.folder))}"
+                raise AlreadyExists(f"{entry.name} runs with other settings: `{down}` first")
             self.nodes[index] = other
         self.save()
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+import shlex
 import socket
 import time
 from pathlib import Path
@@ -81,7 +82,7 @@ def init(
     token = asyncio.run(_first_token(place, authority, seconds))
     join_at = join_address(reach, http_port + 2000)
     port = "" if http_port == HTTP_PORTS["controller"] else f" --http-port {http_port}"
-    command = f"eldric-cli controller --folder {place} --host 0.0.0.0 --advertise {reach}{port}"
+    command = f"eldric-cli controller --folder {shlex.quote(str(place))} --host 0.0.0.0 --advertise {reach}{port}"
     if as_json:
         print_json(
             {
@@ -225,7 +226,7 @@ def join_cluster(
         store = " --models MODEL-FOLDER" if kind == "data" else ""
         known = f" --controller {controller}" if grpc_address or not edge else ""
         way = f"{known} --edge {edge}" if edge else f"{known} --host 0.0.0.0"
-        command = f"eldric-cli {kind} --folder {place}{way}{store}"
+        command = f"eldric-cli {kind} --folder {shlex.quote(str(place))}{way}{store}"
     if as_json:
         print_json({"kind": kind, "name": node, "folder": str(place), "cluster": identity.cluster, "command": command})
         return

@@ -36,7 +36,7 @@ Seed = Annotated[
 ]
 MaxTokens = Annotated[
     int,
-    option("--max-tokens", "-n", metavar="N", help="Default: until the model stops."),
+    option("--max-tokens", "-n", metavar="N", help="0, -1 or left out: until the model stops."),
 ]
 Stop = Annotated[
     list[str] | None,
@@ -45,6 +45,9 @@ Stop = Annotated[
 
 #: What a person gets who says nothing: llama.cpp's settings.
 _DEFAULTS = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.05}
+
+#: As llama.cpp and Ollama spell a --max-tokens that limits nothing; 0 says the same.
+_NO_LIMIT = -1
 
 
 @app.command()
@@ -155,7 +158,7 @@ def _settings(
 ) -> dict[str, Any]:
     given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
     chosen = {name: value for name, value in given.items() if value is not None}
-    return {**_DEFAULTS, **chosen, "max_tokens": max_tokens}
+    return {**_DEFAULTS, **chosen, "max_tokens": 0 if max_tokens == _NO_LIMIT else max_tokens}
 
 
 def _messages(system: str, *user: str) -> list[dict[str, str]]:

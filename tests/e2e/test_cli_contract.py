@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 import httpx
+import pytest
 
 from tests.e2e.cli import Cli
 from tests.e2e.conftest import STORY, Cluster
@@ -117,6 +118,16 @@ def test_deploy_and_undeploy(cluster: Cluster) -> None:
     assert one == two
     assert cli("undeploy", "two", "--json").json == {"undeployed": "two"}
     assert "two" not in [each["name"] for each in cli("status", "--json").json["pipelines"]]
+
+
+@pytest.mark.parametrize("limit", [0, -1])
+def test_max_tokens_that_limit_nothing(cli: Cli, limit: int) -> None:
+    limited, free = (
+        cli("run", STORY, "Once upon", "--raw", "--temperature", 0, *options, "--json").json
+        for options in (("--max-tokens", limit), ())
+    )
+    assert limited["tokens"] == free["tokens"]
+    assert len(free["tokens"]) > 16
 
 
 def test_the_model_store(cli: Cli) -> None:

@@ -1,6 +1,7 @@
 """Bad input everywhere a person can give some: one line that says what to do, and nothing left behind."""
 
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -51,6 +52,13 @@ def test_files_that_are_no_models(cli: Cli, tmp_path: Path) -> None:
             assert path.name in done.error
             assert "at byte" in done.error
     assert not {"text", "part"} & {model["name"] for model in cli("models", "ls", "--json").json["models"]}
+
+
+def test_a_model_that_is_deployed_is_not_removed(cli: Cli) -> None:
+    done = cli("models", "rm", STORY, "--json", code=1)
+    assert f"`eldric-cli undeploy {STORY}` first" in done.error
+    assert done.json["error"]["code"] == "FAILED_PRECONDITION"
+    assert STORY in [model["name"] for model in cli("models", "ls", "--json").json["models"]]
 
 
 def test_an_architecture_that_is_not_known(cli: Cli, tmp_path: Path) -> None:
@@ -112,6 +120,7 @@ def test_a_name_that_is_taken(cli: Cli) -> None:
         (("--top-k", -3), "top_k"),
         (("--seed", 2**65), "seed"),
         (("--max-tokens", 2**40), "max_tokens"),
+        (("--max-tokens", -2), "max_tokens cannot be -2"),
         (("--raw", "--system", "be kind"), "--system"),
     ],
 )
@@ -159,6 +168,18 @@ def test_a_cluster_that_does_not_run(home_cli: Cli, tmp_path: Path) -> None:
     doctor = home_cli("doctor", "--dir", tmp_path, "--json", code=1).json
     (problem,) = (each for each in doctor["checks"] if each["level"] == "problem")
     assert problem["advice"].startswith(f"`eldric-cli up --dir {tmp_path}`")
+
+
+def test_a_command_that_is_advised_can_be_pasted_whatever_the_folder_is_called(home_cli: Cli, tmp_path: Path) -> None:
+    home_cli = replace(home_cli, inside=True)
+    folder = tmp_path / "my cluster's ü"
+    advised = home_cli("down", "--dir", folder, code=1).error.partition("`")[2].partition("`")[0]
+    assert shlex.split(advised) == ["eldric-cli", "up", "--dir", str(folder)]
+    cluster = LocalCluster.create(folder, Shape(workers=1))
+    cluster.controllers = ["127.0.0.1:1"]
+    cluster.save()
+    advised = home_cli("status", "--dir", folder, code=1).error.partition("`")[2].partition("`")[0]
+    assert shlex.split(advised) == ["eldric-cli", "up", "--dir", str(folder)]
 
 
 def test_options_of_this_machine(cli: Cli) -> None:
