@@ -10,7 +10,8 @@ EldricError
 ├── QueueIsFull             RESOURCE_EXHAUSTED    try again later; `retry_after_s` says when
 ├── NotReady                FAILED_PRECONDITION   the thing exists, but not in a state for this
 │   ├── StaleEpoch                                the caller speaks of an older epoch
-│   └── VersionMismatch                           protocol versions differ; both are named
+│   ├── VersionMismatch                           protocol versions differ; both are named
+│   └── NotSupported                              this model cannot do this, however often it is tried
 ├── Unavailable             UNAVAILABLE           a peer is gone or still loading; retryable
 │   ├── PipelineDegraded                          a stage is lost
 │   └── Busy                                      too many do this at once; `retry_after_s` says when to come again
@@ -72,6 +73,10 @@ class StaleEpoch(NotReady):
 
 
 class VersionMismatch(NotReady):
+    pass
+
+
+class NotSupported(NotReady):
     pass
 
 

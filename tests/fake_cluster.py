@@ -145,6 +145,14 @@ class FakeHead(inference_pb2_grpc.InferenceServicer):
         finally:
             self.running -= 1
 
+    async def Embed(self, request: inference_pb2.EmbedRequest, context: Any) -> inference_pb2.EmbedResponse:
+        """A vector, once `say` has come to its end."""
+        generate = inference_pb2.GenerateRequest(tokens=request.tokens, max_tokens=1)
+        async with contextlib.aclosing(self.Generate(generate, context)) as events:  # type: ignore[type-var]
+            async for _ in events:
+                pass
+        return inference_pb2.EmbedResponse(embedding=[1.0, 0.0], prompt_tokens=len(request.tokens.ids))
+
     async def Cancel(self, request: inference_pb2.CancelRequest, context: Any) -> inference_pb2.CancelResponse:
         self.cancels.append(request.request_id)
         return inference_pb2.CancelResponse(cancelled=True)

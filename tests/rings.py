@@ -113,7 +113,7 @@ class TestRing:
                     yield event
         finally:
             if not answer.ended:
-                head.cancel(generation.sequence.id)
+                head.drop(generation)
 
 
 @contextlib.asynccontextmanager

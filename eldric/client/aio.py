@@ -203,8 +203,8 @@ class AsyncClient:
             return await collect(events)
 
     async def embed(self, model: str, text: str | Sequence[int], *, timeout_s: float | None = None) -> types.Embedding:
-        """A text (or token ids) as a vector of length 1: what the model makes of its last token. Raises NotReady for a
-        model that was made to pool all of them."""
+        """A text (or token ids) as a vector of length 1: what the model makes of its last token. Raises NotSupported
+        for a model that was made to pool all of them."""
         request = inference_pb2.EmbedRequest(model=model)
         if isinstance(text, str):
             request.text = text

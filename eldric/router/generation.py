@@ -12,7 +12,7 @@ import grpc
 from eldric.channels import ChannelPool, call_errors
 from eldric.engine.errors import InvalidPrompt
 from eldric.engine.text_stream import TextStream
-from eldric.errors import EldricError, InvalidRequest, NotFound, NotReady, Unavailable
+from eldric.errors import EldricError, InvalidRequest, NotFound, NotReady, NotSupported, Unavailable
 from eldric.router.errors import PipelineLost, PromptTooLong
 from eldric.router.metrics import ModelMetrics, RouterMetrics
 from eldric.router.pipelines import Pipelines, Route
@@ -21,6 +21,8 @@ from eldric.v1 import inference_pb2, inference_pb2_grpc, sampling_pb2
 
 #: A head that is alive says at once that it has taken a request.
 START_TIMEOUT_S = 10.0
+#: An embedding may wait for a slot as a generation may; a head that is gone is noticed by its connection, much sooner.
+EMBED_TIMEOUT_S = 600.0
 
 REASONS = {inference_pb2.STOP: "stop", inference_pb2.LENGTH: "length", inference_pb2.CANCELLED: "cancelled"}
 
@@ -121,13 +123,13 @@ class Heads:
                     yield event
 
     async def embed(self, target: Target, tokens: Sequence[int]) -> Sequence[float]:
-        """The embedding of a prompt, of length 1. Raises as `generate` does, and NotReady for a model that cannot."""
+        """The embedding of a prompt, of length 1. Raises as `generate` does, and NotSupported."""
         problems: list[EldricError] = []
         for route in self._pipelines.by_load(_fitting(target, len(tokens))):
             request = inference_pb2.EmbedRequest(model=route.name, tokens=inference_pb2.TokenIds(ids=tokens))
             try:
                 with self._pipelines.running(route), _head_errors(route):
-                    return (await self._stub(route).Embed(request)).embedding
+                    return (await self._stub(route).Embed(request, timeout=EMBED_TIMEOUT_S)).embedding
             except EldricError as error:
                 if not _may_retry(error):
                     raise
@@ -269,10 +271,12 @@ async def _first(call: Any) -> inference_pb2.Started:
 
 @contextlib.contextmanager
 def _head_errors(route: Route) -> Any:
-    """What a head's failure means to a client. Raises InvalidRequest, QueueIsFull, PipelineLost."""
+    """What a head's failure means to a client. Raises InvalidRequest, QueueIsFull, NotSupported, PipelineLost."""
     try:
         with call_errors(f"head worker {route.head_name or route.head_address}"):
             yield
+    except NotSupported:
+        raise
     except (Unavailable, NotFound, NotReady) as error:
         raise PipelineLost(f"the pipeline {route.name!r} cannot go on: {error.message}") from error
 

@@ -2,13 +2,14 @@
 
 import asyncio
 import base64
+import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field, PlainValidator
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from eldric.event_stream import disconnected, unless_gone
 from eldric.router.errors import InvalidParameter
@@ -29,7 +30,8 @@ class EmbeddingsBody(StrictBody):
 
 
 class Embeddings:
-    """Answers requests for embeddings."""
+    """Answers requests for embeddings. The event loop is given up between two texts: thousands of them, and the
+    millions of numbers of their vectors, hold up nobody else."""
 
     def __init__(self, prompts: Prompts, heads: Heads) -> None:
         self._prompts, self._heads = prompts, heads
@@ -37,29 +39,28 @@ class Embeddings:
     async def answer(self, request: Request, model: str, body: EmbeddingsBody) -> Response:
         """Raises ClientGone when the client goes away, what Prompts.find, Target.encode and Heads.embed raise, and
         InvalidParameter."""
-        target = await self._prompts.find(model)
-        prompts = [await _tokens(target, each) for each in body.input]
-        vectors = await unless_gone(self._all(target, prompts), disconnected(request))
-        if body.dimensions not in (None, len(vectors[0])):
-            raise InvalidParameter(
-                f"This model's embeddings have {len(vectors[0])} dimensions and cannot be shortened.", "dimensions"
-            )
-        tokens = sum(map(len, prompts))
-        data = [
-            {"object": "embedding", "index": index, "embedding": _encoded(vector, body.encoding_format)}
-            for index, vector in enumerate(vectors)
-        ]
-        usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-        return JSONResponse({"object": "list", "data": data, "model": model, "usage": usage})
+        answer = await unless_gone(self._answer(model, body), disconnected(request))
+        return Response(answer, media_type="application/json")
 
-    async def _all(self, target: Target, prompts: Sequence[Sequence[int]]) -> list[Sequence[float]]:
+    async def _answer(self, model: str, body: EmbeddingsBody) -> bytes:
+        target = await self._prompts.find(model)
+        prompts = []
+        for each in body.input:
+            prompts.append(await _tokens(target, each))
+            await asyncio.sleep(0)  # a short text is encoded without a wait
+        entries = await self._entries(target, prompts, body)
+        tokens = sum(map(len, prompts))
+        rest = _json({"model": model, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}})
+        return b'{"object":"list","data":[' + b",".join(entries) + b"]," + rest[1:]
+
+    async def _entries(self, target: Target, prompts: Sequence[Sequence[int]], body: EmbeddingsBody) -> list[bytes]:
         room = asyncio.Semaphore(AT_ONCE)
 
-        async def one(tokens: Sequence[int]) -> Sequence[float]:
+        async def one(index: int, tokens: Sequence[int]) -> bytes:
             async with room:
-                return await self._heads.embed(target, tokens)
+                return _entry(index, await self._heads.embed(target, tokens), body)
 
-        tasks = [asyncio.ensure_future(one(tokens)) for tokens in prompts]
+        tasks = [asyncio.ensure_future(one(*each)) for each in enumerate(prompts)]
         try:
             return await asyncio.gather(*tasks)
         finally:
@@ -72,7 +73,17 @@ async def _tokens(target: Target, given: str | list[int]) -> list[int]:
     return await target.encode(given) if isinstance(given, str) else target.checked(given)
 
 
-def _encoded(vector: Sequence[float], encoding: str | None) -> Any:
+def _entry(index: int, vector: Sequence[float], body: EmbeddingsBody) -> bytes:
     """base64: of little-endian f32, which is what OpenAI's own client asks for."""
+    if body.dimensions not in (None, len(vector)):
+        raise InvalidParameter(
+            f"This model's embeddings have {len(vector)} dimensions and cannot be shortened.", "dimensions"
+        )
     numbers = np.array(vector, "<f4")
-    return base64.b64encode(numbers.tobytes()).decode() if encoding == "base64" else numbers.tolist()
+    packed = body.encoding_format == "base64"
+    embedding = base64.b64encode(numbers.tobytes()).decode() if packed else numbers.tolist()
+    return _json({"object": "embedding", "index": index, "embedding": embedding})
+
+
+def _json(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode()

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 from starlette.responses import JSONResponse
 
+from eldric.errors import NotSupported
 from eldric.interceptors import failure_of
 from eldric.router.errors import InvalidParameter, ModelNotFound, PipelineLoading, PromptTooLong
 
@@ -86,6 +87,8 @@ def api_error(error: Exception, path: str) -> ApiError:
             return ApiError(404, str(error), "invalid_request_error", "model", "model_not_found")
         case PromptTooLong():
             return ApiError(400, str(error), "invalid_request_error", error.param, "context_length_exceeded")
+        case NotSupported():
+            return ApiError(400, str(error), "invalid_request_error", "model", "unsupported_model")
         case PipelineLoading():
             return ApiError(503, str(error), "server_error", None, "model_loading", error.retry_after_s, error.progress)
     failure = failure_of(error, path)

@@ -64,10 +64,10 @@ class Target:
         size = self.vocabulary.tokenizer.vocab_size
         if not tokens:
             raise InvalidRequest("the prompt is empty")
+        if 0 < self.context <= len(tokens):  # before each of them is looked at: there may be millions
+            raise PromptTooLong(len(tokens), self.context)
         if min(tokens) < 0 or max(tokens) >= size:
             raise InvalidRequest(f"a token id lies outside the vocabulary, [0, {size})")
-        if 0 < self.context <= len(tokens):
-            raise PromptTooLong(len(tokens), self.context)
         return tokens
 
     def _check_size(self, characters: int) -> None:

@@ -49,14 +49,15 @@ class BodyThread(ComputeThread):
         runs = cast(tuple[Run, ...], header.runs)  # the transport's have the same fields in the same order
         try:
             output, times = self._compute(StepInput(runs, hidden=frame.array()), received_ns)
+            answer = self._tail.answer(runs, output, self._stage.final) if self._tail is not None else None
         except EngineError as error:
             self._ring.send_tokens(header, step_error(self.place.index, error), (received_ns,) * 3)
             return
-        if self._tail is None:
+        if answer is None:
             assert output.hidden is not None
             self._ring.send_hidden(header, output.hidden, times)
         else:
-            self._ring.send_tokens(header, self._tail.answer(runs, output, self._stage.final), times)
+            self._ring.send_tokens(header, answer, times)
 
     def _open(self, frame: Frame) -> None:
         message = frame_pb2.SequenceOpen.FromString(bytes(frame.payload))

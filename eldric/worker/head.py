@@ -67,6 +67,11 @@ class Head:
             self._post(Cancel(generation))
         return generation is not None
 
+    def drop(self, generation: Generation) -> None:
+        """End a generation that nobody waits for any more: this one, and none that has taken its id since it ended."""
+        if self._live.get(generation.sequence.id) is generation:
+            self._post(Cancel(generation))
+
     @property
     def live(self) -> int:
         """Generations that run or wait."""

@@ -128,12 +128,12 @@ class HeadThread(ComputeThread):
     def _step(self, step: Step) -> None:
         try:
             output, times = self._compute(StepInput(step.runs, tokens=step.tokens), time.perf_counter_ns())
+            answer = self._tail.answer(step.runs, output, self._stage.final) if self._tail is not None else None
         except EngineError as error:
             self._failed(step.number, step_error(0, error).error)
             return
         self._entered[step.number] = step
-        if self._tail is not None:
-            answer = self._tail.answer(step.runs, output, self._stage.final)
+        if answer is not None:
             self._answered(step.number, answer, self._ring.trace(times) if self._ring.tracing else ())
         else:
             assert output.hidden is not None

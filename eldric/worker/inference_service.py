@@ -7,7 +7,7 @@ import numpy as np
 
 from eldric.engine.sampling import Sampler
 from eldric.engine.schedule import Sequence as EngineSequence
-from eldric.errors import InvalidRequest, NotReady
+from eldric.errors import InvalidRequest, NotReady, NotSupported
 from eldric.v1 import frame_pb2, inference_pb2, inference_pb2_grpc
 from eldric.worker.convert import FINISH_REASONS, sampling_params, with_seed
 from eldric.worker.generation import Admitted, Ended, Failed, Generation, Happening, Token
@@ -36,12 +36,14 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                     yield event
         finally:
             if not answer.ended:
-                head.cancel(generation.sequence.id)
+                head.drop(generation)
 
     async def Embed(self, request: inference_pb2.EmbedRequest, context: object) -> inference_pb2.EmbedResponse:
         head = self._stages.find_head(request.model)
         if not head.embeds:
-            raise NotReady(f"the model of {request.model!r} pools its tokens for an embedding, which is not supported")
+            raise NotSupported(
+                f"the model of {request.model!r} pools its tokens for an embedding, which is not supported"
+            )
         tokens = request.tokens if request.HasField("tokens") else None
         generation = make_generation(
             inference_pb2.GenerateRequest(model=request.model, tokens=tokens, max_tokens=1), head, embeds=True
@@ -61,7 +63,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                             ended = True
         finally:
             if not ended:
-                head.cancel(generation.sequence.id)
+                head.drop(generation)
         if embedding is None or not embedding.size:
             raise NotReady("the worker of the last stage cannot embed: update it")
         length = float(np.linalg.norm(embedding)) or 1.0

@@ -8,18 +8,22 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
 import pytest
 
 from benchmarks.shapes import SHAPES, write_model
+from eldric.engine.errors import EngineError
 from eldric.engine.ggml.library import find_library
 from eldric.engine.gguf import ModelFile
 from eldric.engine.tokenizer import Tokenizer
-from eldric.errors import InvalidRequest, NotReady, PipelineDegraded, QueueIsFull, StaleEpoch, Unavailable
-from eldric.v1 import inference_pb2, sampling_pb2
+from eldric.errors import InvalidRequest, NotSupported, PipelineDegraded, QueueIsFull, StaleEpoch, Unavailable
+from eldric.v1 import frame_pb2, inference_pb2, sampling_pb2
 from eldric.worker.commands import Degrade, Stop
+from eldric.worker.head_thread import StepFailed
+from eldric.worker.tail import Tail
 from tests.llama_reference import LlamaReference
 from tests.models import SmallLlama, smollm2, storyteller, write_small_llama
 from tests.rings import PIPELINE, even, ring
@@ -97,8 +101,30 @@ async def test_embeddings_come_beside_generations_and_leave_their_slots() -> Non
 async def test_a_model_that_pools_all_of_its_tokens_is_not_embedded_with(tmp_path: Path) -> None:
     path = write_small_llama(tmp_path / "pools.gguf", SmallLlama(), metadata={"llama.pooling_type": 1})
     async with ring(path, [SmallLlama().layers]) as pipeline:
-        with pytest.raises(NotReady, match="pools its tokens"):
+        with pytest.raises(NotSupported, match="pools its tokens"):
             await pipeline.embed([5, 6])
+
+
+@pytest.mark.parametrize("stages", [1, 3])
+async def test_an_output_that_is_no_number_ends_its_sequences_and_not_the_ring(
+    stages: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer, failing = Tail.answer, [False]
+
+    def fails(self: Tail, *given: Any) -> frame_pb2.StepTokens:
+        if failing[0]:
+            raise EngineError("the largest logit is nan")
+        return answer(self, *given)
+
+    monkeypatch.setattr(Tail, "answer", fails)
+    async with ring(storyteller(), even(storyteller(), stages)) as pipeline:
+        expected = await pipeline.generate(prompt_of(9), TOKENS)
+        failing[0] = True
+        for call in (pipeline.generate(prompt_of(9), TOKENS), pipeline.embed(prompt_of(9))):
+            with pytest.raises(StepFailed, match=f"stage {stages - 1}: the largest logit is nan"):
+                await call
+        failing[0] = False
+        assert await pipeline.generate(prompt_of(9), TOKENS) == expected
 
 
 @pytest.mark.model

@@ -9,7 +9,7 @@ import openai
 import pytest
 
 from eldric.engine.errors import InvalidSampling
-from eldric.errors import QueueIsFull, Unavailable
+from eldric.errors import NotSupported, QueueIsFull, Unavailable
 from eldric.v1 import inference_pb2, pipeline_pb2
 from tests.fake_cluster import HELLO, STORY, FakeCluster, client_of, http_of, speak, until
 
@@ -262,6 +262,14 @@ async def test_a_stage_lost_in_mid_stream_is_an_error_event_and_no_done(cluster:
             await client.chat.completions.create(model="storyteller", messages=HELLO)
     assert caught.value.status_code == 503
     assert cluster.head.running == 0
+
+
+async def test_a_model_that_cannot_embed_is_not_to_be_asked_again(cluster: FakeCluster) -> None:
+    cluster.head.error = NotSupported("it pools its tokens")
+    async with client_of(cluster) as client:
+        with pytest.raises(openai.BadRequestError, match="pools its tokens") as refused:
+            await client.embeddings.create(model="storyteller", input="A")
+    assert refused.value.code == "unsupported_model"
 
 
 async def test_what_the_head_refuses_is_a_client_error(cluster: FakeCluster) -> None:

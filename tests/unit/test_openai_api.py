@@ -17,7 +17,7 @@ from starlette.applications import Starlette
 from eldric.engine.chat import ChatTemplate
 from eldric.engine.gguf import ModelFile
 from eldric.engine.tokenizer import Tokenizer
-from eldric.errors import NotReady, QueueIsFull
+from eldric.errors import NotReady, NotSupported, QueueIsFull
 from eldric.router.admission import Admission
 from eldric.router.errors import PipelineLost
 from eldric.router.generation import Delta, Event, Finished, Heads, Job, Started, Token
@@ -177,9 +177,27 @@ def test_a_failure_to_embed_is_answered_once_and_ends_the_others(face: Face) -> 
     face.heads.error = QueueIsFull("the queue is full")
     code, answer = face.post("/v1/embeddings", {"input": [[5]] * 20})
     assert (code, answer["error"]["code"]) == (429, "rate_limit_exceeded")
-    face.heads.error = NotReady("its model pools its tokens")
+    face.heads.error = NotSupported("its model pools its tokens")
     code, answer = face.post("/v1/embeddings", {"input": "A dog"})
+    assert (code, answer["error"]["code"]) == (400, "unsupported_model")
     assert "pools its tokens" in answer["error"]["message"]
+
+
+def test_many_texts_to_embed_do_not_keep_the_event_loop(face: Face) -> None:
+    loop = face.runner.get_loop()
+    turns, ended = 0, False
+
+    def turn() -> None:
+        nonlocal turns
+        turns += 1
+        if not ended:
+            loop.call_soon(turn)
+
+    loop.call_soon(turn)
+    code, answer = face.post("/v1/embeddings", {"input": ["A dog"] * 300})
+    ended = True
+    assert (code, len(answer["data"])) == (200, 300)
+    assert turns >= 300
 
 
 def test_no_tokens_wanted_are_none_generated(face: Face) -> None:
