@@ -8,6 +8,7 @@ import ssl
 from collections.abc import Iterator
 from typing import Any
 
+import h11
 import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -20,6 +21,8 @@ from eldric.security.access import Caller, caller_from_names
 MAX_HEAD_BYTES = 64 * 1024
 #: Time for connections to close in an orderly way when the server ends, in seconds.
 LINGER_S = 0.4
+#: A request's line and headers must be here within this time from the connection, or from their first byte, in seconds.
+HEAD_TIMEOUT_S = 30.0
 
 
 def bind(host: str, port: int, option: str) -> socket.socket:
@@ -68,7 +71,10 @@ def http_caller(scope: Any) -> Caller | None:
 
 
 class _Protocol(H11Protocol):
-    """Tells the application whose certificate was shown, which ASGI has no word for."""
+    """Tells the application whose certificate was shown, which ASGI has no word for, and hangs up on a client that
+    says nothing, or half of what it has to say."""
+
+    _head_due: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -76,6 +82,26 @@ class _Protocol(H11Protocol):
         certificate = connection.getpeercert() if connection is not None else None
         names = (value for _, value in (certificate or {}).get("subjectAltName", ()))
         self.app_state = {**self.app_state, "caller": caller_from_names(names)}
+        self._await_head()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._await_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._stop_awaiting()
+
+    def _await_head(self) -> None:
+        if self.conn.their_state is not h11.IDLE:
+            self._stop_awaiting()
+        elif self._head_due is None:
+            self._head_due = self.loop.call_later(HEAD_TIMEOUT_S, self.transport.close)
+
+    def _stop_awaiting(self) -> None:
+        if self._head_due is not None:
+            self._head_due.cancel()
+            self._head_due = None
 
 
 class _Server(uvicorn.Server):

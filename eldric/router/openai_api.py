@@ -33,7 +33,10 @@ CLIENT_GONE = 499
 
 
 class OpenAiApi:
-    """The routes. Every error, of a path that is unknown too, has OpenAI's shape."""
+    """The routes. Every error, of a path that is unknown too, has OpenAI's shape.
+
+    A request is counted once its body is here, so that those whose body does not come keep nobody out.
+    """
 
     def __init__(
         self,
@@ -99,16 +102,16 @@ class OpenAiApi:
         return await self._generate(request, stack, completion_body)
 
     async def _embed(self, request: Request, stack: AsyncExitStack) -> Response:
-        stack.enter_context(self._admission.admit())
         body = await self._bodies.read(request, EmbeddingsBody.model_validate)
+        stack.enter_context(self._admission.admit())
         return await self._embeddings.answer(request, self._name(body.model), body)
 
     async def _generate(
         self, request: Request, stack: AsyncExitStack, check: Callable[[dict[str, Any]], Body]
     ) -> Response:
         arrived = time.perf_counter()
-        stack.enter_context(self._admission.admit())
         body = await self._bodies.read(request, check)
+        stack.enter_context(self._admission.admit())
         return await self._completions.answer(request, self._name(body.model), body, arrived, stack)
 
     def _name(self, asked: str | None) -> str:
@@ -144,8 +147,8 @@ class OpenAiApi:
         }
 
     async def _tokenize(self, request: Request, stack: AsyncExitStack) -> Response:
-        stack.enter_context(self._admission.admit())
         body = await self._bodies.read(request, TokenizeBody.model_validate)
+        stack.enter_context(self._admission.admit())
         target = await self._prompts.find(self._name(body.model))
         add_bos = None if body.add_special else False
         tokens: list[Any] = list(await target.tokenize(body.content, special=body.parse_special, add_bos=add_bos))
@@ -155,8 +158,8 @@ class OpenAiApi:
         return JSONResponse({"tokens": tokens})
 
     async def _detokenize(self, request: Request, stack: AsyncExitStack) -> Response:
-        stack.enter_context(self._admission.admit())
         body = await self._bodies.read(request, DetokenizeBody.model_validate)
+        stack.enter_context(self._admission.admit())
         target = await self._prompts.find(self._name(body.model))
         return JSONResponse({"content": await target.detokenize(body.tokens)})
 

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 
@@ -33,6 +34,61 @@ async def test_a_client_that_goes_away_cancels(cluster: FakeCluster, stream: boo
     async with http_of(cluster) as http:
         metrics = (await http.get("/metrics")).text
     assert "eldric_router_active_generations 0.0" in metrics
+
+
+async def test_embeddings_of_a_client_that_goes_away_are_cancelled(cluster: FakeCluster) -> None:
+    cluster.head.say = silent
+    body = json.dumps({"input": ["A", "B", "C"]}).encode()
+    host, port = split_address(cluster.url.removeprefix("http://"))
+    _, writer = await asyncio.open_connection(host, port)
+    writer.write(b"POST /v1/embeddings HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body))
+    await until(lambda: cluster.head.running == 3)
+    writer.close()
+    await writer.wait_closed()
+    await until(lambda: cluster.head.running == 0)
+    async with http_of(cluster) as http:
+        await until_idle(http)
+
+
+async def until_idle(http: httpx.AsyncClient) -> None:
+    async with asyncio.timeout(5):
+        while "eldric_router_active_generations 0.0" not in (await http.get("/metrics")).text:
+            await asyncio.sleep(0.01)
+
+
+async def test_clients_that_say_nothing_or_half_of_a_request_are_hung_up_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(web, "HEAD_TIMEOUT_S", 0.3)
+    whole = b"GET /v1/models HTTP/1.1\r\nhost: x\r\n\r\n"
+    async with fake_cluster(tmp_path) as cluster, http_of(cluster) as http:
+        host, port = split_address(cluster.url.removeprefix("http://"))
+        said = [b"", whole[:9], whole[:-2], whole]
+        clients = [await asyncio.open_connection(host, port) for _ in range(5) for _ in said]
+        for (reader, writer), words in zip(clients, said * 5, strict=True):
+            writer.write(words)
+            if words == whole:
+                await reader.readuntil(b"}]}")  # the answer's end
+                writer.write(whole[:9])
+        for reader, writer in clients:
+            await asyncio.wait_for(reader.read(), 5)  # to the end of the connection
+            writer.close()
+        cluster.head.say = speak([20] * 3)
+        assert (await http.post("/v1/completions", json={"prompt": "A"})).status_code == 200
+
+
+async def test_a_request_that_came_in_time_may_take_longer_than_its_head_may(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(web, "HEAD_TIMEOUT_S", 0.1)
+
+    async def slow(request: inference_pb2.GenerateRequest) -> AsyncIterator[inference_pb2.Delta]:
+        await asyncio.sleep(0.4)
+        yield inference_pb2.Delta(tokens=[inference_pb2.GeneratedToken(id=20)])
+
+    async with fake_cluster(tmp_path) as cluster, http_of(cluster) as http:
+        cluster.head.say = slow
+        assert (await http.post("/v1/completions", json={"prompt": "A"})).status_code == 200
 
 
 async def test_a_client_that_reads_nothing_holds_up_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,6 +293,19 @@ async def test_more_requests_than_the_router_takes_are_refused(tmp_path: Path) -
         for task in running:
             task.cancel()
         await until(lambda: cluster.head.running == 0)
+
+
+async def test_requests_whose_bodies_do_not_come_keep_nobody_out(tmp_path: Path) -> None:
+    async with fake_cluster(tmp_path, max_requests=2) as cluster, http_of(cluster) as http:
+        host, port = split_address(cluster.url.removeprefix("http://"))
+        writers = [(await asyncio.open_connection(host, port))[1] for _ in range(3)]
+        for writer in writers:
+            writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{")
+        await until(lambda: cluster.router.bodies.held_bytes == len(writers))
+        assert (await http.post("/v1/completions", json={"prompt": "A"})).status_code == 200
+        for writer in writers:
+            writer.close()
+        await until(lambda: cluster.router.bodies.held_bytes == 0)
 
 
 async def test_a_body_over_the_limit_is_413(tmp_path: Path) -> None:
