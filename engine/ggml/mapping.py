@@ -19,6 +19,7 @@ from eldric.engine.errors import InvalidModel, ModelUnreadable
 from eldric.engine.shard import ByteRange
 
 _POPULATE_READ = 22  # MADV_POPULATE_READ, Linux 5.14: read pages in, and map them
+_COLD = 20  # MADV_COLD, Linux 5.4: what was used is to be evicted before what was read ahead and was not used yet
 _PIECE_BYTES = 16 << 20  # so much comes in between two reports of progress
 
 #: Called with (file, offset, length) before these bytes are mapped: brings them into the page cache, in its own way and
@@ -90,6 +91,8 @@ class Mapping:
         start = -(-(offset - self.offset) // mmap.PAGESIZE) * mmap.PAGESIZE
         stop = (offset - self.offset + length) // mmap.PAGESIZE * mmap.PAGESIZE
         if stop > start and hasattr(mmap, "MADV_DONTNEED"):
+            if sys.platform == "linux":
+                _call("madvise", self.address + start, stop - start, _COLD)
             self._map.madvise(mmap.MADV_DONTNEED, start, stop - start)
 
     def close(self) -> None:
