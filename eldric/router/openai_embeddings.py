@@ -11,8 +11,10 @@ from pydantic import Field, PlainValidator
 from starlette.requests import Request
 from starlette.responses import Response
 
+from eldric.engine.errors import InvalidPrompt
+from eldric.errors import InvalidRequest
 from eldric.event_stream import disconnected, unless_gone
-from eldric.router.errors import InvalidParameter
+from eldric.router.errors import InvalidParameter, PromptTooLong
 from eldric.router.generation import Heads
 from eldric.router.openai_types import StrictBody, Text, as_prompts
 from eldric.router.prompts import Prompts, Target
@@ -70,7 +72,14 @@ class Embeddings:
 
 
 async def _tokens(target: Target, given: str | list[int]) -> list[int]:
-    return await target.encode(given) if isinstance(given, str) else target.checked(given)
+    """Raises PromptTooLong and InvalidParameter, which name the field."""
+    try:
+        return await target.encode(given) if isinstance(given, str) else target.checked(given)
+    except PromptTooLong as error:
+        error.param = "input"
+        raise
+    except (InvalidPrompt, InvalidRequest) as error:
+        raise InvalidParameter(str(error), "input") from error
 
 
 def _entry(index: int, vector: Sequence[float], body: EmbeddingsBody) -> bytes:
