@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextvars import ContextVar
 from datetime import datetime
 from typing import Any
 
@@ -10,13 +9,12 @@ import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from eldric.engine.chat_sandbox import BoundedEnvironment, rendering
 from eldric.engine.errors import InvalidModel, InvalidPrompt
 from eldric.engine.tokenizer import Tokenizer
 
 _MAX_TEMPLATE = 1 << 20  # characters; the largest known template has 30 thousand
-_MAX_STEPS = 1_000_000  # loop rounds and calls in one rendering; long chats with tools take some ten thousand
 _MAX_OUTPUT = 1 << 26  # characters
 
 # llama.cpp's choice for models that bring no template (common/chat.cpp).
@@ -29,8 +27,8 @@ _CHATML = """{%- for message in messages -%}
 class ChatTemplate:
     """A model's chat template, run in Jinja's sandbox.
 
-    The template is code from the model file. The sandbox keeps it from reaching anything but the messages, and
-    rendering ends after a bounded number of loop rounds and calls; its memory is not bounded.
+    The template is code from the model file. The sandbox keeps it from reaching anything but the messages, and bounds
+    the time and the memory that a rendering takes.
     """
 
     def __init__(self, source: str, tool_source: str | None, tokenizer: Tokenizer) -> None:
@@ -86,32 +84,17 @@ class ChatTemplate:
         return prompt.removeprefix(bos) if self._adds_bos else prompt
 
     def _run(self, source: str, variables: dict[str, Any]) -> str:
-        outer = _steps.set([_MAX_STEPS])
         try:
-            if source not in self._compiled:
-                self._compiled[source] = _ENVIRONMENT.from_string(source)
-            return _joined(self._compiled[source].generate(variables))
+            with rendering():
+                if source not in self._compiled:
+                    self._compiled[source] = _ENVIRONMENT.from_string(source)
+                return _joined(self._compiled[source].generate(variables))
         except jinja2.TemplateSyntaxError as error:
             raise InvalidPrompt(f"the model's chat template is broken at line {error.lineno}: {error}") from error
         except InvalidPrompt:
             raise
         except Exception as error:  # the template is code: it may raise anything
             raise InvalidPrompt(f"the model's chat template fails on these messages: {error}") from error
-        finally:
-            _steps.reset(outer)
-
-
-class _Environment(ImmutableSandboxedEnvironment):
-    """The sandbox, with every loop round and call counted."""
-
-    def _generate(self, source: nodes.Template, *args: Any, **kwargs: Any) -> str:
-        for loop in source.find_all(nodes.For):
-            loop.iter = nodes.Filter(loop.iter, "counted", [], [], None, None, lineno=loop.lineno)
-        return super()._generate(source, *args, **kwargs)
-
-    def call(self, *args: Any, **kwargs: Any) -> Any:
-        _step()
-        return super().call(*args, **kwargs)
 
 
 class _Generation(Extension):
@@ -122,22 +105,6 @@ class _Generation(Extension):
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-_steps: ContextVar[list[int]] = ContextVar("steps")  # how many are left to the rendering in progress
-
-
-def _step() -> None:
-    left = _steps.get()
-    left[0] -= 1
-    if left[0] < 0:
-        raise InvalidPrompt(f"the model's chat template takes more than {_MAX_STEPS} steps")
-
-
-def _counted(items: Iterable[Any]) -> Iterator[Any]:
-    for item in items:
-        _step()
-        yield item
 
 
 def _joined(pieces: Iterable[str]) -> str:
@@ -199,14 +166,15 @@ def _json_list(value: Any) -> list[Any]:
     raise TypeError(f"{type(value).__name__} cannot be written as JSON")
 
 
-def _make_environment() -> _Environment:
+def _make_environment() -> BoundedEnvironment:
     """With the options, filters and functions that transformers gives to templates, which models rely on."""
-    environment = _Environment(
+    environment = BoundedEnvironment(
         trim_blocks=True,
         lstrip_blocks=True,
         extensions=["jinja2.ext.loopcontrols", "jinja2.ext.do", _Generation],
     )
-    environment.filters.update(tojson=_to_json, counted=_counted)
+    environment.filters.update(tojson=_to_json)
+    environment.bound_filters()
     functions: dict[str, Callable[..., Any]] = {
         "raise_exception": _refuse,
         "strftime_now": lambda layout: datetime.now().strftime(layout),

@@ -1,6 +1,7 @@
 """Chat templates: what real ones render, what they refuse, and what a hostile one cannot do."""
 
 import json
+import resource
 import time
 from datetime import datetime
 from typing import Any
@@ -161,11 +162,49 @@ def test_a_template_cannot_leave_the_sandbox(source: str, tokenizer: Tokenizer) 
     ],
 )
 def test_endless_templates_end(source: str, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("eldric.engine.chat._MAX_STEPS", 50_000)
+    monkeypatch.setattr("eldric.engine.chat_sandbox.MAX_STEPS", 50_000)
     begun = time.process_time()
     with pytest.raises(InvalidPrompt, match=r"takes more than 50000 steps|writes more than"):
         render(tokenizer, source)
     assert time.process_time() - begun < 5
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for a in range(99999) %}{{ range(99999) | sum }}{% endfor %}",
+        "{% for a in range(99999) %}{{ range(99999) | map('string') | list | length }}{% endfor %}",
+        "{% for a in range(99999) %}{{ ('x' * 99999) | upper | length }}{% endfor %}",
+        "{{ lipsum(n=100000) }}",
+        "{{ 'a'.center(900000000) | length }}",
+        "{{ 'a' | center(900000000) | length }}",
+        "{{ ('a' * 900000000) | length }}",
+        "{{ ('%900000000d' % 1) | length }}",
+        "{{ ('%*d' % (900000000, 1)) | length }}",
+        "{{ '{:900000000}'.format(1) | length }}",
+        "{{ '{:{}}'.format(1, 900000000) | length }}",
+        "{{ ('a' * 9999).replace('a', 'b' * 9999) | length }}",
+        "{{ (('a' * 9999) | replace('a', 'b' * 9999)) | length }}",
+        "{{ 'x' | indent(900000000, first=true) | length }}",
+        "{% set n = namespace(s='xx') %}{% for a in range(60) %}{% set n.s = n.s + n.s %}{% endfor %}",
+        "{% set n = namespace(s='xx') %}{% for a in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
+        "{% set n = namespace(s=[1]) %}{% for a in range(60) %}{% set n.s = n.s + n.s %}{% endfor %}",
+        "{% set n = namespace(k=[]) %}{% for a in range(9999) %}{% set n.k = n.k + ['x' * 999999] %}{% endfor %}",
+        "{{ 10 ** 30000000 }}",
+        "{% set n = namespace(k=9) %}{% for a in range(60) %}{% set n.k = n.k * n.k %}{% endfor %}",
+    ],
+)
+def test_a_template_takes_neither_much_time_nor_much_memory(source: str, tokenizer: Tokenizer) -> None:
+    begun, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(InvalidPrompt):
+        render(tokenizer, source)
+    assert time.process_time() - begun < 5
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # KiB
+
+
+def test_large_numbers_that_are_no_sizes_do_no_harm(tokenizer: Tokenizer) -> None:
+    source = "{{ none | default(1700000000, true) }} {{ '%d' % 99999 }} {{ 2 ** 40 }} {{ '{}'.format(7) ~ 'x' * 3 }}"
+    assert render(tokenizer, source) == "1700000000 99999 1099511627776 7xxx"
 
 
 def test_a_template_of_the_wrong_kind_is_refused(tokenizer: Tokenizer) -> None:
