@@ -86,8 +86,8 @@ class GgmlModel:
             self._likeliest: NDArray[np.int32] | None = None
             self._final: Hidden | None = None
             self._take_memory(spec, shard, options, resources)
-            self.cuts_freely = self._attention is not None and all(layout == PANELS for _, layout in self._matrices)
-            self.cuts_freely = self.cuts_freely and _can_all_be_panels(model, spec)
+            in_panels = all(layout == PANELS for _, layout in self._matrices)
+            self.cuts_freely = self._attention is not None and in_panels and _can_all_be_panels(model, spec)
             # All memory is taken by now: what does not fit is known before anything was read.
             self._weights.bring_in(progress, cancelled)
             self._resources = resources.pop_all()

@@ -30,7 +30,7 @@ class Q2_K(Format):  # noqa: N801
             self._copy_units(code, 8, source, 16 + 32 * index, target, segment + 8 * self.lanes, lane)
 
     def head(self, code: Code, block: Value) -> tuple[Value, ...]:
-        return self._half(code, block, 0), self._half(code, block, 2 * self.lanes)
+        return self._scale_and_least(code, block)
 
     def parts(self, code: Code, head: tuple[Value, ...], segment: Value) -> Iterator[Part]:
         b = code.b
@@ -119,7 +119,7 @@ class Q4_K(Format):  # noqa: N801
             self._copy_units(code, 8, source, self.quants + 32 * index, target, to, lane)
 
     def head(self, code: Code, block: Value) -> tuple[Value, ...]:
-        return self._half(code, block, 0), self._half(code, block, 2 * self.lanes)
+        return self._scale_and_least(code, block)
 
     def parts(self, code: Code, head: tuple[Value, ...], segment: Value) -> Iterator[Part]:
         for half in range(2):

@@ -41,13 +41,11 @@ class Q4_1(Q4_0):  # noqa: N801
     head_units = 4
 
     def pack(self, code: Code, source: Value, target: Value, lane: Value) -> None:
-        self._copy(code, HALF, source, 0, target, 0, lane)
-        negated = code.b.fneg(code.load(HALF, source, 2))
-        self._put(code, negated, target, 2 * self.lanes, lane)
+        self._copy_scale_and_minimum(code, source, target, lane)
         self._copy_units(code, 4, source, 4, target, self.head_bytes, lane)
 
     def head(self, code: Code, block: Value) -> tuple[Value, ...]:
-        return self._half(code, block, 0), self._half(code, block, 2 * self.lanes)
+        return self._scale_and_least(code, block)
 
     def parts(self, code: Code, head: tuple[Value, ...], segment: Value) -> Iterator[Part]:
         yield Part(self._nibbles(code, segment), *head)
@@ -91,13 +89,12 @@ class Q5_1(Q5_0):  # noqa: N801
     head_units = 4
 
     def pack(self, code: Code, source: Value, target: Value, lane: Value) -> None:
-        self._copy(code, HALF, source, 0, target, 0, lane)
-        self._put(code, code.b.fneg(code.load(HALF, source, 2)), target, 2 * self.lanes, lane)
+        self._copy_scale_and_minimum(code, source, target, lane)
         self._put(code, self._planes(code, code.load(I32, source, 4)), target, self.head_bytes, lane)
         self._copy_units(code, 4, source, 8, target, self.head_bytes + UNIT * self.lanes, lane)
 
     def head(self, code: Code, block: Value) -> tuple[Value, ...]:
-        return self._half(code, block, 0), self._half(code, block, 2 * self.lanes)
+        return self._scale_and_least(code, block)
 
     def parts(self, code: Code, head: tuple[Value, ...], segment: Value) -> Iterator[Part]:
         yield Part(self._units(code, segment), *head)

@@ -191,6 +191,15 @@ class Format(Layout):
         """A number per row, kept in 16 bits."""
         return code.b.fpext(code.load(vector(HALF, self.lanes), block, offset), self.floats)
 
+    def _scale_and_least(self, code: Code, block: Value) -> tuple[Value, Value]:
+        """Two numbers per row that begin a block."""
+        return self._half(code, block, 0), self._half(code, block, 2 * self.lanes)
+
+    def _copy_scale_and_minimum(self, code: Code, source: Value, target: Value, lane: Value) -> None:
+        """Two numbers that begin the file's block, the second one to be added: as what is taken off."""
+        self._copy(code, HALF, source, 0, target, 0, lane)
+        self._put(code, code.b.fneg(code.load(HALF, source, 2)), target, 2 * self.lanes, lane)
+
     def _bytes(self, code: Code, segment: Value, offset: int, signed: bool = False) -> Value:
         """A number per row, kept in 8 bits, as f32."""
         loaded = code.load(vector(BYTE, self.lanes), segment, offset)
