@@ -38,6 +38,21 @@ def test_closed_sender_is_lost_after_its_frames(scheme: str) -> None:
         assert receiver.stats.peers == 0
 
 
+def test_frames_that_were_sent_before_a_close_arrive_though_the_sender_heard_nothing(scheme: str) -> None:
+    with linked(scheme, replace(QUICK, linger_s=20)) as (sender, link, receiver), ThreadPoolExecutor(1) as pool:
+        link.send(numbered(0), timeout=5)
+        receive(receiver)  # its whole window is known from here on
+        for number in range(1, 60):
+            link.send(numbered(number), timeout=5)
+        for _ in range(1, 55):
+            receive(receiver)  # which grants now and then; the sender has not read that when it closes
+        closing = pool.submit(sender.close)
+        assert [receive(receiver).header.step for _ in range(5)] == list(range(55, 60))
+        with pytest.raises(PeerLost):
+            receiver.recv(5)
+        closing.result(timeout=5)
+
+
 def test_close_waits_no_longer_than_it_may_for_a_receiver_that_takes_nothing(scheme: str) -> None:
     with linked(scheme, replace(QUICK, linger_s=0.3)) as (sender, link, receiver):
         for number in range(5):
