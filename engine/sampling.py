@@ -128,7 +128,7 @@ class Sampler:
         token = int(adjusted.argmax())
         largest: float = adjusted.item(token)
         if largest - largest != 0:  # infinite or not a number, which argmax finds; cheaper than a call
-            raise EngineError(f"the largest logit is {largest}")
+            raise EngineError(f"the model's output is no number: the largest logit is {largest}")
         if self.takes_likeliest:
             return Sampled(token, None, ())
         if not self._greedy:

@@ -300,11 +300,11 @@ class StepTokens(_message.Message):
     ERROR_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def tokens(self) -> _containers.RepeatedCompositeFieldContainer[Global___SampledToken]:
-        """One entry per run with logits, in the order of the runs."""
+        """One entry per run with logits, in the order of the runs; none for a slot that `error` names."""
 
     @_builtins.property
     def error(self) -> Global___StepError:
-        """The step failed; `tokens` is empty. Absent: it succeeded."""
+        """The step failed, for the slots that it names or for all. Absent: it succeeded."""
 
     def __init__(
         self,
@@ -381,7 +381,7 @@ class StepError(_message.Message):
     """One readable line. At most 1 KiB."""
     @_builtins.property
     def slots(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """The slots that are affected. Empty: all slots of the frame."""
+        """The slots that are affected. Empty: all slots of the frame, and there are no tokens."""
 
     def __init__(
         self,

@@ -19,7 +19,7 @@ class BodyThread(ComputeThread):
 
     def __init__(self, stage: Stage, transport: Transport, place: Place, on_change: Callable[[], None]) -> None:
         super().__init__(stage, transport, place, on_change)
-        self._tail = Tail(stage.spec.vocab_size) if place.is_tail else None
+        self._tail = Tail(place.index, stage.spec.vocab_size) if place.is_tail else None
         self._slots: set[int] = set()
 
     @property

@@ -45,7 +45,7 @@ class HeadThread(ComputeThread):
         self._scheduler = scheduler
         self._deliver = deliver
         self._trace = trace
-        self._tail = Tail(stage.spec.vocab_size) if place.is_tail else None
+        self._tail = Tail(place.index, stage.spec.vocab_size) if place.is_tail else None
         self._generations: dict[str, Generation] = {}
         self._entered: dict[int, Step] = {}
 
@@ -143,7 +143,7 @@ class HeadThread(ComputeThread):
         if frame.header.kind is not FrameKind.TOKENS:
             return
         answer = frame_pb2.StepTokens.FromString(bytes(frame.payload))
-        if answer.HasField("error"):
+        if answer.HasField("error") and not answer.error.slots:
             self._failed(frame.header.step, answer.error)
         else:
             self._answered(frame.header.step, answer, frame.header.trace)
@@ -164,6 +164,8 @@ class HeadThread(ComputeThread):
                 news.append((generation, Ended(outcome.finish, now)))
         if news:
             self._deliver(news)
+        if answer.error.slots and step is not None:
+            self._fail_slots(step, answer.error)
         if stages and step is not None:
             self._follow(step, stages, now)
 
@@ -183,6 +185,15 @@ class HeadThread(ComputeThread):
         self._entered.pop(number, None)
         failed = self._scheduler.step_failed(number)
         self._finish([(self._generations[sequence.id], Failed(StepFailed(error))) for sequence in failed])
+
+    def _fail_slots(self, step: Step, error: frame_pb2.StepError) -> None:
+        """Some of a step's sequences failed, not the step."""
+        slots = set(error.slots)
+        for sequence, run in zip(step.sequences, step.runs, strict=True):
+            generation = self._generations.get(sequence.id)
+            if run.slot in slots and generation is not None and generation.sequence is sequence:
+                self._scheduler.cancel(sequence)
+                self._finish([(generation, Failed(StepFailed(error)))])
 
     def _end_sequences(self, reason: str) -> None:
         self._entered.clear()

@@ -16,8 +16,9 @@ from eldric.worker.convert import sampling_params
 class Tail:
     """The samplers of a pipeline's sequences, by slot. Owned by the tail's compute thread."""
 
-    def __init__(self, vocab_size: int) -> None:
-        self._vocab_size = vocab_size
+    def __init__(self, stage: int, vocab_size: int) -> None:
+        """stage: the tail's index."""
+        self._stage, self._vocab_size = stage, vocab_size
         self._samplers: dict[int, Sampler] = {}
         self._embedded: set[int] = set()  # slots of sequences that are embedded
 
@@ -37,10 +38,9 @@ class Tail:
     def answer(
         self, runs: Sequence[Run], output: StepOutput, final: Callable[[], NDArray[np.float32]]
     ) -> frame_pb2.StepTokens:
-        """One token, or the embedding, for each run with logits.
+        """One token, or the embedding, for each run with logits; an error for those whose values are no numbers.
 
         output: of the step. final: gives the hidden state that the only row of logits was made of, [hidden_size].
-        Raises EngineError if logits or hidden states are not numbers.
         """
         answer = frame_pb2.StepTokens()
         logits, likeliest = output.logits, output.likeliest
@@ -51,23 +51,31 @@ class Tail:
             if not run.logits:
                 continue
             sampler = self._samplers.get(run.slot)
-            if likeliest is not None and sampler is not None and sampler.takes_likeliest and likeliest[row] >= 0:
-                answer.tokens.add(slot=run.slot, token=likeliest[row])
-            elif sampler is not None:
-                sampled = sampler.sample(logits[row], run.position + run.count)
-                entry = answer.tokens.add(slot=run.slot, token=sampled.token)
-                if sampled.logprob is not None:
-                    entry.logprob = sampled.logprob
-                    entry.top_tokens.extend(token for token, _ in sampled.top)
-                    entry.top_logprobs.extend(logprob for _, logprob in sampled.top)
-            elif run.slot in self._embedded:
-                answer.tokens.add(slot=run.slot, embedding=_numbers(final()))
+            try:
+                if likeliest is not None and sampler is not None and sampler.takes_likeliest and likeliest[row] >= 0:
+                    answer.tokens.add(slot=run.slot, token=likeliest[row])
+                elif sampler is not None:
+                    sampled = sampler.sample(logits[row], run.position + run.count)
+                    entry = answer.tokens.add(slot=run.slot, token=sampled.token)
+                    if sampled.logprob is not None:
+                        entry.logprob = sampled.logprob
+                        entry.top_tokens.extend(token for token, _ in sampled.top)
+                        entry.top_logprobs.extend(logprob for _, logprob in sampled.top)
+                elif run.slot in self._embedded:
+                    answer.tokens.add(slot=run.slot, embedding=_numbers(final()))
+            except EngineError as error:
+                self._add_failure(answer, run.slot, error)
             row += 1
         return answer
+
+    def _add_failure(self, answer: frame_pb2.StepTokens, slot: int, error: EngineError) -> None:
+        """The model went astray in one sequence; those beside it have nothing to do with it."""
+        answer.error.stage, answer.error.status, answer.error.message = self._stage, error.status, str(error)
+        answer.error.slots.append(slot)
 
 
 def _numbers(embedding: NDArray[np.float32]) -> list[float]:
     if not np.isfinite(embedding).all():
-        raise EngineError("the embedding holds values that are not numbers")
+        raise EngineError("the model's output is no number: the embedding holds infinite or undefined values")
     values: list[float] = embedding.tolist()
     return values

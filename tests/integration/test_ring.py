@@ -8,27 +8,25 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import Any
 
 import gguf
 import numpy as np
 import pytest
 
 from benchmarks.shapes import SHAPES, write_model
-from eldric.engine.errors import EngineError
 from eldric.engine.ggml.library import find_library
 from eldric.engine.gguf import ModelFile
 from eldric.engine.tokenizer import Tokenizer
 from eldric.errors import InvalidRequest, NotSupported, PipelineDegraded, QueueIsFull, StaleEpoch, Unavailable
-from eldric.v1 import frame_pb2, inference_pb2, sampling_pb2
+from eldric.v1 import inference_pb2, sampling_pb2
 from eldric.worker.commands import Degrade, Stop
 from eldric.worker.head_thread import StepFailed
-from eldric.worker.tail import Tail
 from tests.llama_reference import LlamaReference
 from tests.models import SmallLlama, smollm2, storyteller, write_small_llama
 from tests.rings import PIPELINE, even, ring
 
 TOKENS = 24
+POISON = 270  # a token whose embedding is no number
 
 #: The CPU variant that libllama, the reference, was built for.
 REFERENCE_VARIANT = "haswell"
@@ -105,26 +103,32 @@ async def test_a_model_that_pools_all_of_its_tokens_is_not_embedded_with(tmp_pat
             await pipeline.embed([5, 6])
 
 
+@pytest.mark.parametrize("kind", ["F32", "Q8_0"])  # by ggml's attention, and by the engine's own
 @pytest.mark.parametrize("stages", [1, 3])
-async def test_an_output_that_is_no_number_ends_its_sequences_and_not_the_ring(
-    stages: int, monkeypatch: pytest.MonkeyPatch
+async def test_an_output_that_is_no_number_ends_its_sequence_and_none_beside_or_after_it(
+    stages: int, kind: str, tmp_path: Path
 ) -> None:
-    answer, failing = Tail.answer, [False]
-
-    def fails(self: Tail, *given: Any) -> frame_pb2.StepTokens:
-        if failing[0]:
-            raise EngineError("the largest logit is nan")
-        return answer(self, *given)
-
-    monkeypatch.setattr(Tail, "answer", fails)
-    async with ring(storyteller(), even(storyteller(), stages)) as pipeline:
-        expected = await pipeline.generate(prompt_of(9), TOKENS)
-        failing[0] = True
-        for call in (pipeline.generate(prompt_of(9), TOKENS), pipeline.embed(prompt_of(9))):
-            with pytest.raises(StepFailed, match=f"stage {stages - 1}: the largest logit is nan"):
-                await call
-        failing[0] = False
-        assert await pipeline.generate(prompt_of(9), TOKENS) == expected
+    shape = SmallLlama(type=kind, layers=3)
+    embeddings = shape.tensors()["token_embd.weight"]
+    embeddings[POISON] = np.inf
+    with np.errstate(invalid="ignore"):
+        path = write_small_llama(tmp_path / "poisoned.gguf", shape, tensors={"token_embd.weight": embeddings})
+    prompts = [prompt_of(length, POISON) for length in (9, 20, 33)]
+    led_astray = sampling_pb2.SamplingParams(temperature=0.0, logit_bias={POISON: 100.0})
+    problem = f"stage {stages - 1}: the model's output is no number"
+    async with ring(path, even(path, stages)) as pipeline:
+        expected = [await pipeline.generate(prompt, TOKENS) for prompt in prompts]
+        for _ in range(3):
+            together = [pipeline.generate(prompt, TOKENS) for prompt in prompts]
+            *beside, astray = await asyncio.gather(
+                *together, pipeline.generate(prompts[0], TOKENS, sampling=led_astray), return_exceptions=True
+            )
+            assert beside == expected
+            assert isinstance(astray, StepFailed) and problem in str(astray)
+        with pytest.raises(StepFailed, match=problem):
+            await pipeline.embed([5, POISON])
+        again = await asyncio.gather(*(pipeline.generate(prompts[0], TOKENS) for _ in range(4)))  # in every slot
+        assert again == [expected[0]] * 4
 
 
 @pytest.mark.model

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from eldric.engine.errors import EngineError, InvalidSampling
+from eldric.engine.errors import InvalidSampling
 from eldric.engine.stage import StepOutput
 from eldric.engine.step import Run
 from eldric.v1 import frame_pb2, sampling_pb2
@@ -33,7 +33,7 @@ def answered(
 
 
 def test_each_run_with_logits_gets_its_slots_token() -> None:
-    tail = Tail(VOCAB)
+    tail = Tail(2, VOCAB)
     for slot in (0, 1, 2):
         tail.open(opened(slot))
     runs = [Run(2, 4, 1, True), Run(0, 0, 3, False), Run(1, 9, 1, True)]
@@ -43,13 +43,13 @@ def test_each_run_with_logits_gets_its_slots_token() -> None:
 
 
 def test_a_step_without_logits_gives_no_token() -> None:
-    tail = Tail(VOCAB)
+    tail = Tail(2, VOCAB)
     tail.open(opened(0))
     assert not answered(tail, [Run(0, 0, 3, False)], None).tokens
 
 
 def test_a_closed_slot_gives_no_token_but_takes_its_row() -> None:
-    tail = Tail(VOCAB)
+    tail = Tail(2, VOCAB)
     tail.open(opened(0))
     tail.open(opened(1))
     tail.close(0)
@@ -59,7 +59,7 @@ def test_a_closed_slot_gives_no_token_but_takes_its_row() -> None:
 
 
 def test_logprobs_come_best_first() -> None:
-    tail = Tail(VOCAB)
+    tail = Tail(2, VOCAB)
     tail.open(opened(0, logprobs=3))
     (token,) = answered(tail, [Run(0, 4, 1, True)], logits(6)).tokens
     assert token.top_tokens[0] == token.token == 6 and len(token.top_tokens) == len(token.top_logprobs) == 3
@@ -68,7 +68,7 @@ def test_logprobs_come_best_first() -> None:
 
 
 def test_penalties_count_the_prompt() -> None:
-    tail = Tail(VOCAB)
+    tail = Tail(2, VOCAB)
     message = opened(0, presence_penalty=8.0)
     message.prompt.append(6)
     tail.open(message)
@@ -78,7 +78,7 @@ def test_penalties_count_the_prompt() -> None:
 
 def test_a_draw_depends_on_seed_and_position_alone() -> None:
     def draw(seed: int, position: int, slot: int) -> int:
-        tail = Tail(VOCAB)
+        tail = Tail(2, VOCAB)
         tail.open(opened(slot, temperature=1.0, seed=seed))
         rows = np.zeros((1, VOCAB), np.float32)
         return answered(tail, [Run(slot, position, 1, True)], rows).tokens[0].token
@@ -89,11 +89,13 @@ def test_a_draw_depends_on_seed_and_position_alone() -> None:
 
 def test_an_unsound_sampling_is_refused() -> None:
     with pytest.raises(InvalidSampling, match="logit_bias"):
-        Tail(VOCAB).open(frame_pb2.SequenceOpen(slot=0, sampling=sampling_pb2.SamplingParams(logit_bias={VOCAB: 1.0})))
+        Tail(2, VOCAB).open(
+            frame_pb2.SequenceOpen(slot=0, sampling=sampling_pb2.SamplingParams(logit_bias={VOCAB: 1.0}))
+        )
 
 
 def test_a_token_that_was_found_to_be_the_likeliest_is_taken_where_nothing_else_is_asked() -> None:
-    tail = Tail(VOCAB)
+    tail = Tail(2, VOCAB)
     tail.open(opened(0))
     tail.open(opened(1, logprobs=1))
     tail.open(opened(2, presence_penalty=8.0))
@@ -102,17 +104,21 @@ def test_a_token_that_was_found_to_be_the_likeliest_is_taken_where_nothing_else_
     assert [token.token for token in answer.tokens] == [5, 6, 6]
 
 
-def test_a_row_without_a_likeliest_token_is_looked_at_again() -> None:
-    tail = Tail(VOCAB)
-    tail.open(opened(0))
-    strange = logits(6)
-    strange[0, 2] = np.nan
-    with pytest.raises(EngineError, match="largest logit is nan"):
-        answered(tail, [Run(0, 4, 1, True)], strange, [-1])
+def test_a_row_that_is_no_number_fails_its_own_slot_alone() -> None:
+    tail = Tail(2, VOCAB)
+    for slot in range(3):
+        tail.open(opened(slot))
+    rows = logits(6, 6, 3)
+    rows[0, 2] = np.nan
+    rows[1, 6] = np.inf
+    answer = answered(tail, [Run(slot, 4, 1, True) for slot in range(3)], rows, [-1, -1, 3])
+    assert [(token.slot, token.token) for token in answer.tokens] == [(2, 3)]
+    assert (answer.error.stage, list(answer.error.slots)) == (2, [0, 1])
+    assert answer.error.status == "INTERNAL" and "largest logit is" in answer.error.message
 
 
 def test_a_sequence_that_is_embedded_gets_the_last_hidden_state_once_its_prompt_is_through() -> None:
-    tail = Tail(VOCAB)
+    tail = Tail(2, VOCAB)
     tail.open(frame_pb2.SequenceOpen(slot=1, embed=True))
     assert not answered(tail, [Run(1, 0, 4, False)], None).tokens
     (entry,) = answered(tail, [Run(1, 4, 3, True)], logits(6)).tokens
@@ -120,7 +126,7 @@ def test_a_sequence_that_is_embedded_gets_the_last_hidden_state_once_its_prompt_
 
 
 def test_a_slot_that_was_embedded_samples_for_the_next_sequence() -> None:
-    tail = Tail(VOCAB)
+    tail = Tail(2, VOCAB)
     tail.open(frame_pb2.SequenceOpen(slot=0, embed=True))
     tail.close(0)
     tail.open(opened(0))
@@ -128,9 +134,10 @@ def test_a_slot_that_was_embedded_samples_for_the_next_sequence() -> None:
     assert entry.token == 6 and not entry.embedding
 
 
-def test_an_embedding_that_is_no_number_fails_the_step() -> None:
-    tail = Tail(VOCAB)
+def test_an_embedding_that_is_no_number_fails() -> None:
+    tail = Tail(2, VOCAB)
     tail.open(frame_pb2.SequenceOpen(slot=0, embed=True))
     broken = np.array([1.0, np.nan], np.float32)
-    with pytest.raises(EngineError, match="not numbers"):
-        tail.answer([Run(0, 0, 3, True)], StepOutput(None, logits(6)), lambda: broken)
+    answer = tail.answer([Run(0, 0, 3, True)], StepOutput(None, logits(6)), lambda: broken)
+    assert not answer.tokens and list(answer.error.slots) == [0]
+    assert "embedding holds infinite or undefined" in answer.error.message
