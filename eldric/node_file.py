@@ -3,10 +3,10 @@
 import contextlib
 import fcntl
 import json
-import os
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from eldric import whole_files
 from eldric.errors import AlreadyExists
 
 NAME = "node.json"
@@ -34,9 +34,7 @@ class NodeFile:
 
     def write(self, **fields: Any) -> None:
         """Atomically: a reader sees all of it or none."""
-        part = self._folder / f".{NAME}.part"
-        part.write_text(json.dumps(fields) + "\n")
-        os.replace(part, self._folder / NAME)
+        whole_files.replace({self._folder / NAME: (json.dumps(fields) + "\n").encode()})
 
     def remove(self) -> None:
         """Removes node.json and gives the folder free. Does nothing without the lock."""

@@ -11,6 +11,7 @@ import os
 import re
 import socket
 import ssl
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from eldric import whole_files
 from eldric.errors import InvalidRequest, NotFound
 from eldric.names import IDENTITY_KINDS, check_name, server_name
 
@@ -49,18 +51,20 @@ class Identity:
         """From ca.pem, node.pem and node-key.pem. Raises NotFound when the folder holds none, InvalidRequest when it
         is damaged."""
         try:
-            pems = [(folder / name).read_bytes() for name in (_AUTHORITY, _CERTIFICATE, _KEY)]
+            authority, certificate, key = ((folder / name).read_bytes() for name in (_AUTHORITY, _CERTIFICATE, _KEY))
         except FileNotFoundError as error:
             raise NotFound(f"{folder} holds no node certificate ({error.filename}): join the cluster first") from None
-        _, kind, name = subject_of(_certificate(pems[1]))
-        return cls(kind, name, *pems)
+        if not _belong_together(certificate, key):
+            certificate = _drafted(folder / _CERTIFICATE, key)
+        _, kind, name = subject_of(_certificate(certificate))
+        return cls(kind, name, authority, certificate, key)
 
     def save(self, folder: Path) -> None:
         """Writes the three files; the key can be read by its owner only."""
         folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / _AUTHORITY, self.authority_pem)
-        _write(folder / _KEY, self.key_pem, secret=True)
-        _write(folder / _CERTIFICATE, self.certificate_pem)
+        key, certificate = folder / _KEY, folder / _CERTIFICATE
+        pems = {folder / _AUTHORITY: self.authority_pem, key: self.key_pem, certificate: self.certificate_pem}
+        whole_files.replace(pems, secret=[key])
 
     @property
     def node_id(self) -> str:
@@ -99,10 +103,8 @@ class Identity:
 
     def put_into(self, context: ssl.SSLContext) -> None:
         """Makes connections of `context` from now on show this certificate."""
-        with tempfile.NamedTemporaryFile(suffix=".pem") as file:  # the ssl module reads chains from files only
-            file.write(self.key_pem + self.chain_pem)
-            file.flush()
-            context.load_cert_chain(file.name)
+        with _as_file(self.key_pem + self.chain_pem) as path:  # the ssl module reads chains from files only
+            context.load_cert_chain(path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,8 +145,8 @@ class Authority:
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / _AUTHORITY, self.certificate_pem)
-        _write(folder / _AUTHORITY_KEY, self.key_pem, secret=True)
+        key = folder / _AUTHORITY_KEY
+        whole_files.replace({folder / _AUTHORITY: self.certificate_pem, key: self.key_pem}, secret=[key])
 
     @property
     def sha256(self) -> str:
@@ -233,6 +235,25 @@ def parse_spiffe(uri: str) -> tuple[str, str, str] | None:
     return parts[0], parts[1], parts[2]
 
 
+def _belong_together(certificate_pem: bytes, key_pem: bytes) -> bool:
+    try:
+        key = serialization.load_pem_private_key(key_pem, password=None)
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        raise InvalidRequest("this is no sound private key") from None
+    return _certificate(certificate_pem).public_key() == key.public_key()
+
+
+def _drafted(path: Path, key_pem: bytes) -> bytes:
+    """The certificate of a key whose process was killed when it had replaced the key, and not yet the certificate."""
+    with contextlib.suppress(FileNotFoundError, InvalidRequest):
+        certificate = whole_files.draft_of(path).read_bytes()
+        if _belong_together(certificate, key_pem):
+            return certificate
+    raise InvalidRequest(
+        f"the certificate and the key in {path.parent} do not belong together: let the node join again"
+    )
+
+
 def _certificate(pem: bytes) -> x509.Certificate:
     try:
         return x509.load_pem_x509_certificate(pem)
@@ -292,6 +313,20 @@ def _own_hosts() -> Iterator[x509.GeneralName]:
         yield x509.IPAddress(ipaddress.ip_address(address))
 
 
+@contextlib.contextmanager
+def _as_file(content: bytes) -> Iterator[str]:
+    """A path to read these bytes from: in memory where the system can, so that no full disk stops a handshake."""
+    if sys.platform == "linux":
+        with open(os.memfd_create("certificate"), "wb", buffering=0) as memory:
+            memory.write(content)
+            yield f"/proc/self/fd/{memory.fileno()}"
+        return
+    with tempfile.NamedTemporaryFile(suffix=".pem") as file:
+        file.write(content)
+        file.flush()
+        yield file.name
+
+
 def _pem(certificate: x509.Certificate) -> bytes:
     return certificate.public_bytes(serialization.Encoding.PEM)
 
@@ -300,14 +335,3 @@ def _key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
     return key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
-
-
-def _write(path: Path, content: bytes, *, secret: bool = False) -> None:
-    """Atomically: a reader sees the old file or the new one."""
-    part = path.with_name(f".{path.name}.part")
-    part.unlink(missing_ok=True)
-    handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if secret else 0o644)
-    with os.fdopen(handle, "wb") as file:
-        file.write(content)
-        os.fsync(file.fileno())
-    os.replace(part, path)

@@ -63,18 +63,24 @@ class LiveIdentity:
         renew: Callable[[Identity], Awaitable[Identity]],
         renewed: Callable[[Identity], None],
     ) -> None:
-        """Renews at two thirds of each certificate's lifetime, for ever; failures are logged and tried again."""
+        """Renews at two thirds of each certificate's lifetime, for ever; failures are logged and tried again.
+
+        `renewed` keeps a new certificate. One that it could not keep is shown already, and soon renewed once more.
+        """
+        kept = self.identity
         while True:
-            begin, end = self.identity.validity()
+            begin, end = kept.validity()
             await _sleep_until(begin + (end - begin) * 2 / 3)
             try:
                 self.replace(await renew(self.identity))
+                renewed(self.identity)
             except Exception as error:
+                end = self.identity.validity()[1]
                 log.warning("event=renewal_failed certificate_end=%s error=%r", end.isoformat(), str(error))
                 await asyncio.sleep(min(max((end - _now()).total_seconds() / 10, 0.2), MAX_SLEEP_S))
             else:
-                log.info("event=certificate_renewed end=%s", self.identity.validity()[1].isoformat())
-                renewed(self.identity)
+                kept = self.identity
+                log.info("event=certificate_renewed end=%s", kept.validity()[1].isoformat())
 
 
 def _configuration(identity: Identity) -> grpc.ServerCertificateConfiguration:

@@ -1,7 +1,10 @@
 """Certificates, join tokens and what callers may do."""
 
+import asyncio
 import datetime
+import errno
 import hashlib
+import os
 import ssl
 import stat
 from pathlib import Path
@@ -19,6 +22,7 @@ from eldric.errors import InvalidRequest, NotFound, PermissionDenied, Unauthenti
 from eldric.security import Authority, Caller, Identity, JoinToken, authorise, caller_of, make_csr, new_token
 from eldric.security.access import RULES, find_caller, rule_of
 from eldric.security.certificates import parse_spiffe
+from eldric.security.live import LiveIdentity
 from eldric.v1 import (
     heartbeat_pb2,
     inference_pb2,
@@ -146,6 +150,71 @@ def test_identity_survives_its_folder_and_its_key_is_private(authority: Authorit
     assert Identity.load(tmp_path / "node") == identity
     assert stat.S_IMODE((tmp_path / "node" / "node-key.pem").stat().st_mode) == 0o600
     assert sorted(path.name for path in (tmp_path / "node").iterdir()) == ["ca.pem", "node-key.pem", "node.pem"]
+
+
+def test_an_identity_that_does_not_fit_on_the_disk_leaves_the_one_before(
+    authority: Authority, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = authority.issue_identity("worker", "w1")
+    before.save(tmp_path)
+    synced: list[int] = []
+
+    def full_for_the_third(fd: int) -> None:
+        synced.append(fd)
+        if len(synced) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_for_the_third)
+    with pytest.raises(OSError, match=r"No space left on device: '.*node\.pem'"):
+        authority.issue_identity("worker", "w1").save(tmp_path)
+    assert Identity.load(tmp_path) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ca.pem", "node-key.pem", "node.pem"]
+
+
+def test_an_identity_is_whole_when_its_process_was_killed_between_key_and_certificate(
+    authority: Authority, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    def killed_at_the_certificate(draft: Path, path: Path) -> None:
+        if path.name == "node.pem":
+            raise Killed
+        draft.rename(path)
+
+    authority.issue_identity("worker", "w1").save(tmp_path)
+    after = authority.issue_identity("worker", "w1")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(os, "replace", killed_at_the_certificate)
+        after.save(tmp_path)
+    assert Identity.load(tmp_path) == after
+    (tmp_path / ".node.pem.part").unlink()
+    with pytest.raises(InvalidRequest, match="do not belong together: let the node join again"):
+        Identity.load(tmp_path)
+
+
+async def test_a_certificate_that_could_not_be_kept_is_shown_and_soon_renewed_again(authority: Authority) -> None:
+    def keep(identity: Identity) -> None:
+        tried.append(identity)
+        if len(tried) == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        kept.set()
+
+    async def renew(identity: Identity) -> Identity:
+        lifetime = datetime.timedelta(seconds=1 if not tried else 3600)
+        return authority.issue_identity("worker", "w1", lifetime)
+
+    tried: list[Identity] = []
+    kept = asyncio.Event()
+    live = LiveIdentity(authority.issue_identity("worker", "w1", datetime.timedelta(seconds=1)))
+    renewing = asyncio.create_task(live.keep_fresh(renew, keep))
+    async with asyncio.timeout(10):
+        while not tried:
+            await asyncio.sleep(0.01)
+        assert live.identity is tried[0]
+        await kept.wait()
+    assert live.identity is tried[1] and not renewing.done()
+    renewing.cancel()
 
 
 def test_authority_survives_its_folder(authority: Authority, tmp_path: Path) -> None:
