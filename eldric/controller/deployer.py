@@ -182,11 +182,16 @@ class Deployer:
         await self._tear_down(record)
 
     async def _tear_down(self, record: PipelineRecord) -> None:
-        """Unload all stages of a pipeline and forget it."""
+        """Unload all stages of a pipeline and forget it.
+
+        What is kept of it says that it is not running: where that cannot be deleted, the next start forgets it.
+        """
         self._cluster.update(replace(record, phase=Phase.UNDEPLOYING))
         try:
             await self._rings.unmake(record.id, (*record.stages, *record.next_stages))
             await self._store.delete(record.id)
+        except NotReady as error:
+            log.warning("event=not_forgotten pipeline=%s id=%s error=%r", record.name, record.id, error.message)
         finally:
             self._cluster.remove(record.id)
             log.info("event=undeployed pipeline=%s id=%s", record.name, record.id)

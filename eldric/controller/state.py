@@ -85,7 +85,7 @@ class Store:
         return await self._run(self._pipelines)
 
     async def save(self, record: PipelineRecord) -> None:
-        """Keeps a pipeline in place of what was kept of it."""
+        """Keeps a pipeline in place of what was kept of it, and of one of its name that could not be forgotten."""
         await self._run(lambda database: self._save(database, record))
 
     async def delete(self, pipeline_id: str) -> None:
@@ -142,7 +142,8 @@ class Store:
             with _transaction(self._database):
                 return work(self._database)
         except sqlite3.OperationalError as error:
-            raise NotReady(f"the controller cannot keep its state in {self._path}: {error}") from error
+            hint = ": make room" if error.sqlite_errorcode == sqlite3.SQLITE_FULL else ""
+            raise NotReady(f"the controller cannot keep its state in {self._path}: {error}{hint}") from error
         except sqlite3.DatabaseError as error:
             raise DataLoss(f"the controller's state in {self._path} is damaged: {error}") from error
 
@@ -193,7 +194,7 @@ class Store:
         return records
 
     def _save(self, database: sqlite3.Connection, record: PipelineRecord) -> None:
-        database.execute("DELETE FROM pipelines WHERE id = ?", (record.id,))
+        database.execute("DELETE FROM pipelines WHERE id = ? OR name = ?", (record.id, record.name))
         messages = (message.SerializeToString() for message in (record.request, record.options, record.source))
         numbers = record.epoch, record.created_at
         row = (record.id, record.name, record.model, record.phase.value, *numbers, record.transport, *messages)
@@ -223,8 +224,8 @@ def _transaction(database: sqlite3.Connection) -> Iterator[None]:
     database.execute("BEGIN IMMEDIATE")
     try:
         yield
+        database.execute("COMMIT")
     except BaseException:
         if database.in_transaction:
             database.execute("ROLLBACK")
         raise
-    database.execute("COMMIT")

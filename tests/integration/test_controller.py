@@ -10,6 +10,7 @@ import pytest
 
 from eldric.channels import call_errors, channel
 from eldric.controller.main import Controller
+from eldric.controller.state import Store
 from eldric.errors import (
     AlreadyExists,
     EldricError,
@@ -116,6 +117,28 @@ async def test_undeploying_a_deploy_in_progress_ends_it(world: World) -> None:
     with pytest.raises(Unavailable):
         await deploying
     assert world.stages() == []
+
+
+async def test_a_full_disk_of_the_controller_keeps_no_pipeline_and_no_name_from_going(
+    world: World, here: tuple[World, Controller], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def full(*_: object) -> None:
+        raise NotReady("database or disk is full")
+
+    await world.calls.deploy(stages=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "delete", full)
+        await world.calls.undeploy()
+        gate = world.workers["a"].gates["Connect"] = Gate()
+        deploying = asyncio.create_task(world.calls.deploy(stages=3, name="late"))
+        await gate.arrived.wait()
+        patch.setattr(Store, "save", full)
+        gate.open.set()
+        with pytest.raises(NotReady, match="disk is full"):
+            await deploying
+    assert world.stages() == []
+    for name in (MODEL, "late"):
+        assert (await world.calls.deploy(stages=3, name=name))[-1].ready.state == READY
 
 
 async def test_a_name_is_taken_from_the_start_of_its_deploy(world: World) -> None:

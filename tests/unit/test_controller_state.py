@@ -62,6 +62,28 @@ async def test_a_record_takes_the_place_of_the_one_before(store: Store) -> None:
     assert await store.pipelines() == []
 
 
+async def test_a_pipeline_takes_the_place_of_one_of_its_name_that_could_not_be_forgotten(store: Store) -> None:
+    await store.save(record(phase=Phase.UNDEPLOYING))
+    again = record(id="id-again")
+    await store.save(again)
+    assert await store.pipelines() == [again]
+
+
+async def test_a_full_disk_is_named_changes_nothing_and_is_over_when_there_is_room(
+    store: Store, tmp_path: Path
+) -> None:
+    await store.save(record())
+    large = record("large", request=pipeline_pb2.DeployRequest(model="m" * 200_000))
+    await store._run(lambda database: database.execute("PRAGMA max_page_count = 1"))  # as many as there are
+    for _ in range(2):
+        with pytest.raises(NotReady, match=f"cannot keep its state in {tmp_path}/state.db: .* is full: make room"):
+            await store.save(large)
+    assert await store.pipelines() == [record()]
+    await store._run(lambda database: database.execute("PRAGMA max_page_count = 100000"))
+    await store.save(large)
+    assert len(await store.pipelines()) == 2
+
+
 async def test_a_failed_write_changes_nothing(store: Store) -> None:
     await store.save(record())
     twice = record(stages=record().stages[:1] * 2)
