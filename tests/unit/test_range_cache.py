@@ -16,6 +16,7 @@ from eldric.v1 import stage_pb2
 from eldric.worker.range_cache.cache import RangeCache
 from eldric.worker.range_cache.entry import EXTENTS, LEASE, CachedModel
 from eldric.worker.range_cache.extents import Extent, Extents
+from eldric.worker.range_cache.locks import FileLock
 
 MIB = 1 << 20
 
@@ -175,6 +176,31 @@ def test_a_full_disk_is_named(entry: CachedModel, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(NotEnoughSpace):
         entry.add({0: [Extent(0, 1)]})
     assert entry.have() == [Extents()], "nothing is noted that is not on the disk"
+
+
+def test_on_a_disk_that_others_filled_what_nobody_uses_makes_room(
+    cache: RangeCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is in the way of noting a claim, whoever filled the disk, are entries that can be fetched again."""
+
+    def full_with_the_old(path: Path, text: str) -> int:
+        if old.folder.exists():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return path.write_bytes(text.encode())
+
+    old, used, loading = cache.open(source("old.gguf")), cache.open(source("used.gguf")), cache.open(source())
+    old.close()
+    monkeypatch.setattr(Path, "write_text", full_with_the_old)
+    cache.claim(loading, {0: [Extent(0, MIB)]})
+    assert not old.folder.exists() and used.folder.exists()
+    old.folder.mkdir()
+    leased = FileLock(old.folder / LEASE)
+    leased.share()
+    with pytest.raises(NotEnoughSpace, match=r"the disk of the cache in .* is full: make room"):
+        cache.claim(loading, {0: [Extent(0, MIB)]})
+    leased.close()
+    used.close()
+    loading.close()
 
 
 def test_bytes_are_on_the_disk_before_they_are_noted(entry: CachedModel, monkeypatch: pytest.MonkeyPatch) -> None:

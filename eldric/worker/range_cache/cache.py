@@ -5,9 +5,10 @@ import hashlib
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import TypeVar
 
 from eldric.errors import InvalidRequest, NotEnoughSpace, NotReady
 from eldric.v1 import stage_pb2
@@ -16,6 +17,8 @@ from eldric.worker.range_cache.extents import Extent
 from eldric.worker.range_cache.locks import FileLock
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _LOCK = "lock"
 _VERSION = "1"
@@ -42,17 +45,18 @@ class RangeCache:
         self._limit_bytes = limit_bytes
 
     def open(self, source: stage_pb2.ModelSource) -> CachedModel:
-        """Lease the entry of a model; the caller closes it. Raises InvalidRequest, NotReady."""
+        """Lease the entry of a model; the caller closes it. Raises InvalidRequest, NotEnoughSpace, NotReady."""
         names = [PurePosixPath(file.path).name for file in source.files]
         if not names or len(set(names)) != len(names) or not all(map(_is_plain, names)):
             raise InvalidRequest(f"the files of {source.model!r} have no plain names of their own")
+        own, sizes = self.folder / _entry_name(source, names), [file.size_bytes for file in source.files]
         with self._lock():
-            return CachedModel(self.folder / _entry_name(source, names), names, [f.size_bytes for f in source.files])
+            return self._with_room(own, lambda: CachedModel(own, names, sizes))
 
     def claim(self, entry: CachedModel, wanted: Mapping[int, Sequence[Extent]]) -> None:
-        """Keep bytes of an entry, there or not yet, for as long as it is leased. Raises NotReady."""
+        """Keep bytes of an entry, there or not yet, for as long as it is leased. Raises NotEnoughSpace, NotReady."""
         with self._lock():
-            entry.claim(wanted)
+            self._with_room(entry.folder, lambda: entry.claim(wanted))
 
     def reserve(self, entry: CachedModel, missing_bytes: int) -> None:
         """Make room for bytes that will be fetched into an entry.
@@ -62,7 +66,7 @@ class RangeCache:
         """
         with self._lock():
             own = _allocated_bytes(entry.folder) + missing_bytes
-            others = sorted(self._others(entry.folder), key=lambda held: held.used_at)
+            others = self._others(entry.folder)
             taken = sum(held.nbytes for held in others)
             allocated = _allocated_bytes(entry.folder) + sum(_allocated_bytes(held.folder) for held in others)
             free = shutil.disk_usage(self.folder).free
@@ -80,7 +84,16 @@ class RangeCache:
                     f"the cache in {self.folder} has no room: the model takes {own} bytes, models in use {taken}, "
                     f"and it may have {limit}; give the worker more with --cache-bytes or another --cache-dir"
                 )
-            (entry.folder / RESERVED).write_text(str(own))
+            self._with_room(entry.folder, lambda: entry.reserve(own))
+
+    def _with_room(self, own: Path, write: Callable[[], T]) -> T:
+        """Writes into an entry. On a disk that is full, whoever filled it, first the others go that nobody leases."""
+        while True:
+            try:
+                return write()
+            except NotEnoughSpace:
+                if not any(self._remove(held.folder) for held in self._others(own) if not held.leased):
+                    raise
 
     def nbytes(self) -> int:
         """What all entries take on the disk now."""
@@ -106,7 +119,11 @@ class RangeCache:
             if path.name.startswith(f"{_VERSION}-") and path.is_dir() and not path.is_symlink():
                 yield path
 
-    def _others(self, own: Path) -> Iterator[_Held]:
+    def _others(self, own: Path) -> list[_Held]:
+        """The other entries, the least recently used first."""
+        return sorted(self._look(own), key=lambda held: held.used_at)
+
+    def _look(self, own: Path) -> Iterator[_Held]:
         for folder in self._entries():
             if folder == own:
                 continue

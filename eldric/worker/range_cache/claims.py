@@ -31,7 +31,11 @@ class Claim:
         self._lock = FileLock(self._path)
         self._lock.own()
         document = {str(file): Extents(extents).as_lists() for file, extents in wanted.items()}
-        self._path.write_text(json.dumps(document))
+        try:
+            self._path.write_text(json.dumps(document))
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         with contextlib.suppress(OSError):

@@ -34,7 +34,10 @@ class CachedModel:
     """
 
     def __init__(self, folder: Path, names: Sequence[str], sizes: Sequence[int]) -> None:
-        """Makes what is not there. Whoever calls holds the cache's lock. Raises NotReady when it cannot be written."""
+        """Makes what is not there. Whoever calls holds the cache's lock.
+
+        Raises NotEnoughSpace when the disk is full, NotReady when it cannot be written.
+        """
         self.folder = folder
         self.paths = tuple(folder / DATA / name for name in names)
         self.sizes = tuple(sizes)
@@ -53,7 +56,7 @@ class CachedModel:
             os.utime(folder / LEASE)  # the time of last use
         except OSError as error:
             self.close()
-            raise NotReady(f"the cache in {folder.parent} cannot be written: {error.strerror}") from error
+            raise self._failed(error) from error
 
     def _open(self, path: Path, size: int) -> bool:
         """Whether the file was made now, or was of another size."""
@@ -102,7 +105,10 @@ class CachedModel:
             draft.replace(self.folder / EXTENTS)
 
     def claim(self, wanted: Mapping[int, Sequence[Extent]]) -> None:
-        """Keep these bytes from `trim` until close. Whoever calls holds the cache's lock. Raises NotReady."""
+        """Keep these bytes from `trim` until close. Whoever calls holds the cache's lock.
+
+        Raises NotEnoughSpace, NotReady.
+        """
         try:
             self._claims.append(Claim(self.folder, wanted))
         except OSError as error:
@@ -125,6 +131,13 @@ class CachedModel:
             raise self._failed(error) from error
         return before - sum(map(disk_bytes, self._fds))
 
+    def reserve(self, nbytes: int) -> None:
+        """Note how much the entry will take when the fetch that runs is done. Raises NotEnoughSpace, NotReady."""
+        try:
+            (self.folder / RESERVED).write_text(str(nbytes))
+        except OSError as error:
+            raise self._failed(error) from error
+
     def write(self, file: int, offset: int, data: memoryview) -> None:
         """Raises NotEnoughSpace when the disk is full, NotReady when it fails."""
         try:
@@ -140,7 +153,7 @@ class CachedModel:
         try:
             return os.pread(self._fds[file], len(extent), extent.start)
         except OSError as error:
-            raise self._failed(error) from error
+            raise self._failed(error, "read") from error
 
     def try_fetch_lock(self) -> FileLock | None:
         """The lock of who fetches into this entry, or None while somebody else has it."""
@@ -159,10 +172,10 @@ class CachedModel:
         if hasattr(self, "_lease"):
             self._lease.close()
 
-    def _failed(self, error: OSError) -> NotEnoughSpace | NotReady:
+    def _failed(self, error: OSError, doing: str = "written") -> NotEnoughSpace | NotReady:
         where = self.folder.parent
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return NotEnoughSpace(
                 f"the disk of the cache in {where} is full: make room, or give the worker another --cache-dir"
             )
-        return NotReady(f"the cache in {where} cannot be used: {error.strerror}")
+        return NotReady(f"the cache in {where} cannot be {doing}: {error.strerror}")
