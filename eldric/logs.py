@@ -1,5 +1,6 @@
 """Logging of a node process: lines of key=value pairs, to its log file and to stderr."""
 
+import contextlib
 import logging
 import logging.handlers
 import sys
@@ -25,6 +26,26 @@ class _Formatter(logging.Formatter):
         )
 
 
+class _LogFile(logging.handlers.RotatingFileHandler):
+    """A file that, while it cannot be written, says so once, on stderr. What is logged meanwhile is lost."""
+
+    _problem = ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        before, self._problem = self._problem, ""
+        super().emit(record)
+        if self._problem and not before:
+            with contextlib.suppress(OSError, ValueError):
+                print(f"the log {self.baseFilename} cannot be written: {self._problem}", file=sys.stderr)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exception()
+        if isinstance(error, OSError):
+            self._problem = error.strerror or str(error)
+        else:
+            super().handleError(record)
+
+
 def set_up(config: NodeConfig, *, stderr: bool = True) -> None:
     """Sets up the root logger: `config.folder`/log and, if wanted, stderr, from `config.log_level` on. Called once per
     process.
@@ -35,9 +56,7 @@ def set_up(config: NodeConfig, *, stderr: bool = True) -> None:
     if level is None:
         raise InvalidRequest(f"{config.log_level!r} is no log level; levels are DEBUG, INFO, WARNING, ERROR")
     config.folder.mkdir(parents=True, exist_ok=True)
-    file = logging.handlers.RotatingFileHandler(
-        config.folder / "log", maxBytes=MAX_BYTES, backupCount=OLDER_FILES, encoding="utf-8"
-    )
+    file = _LogFile(config.folder / "log", maxBytes=MAX_BYTES, backupCount=OLDER_FILES, encoding="utf-8")
     root = logging.getLogger()
     handlers: list[logging.Handler] = [file, logging.StreamHandler(sys.stderr)] if stderr else [file]
     for handler in handlers:

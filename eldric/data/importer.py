@@ -58,7 +58,7 @@ class Importer:
             self._check_outside(sources)
         self._check_free(model, sources if mode == "move" else ())
         with self._store.staging() as folder:
-            files = _Transfer(sources, folder, mode, report).run(stored_names(model, len(sources)))
+            files = _Transfer(sources, folder, mode, report, self._store.folder).run(stored_names(model, len(sources)))
             if sha256 and files[0].sha256 != sha256:
                 raise DataLoss(f"{source} has the SHA-256 {files[0].sha256}, it should have {sha256}")
             brought = read_header(folder / files[0].name)  # what was brought in is sound too
@@ -97,7 +97,8 @@ class Importer:
 class _Transfer:
     """Brings the bytes of one model's files into a folder, and hashes them on the way."""
 
-    def __init__(self, sources: Sequence[Path], folder: Path, mode: str, report: Report) -> None:
+    def __init__(self, sources: Sequence[Path], folder: Path, mode: str, report: Report, store: Path) -> None:
+        self._store = store
         self._sources = [source.resolve() for source in sources]  # link(2) does not follow symbolic links
         self._before = [source.stat() for source in self._sources]
         self._sizes = [status.st_size for status in self._before]
@@ -153,8 +154,8 @@ class _Transfer:
         needed, free = sum(self._sizes[number:]), shutil.disk_usage(self._folder).free
         if needed > free:
             raise NotEnoughSpace(
-                f"a copy needs {needed} bytes, the disk of the model store has {free} bytes free: "
-                f"{needed - free} are missing"
+                f"a copy needs {needed} bytes, the disk of the model store {self._store} has {free} bytes free: "
+                f"{needed - free} are missing; make room"
             )
 
 

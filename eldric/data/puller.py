@@ -154,8 +154,8 @@ class Puller:
         free = shutil.disk_usage(folder).free
         if needed > free:
             raise NotEnoughSpace(
-                f"{model} needs {needed} bytes more, the disk of the model store has {free} bytes free: "
-                f"{needed - free} are missing"
+                f"{model} needs {needed} bytes more, the disk of the model store {self._store.folder} has {free} bytes "
+                f"free: {needed - free} are missing; make room"
             )
 
 

@@ -167,7 +167,7 @@ class ModelStore:
     def _write_error(self, error: OSError) -> EldricError:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             free = shutil.disk_usage(self.folder).free
-            return NotEnoughSpace(f"{self.folder} is full: {error.strerror}, {free} bytes are free")
+            return NotEnoughSpace(f"{self.folder} is full: {error.strerror}, {free} bytes are free; make room")
         if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
             return NotReady(f"the model store {self.folder} cannot be written: {error.strerror}")
         return DataLoss(f"reading or writing files failed: {error}")

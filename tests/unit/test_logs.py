@@ -1,6 +1,7 @@
 """Logging of a node process."""
 
 import logging
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,3 +45,22 @@ def test_levels_are_read_in_lower_case(tmp_path: Path) -> None:
     logs.set_up(NodeConfig("controller", "c1", tmp_path, log_level="debug"))
     assert logging.getLogger().level == logging.DEBUG
     assert logging.getLogger("uvicorn").level == logging.WARNING
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_a_log_that_cannot_be_written_says_so_once_and_goes_on_when_it_can(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "log"
+    path.symlink_to("/dev/full")
+    logs.set_up(NodeConfig("controller", "c1", tmp_path), stderr=False)
+    for _ in range(3):
+        logging.getLogger("eldric.part").info("event=lost")
+    assert capsys.readouterr().err == f"the log {path} cannot be written: No space left on device\n"
+    handlers = [each for each in logging.getLogger().handlers if isinstance(each, logging.FileHandler)]
+    (stream,) = (each.stream for each in handlers if each.baseFilename == str(path))
+    with (tmp_path / "room").open("wb") as room:
+        os.dup2(room.fileno(), stream.fileno())
+    logging.getLogger("eldric.part").info("event=kept")
+    assert (tmp_path / "room").read_text().endswith(" event=kept\n")
+    assert capsys.readouterr().err == ""
