@@ -59,6 +59,7 @@ def test_a_log_that_cannot_be_written_says_so_once_and_goes_on_when_it_can(
     assert capsys.readouterr().err == f"the log {path} cannot be written: No space left on device\n"
     handlers = [each for each in logging.getLogger().handlers if isinstance(each, logging.FileHandler)]
     (stream,) = (each.stream for each in handlers if each.baseFilename == str(path))
+    assert stream is not None
     with (tmp_path / "room").open("wb") as room:
         os.dup2(room.fileno(), stream.fileno())
     logging.getLogger("eldric.part").info("event=kept")
