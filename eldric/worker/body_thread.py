@@ -17,8 +17,15 @@ from eldric.worker.tail import Tail
 class BodyThread(ComputeThread):
     """A middle stage, or the tail of a pipeline of several stages."""
 
-    def __init__(self, stage: Stage, transport: Transport, place: Place, on_change: Callable[[], None]) -> None:
-        super().__init__(stage, transport, place, on_change)
+    def __init__(
+        self,
+        stage: Stage,
+        transport: Transport,
+        place: Place,
+        on_change: Callable[[], None],
+        stood_still_s: Callable[[], float],
+    ) -> None:
+        super().__init__(stage, transport, place, on_change, stood_still_s)
         self._tail = Tail(place.index, stage.spec.vocab_size) if place.is_tail else None
         self._slots: set[int] = set()
 

@@ -56,7 +56,15 @@ class Place:
 class ComputeThread(ABC):
     """A stage at work. `post`, `join` and the read-only attributes may be used by any thread, the rest by its own."""
 
-    def __init__(self, stage: Stage, transport: Transport, place: Place, on_change: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        stage: Stage,
+        transport: Transport,
+        place: Place,
+        on_change: Callable[[], None],
+        stood_still_s: Callable[[], float],
+    ) -> None:
+        """stood_still_s: for how long this process did nothing just before; see Standstill."""
         self.place = place
         self.state: stage_pb2.StageState.ValueType = stage_pb2.LOADED
         self.message = ""
@@ -67,6 +75,7 @@ class ComputeThread(ABC):
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._step_ns: deque[int] = deque(maxlen=_REMEMBERED_STEPS)
         self._on_change = on_change
+        self._stood_still_s = stood_still_s
         self._workers: tuple[str, ...] = ()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name=f"stage-{place.index}", daemon=True)
@@ -126,10 +135,10 @@ class ComputeThread(ABC):
             else:
                 self._turn()
         except PeerLost as lost:
-            self._break(self._gone(lost.stage, lost.reason))
+            self._break(self._lost(lost.stage, lost.reason))
         except LinkClosed as error:
             closed = self._ring.link_closed
-            self._break(self._gone(*closed) if closed else str(error))
+            self._break(self._lost(*closed) if closed else str(error))
         except TransportError as error:
             self._break(str(error))
         except Exception:
@@ -227,10 +236,15 @@ class ComputeThread(ABC):
         """The next frame of this pipeline and epoch, or None. Raises PeerLost when a neighbour is gone."""
         return self._ring.receive(timeout_s)
 
-    def _gone(self, stage: int, reason: str) -> str:
-        """What happened to another stage, for people."""
+    def _lost(self, stage: int, reason: str) -> str:
+        """What happened to a neighbour, or to this stage if it is the neighbour who lost it, for people."""
+        if stood_still_s := self._stood_still_s():
+            return f"{self._named(self.place.index)} stood still for {stood_still_s:.1f} s and was taken for gone"
+        return f"{self._named(stage)} is gone: {reason}"
+
+    def _named(self, stage: int) -> str:
         worker = f" on worker {self._workers[stage]}" if stage < len(self._workers) else ""
-        return f"stage {stage} of {self.place.stage_count}{worker} is gone: {reason}"
+        return f"stage {stage} of {self.place.stage_count}{worker}"
 
     def _break(self, message: str) -> None:
         """The ring is broken here."""

@@ -37,11 +37,12 @@ class HeadThread(ComputeThread):
         transport: Transport,
         place: Place,
         on_change: Callable[[], None],
+        stood_still_s: Callable[[], float],
         scheduler: Scheduler,
         deliver: Callable[[News], None],
         trace: Callable[[stage_pb2.StepTrace], None],
     ) -> None:
-        super().__init__(stage, transport, place, on_change)
+        super().__init__(stage, transport, place, on_change, stood_still_s)
         self._scheduler = scheduler
         self._deliver = deliver
         self._trace = trace

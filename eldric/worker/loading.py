@@ -29,6 +29,7 @@ from eldric.worker.mounted.mounts import MountedFile, Mounts
 from eldric.worker.range_cache.fetcher import RangeFetcher
 from eldric.worker.relay import NodeRelay
 from eldric.worker.resources import compute_threads, lockable_bytes, memory_budget
+from eldric.worker.standstill import Standstill
 from eldric.worker.wiring import Rewired, Wirer, Wiring
 
 log = logging.getLogger(__name__)
@@ -110,6 +111,7 @@ class StageLoader:
         self.mounts = Mounts(config.node.folder / "mounts", config.models_dir)
         self._models = Models(config, self.mounts, fetcher, relay)
         self._wirer = Wirer(config, relay)
+        self._standstill = Standstill(config.silence_s)
         self._metrics = metrics
         self._on_change = on_change
 
@@ -282,10 +284,12 @@ class StageLoader:
                 spec = plan.spec
                 head = Head(request.name, spec.vocab_size, options.context, limit, self._metrics, spec.embeds_last)
                 scheduler = Scheduler(self._schedule_config(plan, stage))
-                thread = HeadThread(stage, transport, place, changed, scheduler, head.deliver, head.trace)
+                thread = HeadThread(
+                    stage, transport, place, changed, self._standstill.seconds, scheduler, head.deliver, head.trace
+                )
                 head.attach(thread.post)
             else:
-                thread = BodyThread(stage, transport, place, changed)
+                thread = BodyThread(stage, transport, place, changed, self._standstill.seconds)
         except BaseException:
             transport.close()
             raise

@@ -215,6 +215,22 @@ async def test_a_frozen_worker_is_noticed_and_goes_on_when_it_wakes(tmp_path: Pa
         assert cluster.pids() == pids
 
 
+async def test_a_head_that_was_frozen_says_so_and_blames_nobody(tmp_path: Path) -> None:
+    async with local_cluster(tmp_path, workers=2) as cluster:
+        await cluster.add_endless()
+        await cluster.deploy_endless(stages=2)
+        events = cluster.endless()
+        await tokens_until(events, 20)
+        cluster.signal("worker-1", signal.SIGSTOP)
+        async with asyncio.timeout(10):
+            while (await cluster.pipeline()).stages[1].state != "broken":
+                await asyncio.sleep(0.05)
+        cluster.signal("worker-1", signal.SIGCONT)
+        with pytest.raises(Unavailable, match=r"stage 0 of 2 on worker worker-1 (stood still for|is gone: no beat)"):
+            await read(events)
+        await cluster.until_state("ready")
+
+
 async def test_generation_goes_on_without_a_controller_and_the_next_one_finds_everything(tmp_path: Path) -> None:
     async with local_cluster(tmp_path) as cluster, openai_client(cluster) as client:
         await cluster.add_endless()

@@ -109,8 +109,13 @@ class World:
         self.transport, self.stage = FakeTransport(), FakeStage()
         self.states: queue.SimpleQueue[stage_pb2.StageState.ValueType] = queue.SimpleQueue()
         place = Place("p", 1, 1, 3)
+        self.stood_still_s = 0.0
         self.thread = BodyThread(
-            cast(Any, self.stage), cast(Any, self.transport), place, lambda: self.states.put(self.thread.state)
+            cast(Any, self.stage),
+            cast(Any, self.transport),
+            place,
+            lambda: self.states.put(self.thread.state),
+            lambda: self.stood_still_s,
         )
         self.thread.start()
 
@@ -192,6 +197,14 @@ def test_a_lost_neighbour_breaks_the_stage_and_ends_its_sequences(world: World) 
     assert world.thread.message == "stage 0 of 3 on worker w0 is gone: its process died"
     while world.thread.sequences:
         pass
+
+
+def test_a_stage_that_stood_still_does_not_blame_its_neighbours(world: World) -> None:
+    world.connect()
+    world.stood_still_s = 4.96
+    world.lose(inbound=True)
+    assert world.states.get(timeout=5) == stage_pb2.BROKEN
+    assert world.thread.message == "stage 1 of 3 on worker w1 stood still for 5.0 s and was taken for gone"
 
 
 def test_the_loss_of_both_neighbours_does_not_break_a_mended_stage_again(world: World) -> None:
