@@ -1,5 +1,6 @@
 """A pipeline as the controller keeps it, and what may be said of its stages. Pure."""
 
+import re
 from dataclasses import dataclass
 from enum import Enum, StrEnum
 
@@ -108,7 +109,7 @@ def judge(record: PipelineRecord, stage: StageRecord, node: Node | None, absent:
         return _missing(record, stage, node.reason)
     report = node.stages.get(record.key(stage))
     if report is not None and report.state is StageState.BROKEN:
-        return _verdict(Condition.BROKEN, record, stage, "broken", report.message or "it does not say why")
+        return _broken(record, stage, report.message)
     if absent >= ABSENT_BEATS:
         return _verdict(Condition.ABSENT, record, stage, "gone", "its worker holds it no longer")
     if node.state is NodeState.DRAINING:
@@ -116,6 +117,13 @@ def judge(record: PipelineRecord, stage: StageRecord, node: Node | None, absent:
     if report is not None and report.state is StageState.SERVING:
         return Verdict(Condition.SERVING)
     return Verdict(Condition.SERVING) if settled else waiting
+
+
+def _broken(record: PipelineRecord, stage: StageRecord, message: str) -> Verdict:
+    """A stage that broke names the one that it lost, or itself if that stood still: that is the reason."""
+    if re.match(r"stage \d+ of \d+ ", message):
+        return Verdict(Condition.BROKEN, message, message)
+    return _verdict(Condition.BROKEN, record, stage, "broken", message or "it does not say why")
 
 
 def _missing(record: PipelineRecord, stage: StageRecord, why: str) -> Verdict:

@@ -169,6 +169,15 @@ def test_a_missing_worker_is_named_before_the_neighbours_that_broke_for_want_of_
     assert running.message == "stage 1 of 2 on worker b is gone: its process has ended"
 
 
+def test_what_a_broken_stage_says_of_another_is_the_reason() -> None:
+    """The first to report is a neighbour of the one that is lost: no error may name it as the culprit meanwhile."""
+    world = World("a", "b")
+    running = world.run("a", "b")
+    lost = "stage 1 of 2 on worker b is gone: its connection closed"
+    world.beat("a", BROKEN, message=lost)
+    assert running.message == lost
+
+
 def test_the_stage_that_broke_first_is_named_not_those_that_broke_for_want_of_it() -> None:
     world = World("a", "b")
     running = world.run("a", "b")
