@@ -82,7 +82,7 @@ async def test_a_frozen_worker_is_lost_with_its_lease_and_welcome_back(world: Wo
         process.send_signal(signal.SIGCONT)
         info = await world.calls.wait_for(READY)
         assert (info.epoch, info.message) == (1, "")
-        assert not world.workers["a"].degraded.is_set()
+        await until(lambda: not world.workers["a"].degraded.is_set())
 
 
 async def test_a_worker_that_dies_while_others_load_fails_the_deploy_with_its_name(world: World) -> None:
