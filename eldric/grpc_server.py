@@ -27,6 +27,7 @@ _OPTIONS: list[tuple[str, Any]] = [
     ("grpc.max_concurrent_streams", MAX_CALLS),
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.ping_timeout_ms", 5_000),  # of a keepalive as well: gRPC alone would wait for a minute
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ("grpc.http2.max_pings_without_data", 0),
