@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from eldric import errors
+from eldric import channels, errors
 from eldric.channels import call_errors, channel, sync_channel
 from eldric.config import NodeConfig
 from eldric.errors import (
@@ -378,6 +378,26 @@ async def test_second_signal_ends_at_once(tmp_path: Path, authority: Authority) 
     await asyncio.wait_for(process.communicate(), 5)
     assert process.returncode == 128 + 15
     assert not (tmp_path / "node.json").exists()
+
+
+async def test_a_call_to_a_node_that_stands_still_ends(
+    tmp_path: Path, authority: Authority, admin: Identity, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its kernel goes on acknowledging what is sent to it. The times are those of use, divided by twenty."""
+    sooner = [(name, value // 20 if name.endswith("_ms") else value) for name, value in channels.OPTIONS]
+    monkeypatch.setattr(channels, "OPTIONS", sooner)
+    process, content = await start_process(tmp_path, authority, 0.0)
+    try:
+        async with channel(content["grpc_address"], admin, "controller") as connection:
+            call = health_pb2_grpc.HealthStub(connection).Watch(health_pb2.HealthCheckRequest())
+            await call.read()
+            process.send_signal(signal.SIGSTOP)
+            async with asyncio.timeout(5):
+                with pytest.raises(Unavailable, match="ping timeout"), call_errors("controller/n1"):
+                    await call.read()
+    finally:
+        process.kill()
+        await process.communicate()
 
 
 async def test_folder_of_a_killed_node_can_be_used_again(tmp_path: Path, authority: Authority) -> None:
