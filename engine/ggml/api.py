@@ -45,6 +45,7 @@ _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ggml_swiglu_split": (_P, (_P, _P, _P)),
     "ggml_rope_ext": (_P, (_P, _P, _P, _P, _I, _I, _I, _F, _F, _F, _F, _F, _F)),
     "ggml_flash_attn_ext": (_P, (_P, _P, _P, _P, _P, _F, _F, _F)),
+    "ggml_flash_attn_ext_set_prec": (None, (_P, _I)),
     # graphs
     "ggml_graph_overhead_custom": (_N, (_N, c_bool)),
     "ggml_new_graph_custom": (_P, (_P, _N, c_bool)),

@@ -56,6 +56,7 @@ class Backend:
         self.cell_multiple = 1 if self.is_cpu else KV_PADDING
         self.buffer_type: int = self.api.ggml_backend_dev_buffer_type(self.device.handle)
         self.is_host: bool = self.api.ggml_backend_buft_is_host(self.buffer_type)
+        self.alignment: int = self.api.ggml_backend_buft_get_alignment(self.buffer_type)  # of tensors, in bytes
         self.compute_ns = 0  # spent in all computations so far
         self._cpus = None if cpus is None else tuple(sorted(set(cpus)))
         self._pinned_thread = 0

@@ -24,6 +24,8 @@ from eldric.engine.tensor_types import TensorType
 
 _ROPE_MODES = {"norm": 0, "neox": 2}  # GGML_ROPE_TYPE_NORMAL, GGML_ROPE_TYPE_NEOX
 _ALL_THREADS = -1  # GGML_N_TASKS_MAX
+_IN_F32 = 10  # GGML_PREC_F32: sums are not kept in half precision, which some devices would do
+_IDS, _POSITIONS, _CELLS, _LAST_ROW = range(4)  # sections of the integers that go into a graph
 _BETA_FAST, _BETA_SLOW = 32.0, 1.0  # without effect unless rope is extended by YaRN
 
 
@@ -109,7 +111,7 @@ class GraphPlan:
     def _build(self) -> None:
         shape, shard = self.shape, self.b.shard
         if self.b.takes_ids:
-            ids = self._integers(0, shape.rows)
+            ids = self._integers(_IDS, shape.rows)
             hidden = self.api.ggml_get_rows(self.ctx, self.b.weights[self.b.weight("token_embd")].plain, ids)
         else:
             hidden = self._rows_of(self.ports.hidden_in, shape.rows)
@@ -133,7 +135,7 @@ class GraphPlan:
         api, ctx, spec, shape = self.api, self.ctx, self.spec, self.shape
         normed = self._norm(hidden, "attn_norm", layer)
         rows = shape.rows
-        positions = self._integers(rows, rows)
+        positions = self._integers(_POSITIONS, rows)
         self._write_cache(index, layer, normed, positions)
         if ends_model and not shape.logits:
             return 0
@@ -141,7 +143,7 @@ class GraphPlan:
         queries = self._rope(api.ggml_reshape_3d(ctx, queries, spec.head_dim, spec.heads, rows), positions)
         attended = self._product("attn_output", layer, self._attend(index, queries), rows)
         if ends_model and shape.is_chunk:
-            rows, last = 1, self._integers(3 * rows, 1)
+            rows, last = 1, self._integers(_LAST_ROW, 1)
             attended, hidden = api.ggml_get_rows(ctx, attended, last), api.ggml_get_rows(ctx, hidden, last)
         hidden = api.ggml_add(ctx, attended, hidden)
         normed = self._norm(hidden, "ffn_norm", layer)
@@ -152,7 +154,7 @@ class GraphPlan:
     def _write_cache(self, index: int, layer: int, normed: int, positions: int) -> None:
         api, ctx, spec, cache = self.api, self.ctx, self.spec, self.b.cache
         rows = self.shape.rows
-        cells = self._integers(2 * rows, rows)
+        cells = self._integers(_CELLS, rows)
         keys = self._product("attn_k", layer, normed, rows)
         keys = self._rope(api.ggml_reshape_3d(ctx, keys, spec.head_dim, spec.kv_heads, rows), positions)
         values = self._product("attn_v", layer, normed, rows)
@@ -176,17 +178,18 @@ class GraphPlan:
         for run, (keys, values) in enumerate(zip(views[:runs], views[runs:], strict=True)):
             query = api.ggml_view_3d(ctx, queries, spec.head_dim, per_run, spec.heads, row, head, run * row)
             if self.b.attention is not None:
-                result = self._attend_by(self.b.attention, (query, keys, values), rows + run, per_run)
+                result = self._attend_by(self.b.attention, (query, keys, values), run, per_run)
             else:
                 mask = self.masks[run] if self.masks else None
                 result = api.ggml_flash_attn_ext(ctx, query, keys, values, mask, spec.head_dim**-0.5, 0.0, 0.0)
+                api.ggml_flash_attn_ext_set_prec(result, _IN_F32)
             self._expand(self._place(result, port, run))
         return self._rows_of(port, rows)
 
     def _attend_by(self, attention: Attention, sources: tuple[int, int, int], first: int, rows: int) -> int:
-        """The engine's own attention. first: where the rows' positions begin among the integers."""
+        """The engine's own attention for `rows` rows, from the row `first` on."""
         shape = (self.spec.head_dim, self.spec.heads, rows)
-        positions = self._integers(first, rows)
+        positions = self._integers(_POSITIONS, rows, first)
         return self._custom(TensorType.F32, shape, (*sources, positions), attention.function, attention.task)
 
     def _slot_view(self, cells: int) -> int:
@@ -269,8 +272,9 @@ class GraphPlan:
         )
         return view
 
-    def _integers(self, first: int, count: int) -> int:
-        view: int = self.api.ggml_view_1d(self.ctx, self.ports.integers.tensor, count, 4 * first)
+    def _integers(self, section: int, count: int, first: int = 0) -> int:
+        offset = 4 * (section * self.ports.section(self.shape.rows) + first)
+        view: int = self.api.ggml_view_1d(self.ctx, self.ports.integers.tensor, count, offset)
         return view
 
     def _place(self, result: int, port: Port, row: int = 0) -> int:

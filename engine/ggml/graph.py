@@ -12,7 +12,9 @@ from eldric.engine.ggml.structs import Tensor
 
 _LENGTH = Tensor.ne.offset + 8  # of a K or V view: ne[1]
 _COLUMNS = Tensor.ne.offset  # of a mask view: ne[0]
-_START = Tensor.data.offset
+_ROW_BYTES = Tensor.nb.offset + 8  # of a mask view: nb[1]
+_START, _OFFSET = Tensor.data.offset, Tensor.view_offs.offset  # the same twice: devices go by one or by the other
+_MASK_BYTES = 2  # of a mask's value, F16
 
 
 class GraphShape(NamedTuple):
@@ -46,18 +48,23 @@ class Graph:
         """views: K and V views of each layer that attends, each for all runs, made one behind the other.
         masks: those of all runs, likewise, or none. finds_likeliest: whether the graph looks through the logits."""
         self.handle, self._arena = arena.graph, arena
+        self.rows = shape.rows
         runs, used = max(shape.runs, 1), shape.runs or shape.rows
         self._starts = arena.field(views, _START).reshape(-1, runs)
         self._slot_0 = self._starts.copy()  # where each view lies over slot 0
+        self._offsets = arena.field(views, _OFFSET).reshape(-1, runs)
         self._slots: list[int] = []
         self._columns = arena.field(masks, _COLUMNS) if masks else None
+        self._mask_rows = arena.field(masks, _ROW_BYTES)
         self._layers_views = len(views) // runs
         self._lengths = arena.field(views, _LENGTH).data
         self._inputs = ports.integers.array.data.cast("B")
-        integers = 3 * shape.rows + 1
+        rows, gap = shape.rows, 4 * (ports.section(shape.rows) - shape.rows)
+        integers = 3 * ports.section(rows) + 1
         first = -(-4 * integers // 8)  # the lengths lie behind, where nothing but attend reads them
         self._new_lengths = self._inputs[8 * first : 8 * (first + len(views))].cast("B").cast("l")
-        self._pack = struct.Struct(f"={integers}i{8 * first - 4 * integers}x{len(views)}q").pack_into
+        behind = 8 * first - 4 * integers
+        self._pack = struct.Struct(f"={f'{rows}i{gap}x' * 3}i{behind}x{len(views)}q").pack_into
         self.hidden_in = ports.hidden_in.array[:used]
         self.result: NDArray[np.float32] | None = None  # hidden states or logits, of rows that are no padding
         self.likeliest: NDArray[np.int32] | None = None  # the token with the largest logit, of each such row
@@ -81,6 +88,7 @@ class Graph:
         self._lengths[:] = self._new_lengths
         if self._columns is not None:
             self._columns[...] = lengths
+            self._mask_rows[...] = _MASK_BYTES * lengths[0]
 
     @property
     def is_masked(self) -> bool:
@@ -90,7 +98,9 @@ class Graph:
     def move(self, slots: list[int], slot_bytes: int) -> None:
         """Let run i attend to slots[i]."""
         if slots != self._slots:
-            self._starts[...] = self._slot_0 + np.array(slots, np.int64) * slot_bytes
+            moved = np.array(slots, np.int64) * slot_bytes
+            self._starts[...] = self._slot_0 + moved
+            self._offsets[...] = moved
             self._slots = slots
 
     def close(self) -> None:

@@ -83,6 +83,7 @@ class GgmlModel:
             self._matrices = {(weight.info.type, weight.layout) for weight in used}
             self._exact_rows = self._exact_range()
             self._token_table = self._weights.token_table
+            self._takes_ids = shard.is_head and self._token_table is None
             self._likeliest: NDArray[np.int32] | None = None
             self._final: Hidden | None = None
             self._take_memory(spec, shard, options, resources)
@@ -266,7 +267,7 @@ class GgmlModel:
         if self._backend.is_host:
             self._backend.compute(graph.handle, undivided)
             return result
-        self._ports.upload()
+        self._ports.upload(graph.rows, 0 if self._takes_ids else graph.rows)
         self._backend.compute(graph.handle, undivided)
         if result is not None:
             self._ports.download(len(result))

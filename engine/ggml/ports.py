@@ -41,9 +41,9 @@ class Port:
             flat = np.zeros(self.rows * self.width, dtype)
         self.array = flat if self.width == 1 else flat.reshape(self.rows, self.width)
 
-    def upload(self) -> None:
-        data = self.array.ctypes.data
-        self._backend.api.ggml_backend_tensor_set(self.tensor, data, 0, self.rows * self.row_bytes)
+    def upload(self, nbytes: int) -> None:
+        if nbytes:
+            self._backend.api.ggml_backend_tensor_set(self.tensor, self.array.ctypes.data, 0, nbytes)
 
     def download(self, rows: int) -> None:
         data = self.array.ctypes.data
@@ -73,9 +73,11 @@ class Ports:
         def port(kind: TensorType, width: int, count: int) -> Port:
             return Port(self._arena, backend, kind, width, count)
 
-        self.integers = port(TensorType.I32, 1, 3 * rows + 2 + 2 * views)  # see Graph.feed
+        # Devices read inputs from addresses that are multiples of this; the CPU from any, which keeps them together.
+        self._section = 1 if backend.is_cpu else backend.alignment // TensorType.I32.type_bytes
+        self.integers = port(TensorType.I32, 1, 3 * self.section(rows) + 2 + 2 * views)  # see Graph.feed
         self.hidden_in = port(TensorType.F32, hidden_size, rows)
-        self.mask = port(TensorType.F16, context, rows)
+        self.mask = port(TensorType.F16, context, rows)  # a chunk's rows lie together, as far as they are long
         self.attended = port(TensorType.F32, attention_size, rows)  # what attention gives, before its output matrix
         self.hidden_out = port(TensorType.F32, hidden_size, rows)
         self.logits = port(TensorType.F32, vocab_size, logit_rows) if logit_rows else None
@@ -85,6 +87,7 @@ class Ports:
         for value in vars(self).values():
             if isinstance(value, Port):
                 value.open()
+        self._mask_bytes = 0  # of the mask that was written last
         self._strip = np.full(2 * (context + rows), _MASKED, np.float16)
         self._strip[: context + rows] = 0.0
 
@@ -96,6 +99,10 @@ class Ports:
     def nbytes(self) -> int:
         return self._buffer.nbytes + self._strip.nbytes
 
+    def section(self, rows: int) -> int:
+        """How far apart ids, positions and cells of so many rows lie among the integers."""
+        return -(-rows // self._section) * self._section
+
     def write_causal_mask(self, position: int, rows: int, length: int) -> None:
         """Row i may attend to the first position + i + 1 of `length` cells.
 
@@ -104,18 +111,24 @@ class Ports:
         first = len(self._strip) // 2 - position - 1
         size = self._strip.itemsize
         shifted = np.lib.stride_tricks.as_strided(self._strip[first:], (rows, length), (-size, size), writeable=False)
-        self.mask.array[:rows, :length] = shifted
+        self.mask.array.reshape(-1)[: rows * length].reshape(rows, length)[...] = shifted
+        self._mask_bytes = rows * length * size
 
     def write_row_masks(self, ends: list[int], lengths: list[int]) -> None:
         """Row i may attend to the first ends[i] of lengths[i] cells."""
         for row, (end, length) in enumerate(zip(ends, lengths, strict=True)):
             self.mask.array[row, :end] = 0.0
             self.mask.array[row, end:length] = _MASKED
+        self._mask_bytes = len(ends) * self.mask.row_bytes
 
-    def upload(self) -> None:
-        """Bring the inputs to a device whose memory is not the process's own."""
-        for port in (self.integers, self.hidden_in, self.mask):
-            port.upload()
+    def upload(self, rows: int, hidden_rows: int) -> None:
+        """Bring the inputs of a step to a device whose memory is not the process's own.
+
+        hidden_rows: 0 if the graph takes ids.
+        """
+        self.integers.upload(4 * (3 * self.section(rows) + 1))
+        self.hidden_in.upload(hidden_rows * self.hidden_in.row_bytes)
+        self.mask.upload(self._mask_bytes)
 
     def download(self, rows: int) -> None:
         """Bring the results from there."""

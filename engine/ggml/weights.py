@@ -97,6 +97,7 @@ class Weights:
         if looked_up is not None and not self._can_look_up(self._shard.tensors[looked_up]):
             info, looked_up = self._shard.tensors[looked_up], None
             self.token_table = TokenTable(self._backend.library, info, self._address(info))
+            self.mapped_bytes += info.nbytes
         plain = [info for info in infos if self._wants_plain(info, mode, matrices, looked_up)]
         if self._backend.can_map and not (mode == "auto" and self._copies_rest(plain, pack_budget_bytes)):
             self._place_over_file(plain)
@@ -122,7 +123,7 @@ class Weights:
 
         for info in infos:
             self._bring_one_in(info, on_piece)
-        if not self.mapped_bytes and self.token_table is None:
+        if not self.mapped_bytes:
             self._mappings.close()
 
     def take_scratch(self, rows: int) -> None:
@@ -221,7 +222,7 @@ class Weights:
 
     def _place_over_file(self, infos: list[TensorInfo]) -> None:
         """Structs whose data is the mapped file. A tensor at an offset that the device cannot use gets a copy."""
-        alignment = self._api.ggml_backend_buft_get_alignment(self._backend.buffer_type)
+        alignment = self._backend.alignment
         aligned = [info for info in infos if info.offset % alignment == 0]
         arena = self._arena(len(aligned))
         buffers: dict[int, Buffer] = {}
