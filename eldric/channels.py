@@ -29,7 +29,12 @@ _PUT_AWAY_S = 0.25
 ERROR_KEY = "eldric-error"
 RETRY_KEY = "retry-after-ms"
 
+#: No message is compressed: gRPC holds a message's length against its bound before it unpacks it, and a few kilobytes
+#: may unpack to gigabytes. Calls and answers that say they are compressed fail.
+UNCOMPRESSED: list[tuple[str, Any]] = [("grpc.compression_enabled_algorithms_bitset", 1)]
+
 OPTIONS: list[tuple[str, Any]] = [
+    *UNCOMPRESSED,
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.keepalive_time_ms", 10_000),

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import resource
 import secrets
 import signal
 import time
@@ -35,6 +36,8 @@ Callback = Callable[[], Awaitable[None]]
 #: Time that each stop callback gets, and after them calls that still run, watchers for example, in seconds.
 STOP_CALLBACK_S = 3.0
 STOP_SERVERS_S = 0.2
+#: Open files that a node asks for. Programs that it starts may close them one by one, so it is no higher.
+MAX_FILES = 65536
 
 
 class Node:
@@ -231,6 +234,7 @@ class Node:
 
     async def run(self) -> None:
         """Starts, waits for SIGTERM, SIGINT or `end`, then stops. A second signal ends the process at once."""
+        _allow_files()
         loop = asyncio.get_running_loop()
         signals = (signal.SIGTERM, signal.SIGINT)
         for number in signals:
@@ -257,6 +261,14 @@ class Node:
             self._file.remove()
         logging.shutdown()
         os._exit(128 + number)
+
+
+def _allow_files() -> None:
+    """More open files than the usual 1024, where this process may: each connection is one, a stranger's too."""
+    now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_FILES if most == resource.RLIM_INFINITY else min(most, MAX_FILES)
+    if now != resource.RLIM_INFINITY and now < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
 
 
 async def _bounded(callback: Callback, seconds: float) -> None:

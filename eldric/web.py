@@ -21,6 +21,8 @@ from eldric.security.access import Caller, caller_from_names
 MAX_HEAD_BYTES = 64 * 1024
 #: Time for connections to close in an orderly way when the server ends, in seconds.
 LINGER_S = 0.4
+#: Longest time for a connection to show its certificate, in seconds.
+HANDSHAKE_S = 10.0
 #: A request's line and headers must be here within this time from the connection, or from their first byte, in seconds.
 HEAD_TIMEOUT_S = 30.0
 
@@ -110,8 +112,20 @@ class _Server(uvicorn.Server):
         self.ready = asyncio.Event()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
+        await super().startup([])
+        for each in sockets or []:  # by ourselves: uvicorn would let a client take a minute for its handshake
+            self.servers.append(await self._listen(each))
         self.ready.set()
+
+    async def _listen(self, bound: socket.socket) -> asyncio.Server:
+        config, tls = self.config, self.config.ssl
+        return await asyncio.get_running_loop().create_server(
+            lambda: _Protocol(config, self.server_state, self.lifespan.state),
+            sock=bound,
+            ssl=tls,
+            ssl_handshake_timeout=HANDSHAKE_S if tls is not None else None,
+            backlog=config.backlog,
+        )
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
