@@ -68,7 +68,7 @@ class StageTable:
         Raises NotFound, NotReady while it loads, Unavailable when the worker is about to end.
         """
         if self._draining:
-            raise Unavailable(f"worker {self._config.node.name} is about to end")
+            raise self._about_to_end()
         found = [
             stage
             for stage in self._stages.values()
@@ -94,12 +94,14 @@ class StageTable:
             loaded = await asyncio.shield(loading)
             if held.unloading:
                 raise LoadCancelled("the stage was unloaded while it was loading")
-        except BaseException:
+        except BaseException as error:
             held.unloading = True
             giving_up = asyncio.ensure_future(self._give_up(held, loading))
             self._giving_up.add(giving_up)
             giving_up.add_done_callback(self._giving_up.discard)
             await asyncio.shield(giving_up)  # it goes on, should this task be cancelled again
+            if self._draining and isinstance(error, LoadCancelled):
+                raise self._about_to_end() from error
             raise
         held.loaded = loaded
         loaded.thread.start()
@@ -129,7 +131,7 @@ class StageTable:
 
     def _admit(self, request: stage_pb2.LoadRequest) -> HeldStage:
         if self._draining:
-            raise Unavailable(f"worker {self._config.node.name} is about to end")
+            raise self._about_to_end()
         if not request.pipeline_id or request.epoch == 0 or request.index >= request.stage_count:
             raise InvalidRequest("a load request needs a pipeline id, an epoch, and an index below its stage count")
         if request.insecure_tensors and not self._config.allow_insecure_tensors:
@@ -145,6 +147,9 @@ class StageTable:
                 )
         self._stages[key] = HeldStage(key, request)
         return self._stages[key]
+
+    def _about_to_end(self) -> Unavailable:
+        return Unavailable(f"worker {self._config.node.name} is about to end")
 
     async def _give_up(self, held: HeldStage, loading: "asyncio.Future[LoadedStage]") -> None:
         try:
@@ -278,8 +283,13 @@ class StageTable:
         await asyncio.gather(*(self._unload(held, "no deployment wants this stage") for held in unwanted))
 
     async def drain(self) -> None:
-        """Take nothing new, and wait until no sequence is left: none at a head, and in other stages none of others'."""
+        """Take nothing new, and wait until no sequence is left: none at a head, and in other stages none of others'.
+
+        Loads end at once: their pipelines would have to do without this worker.
+        """
         self._draining = True
+        for held in self:
+            held.unloading = held.unloading or held.loaded is None
         while any(held.is_busy for held in self):
             await asyncio.sleep(_DRAIN_POLL_S)
 

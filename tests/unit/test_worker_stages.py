@@ -426,3 +426,16 @@ async def test_a_worker_that_drains_waits_for_all_sequences_and_takes_nothing_ne
     await asyncio.wait_for(draining, 5)
     await world.table.close()
     assert not len(world.table) and thread.posted == [Stop("worker w1 has ended")]
+
+
+async def test_a_worker_that_drains_ends_its_loads_at_once_and_says_why(world: World) -> None:
+    loading = world.start_load()
+    await world.loader.arrived.wait()
+    draining = asyncio.create_task(world.table.drain())
+    await asyncio.sleep(0)
+    assert [held.state for held in world.table] == [stage_pb2.UNLOADING]
+    world.loader.gate.set()
+    with pytest.raises(Unavailable, match="worker w1 is about to end"):
+        await loading
+    await draining
+    assert not len(world.table)
