@@ -11,6 +11,8 @@ from eldric.security.certificates import parse_spiffe
 
 NODES = frozenset({"controller", "worker", "data", "router", "edge"})
 MEMBERS = frozenset({"worker", "data", "router", "edge"})
+#: Nodes that need models' files. Not edges: they stand where everybody reaches them.
+READERS = frozenset({"controller", "worker", "data", "router"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,19 +57,18 @@ RULES: dict[str, Rule] = {
     "Pipeline/List": Rule(NODES),
     "Pipeline/Watch": Rule(NODES),
     "Stage/*": _kinds("controller"),
-    "Inference/*": _kinds("controller", "router", "edge"),
-    "ModelStore/List": Rule(NODES),
-    "ModelStore/Metadata": Rule(NODES),
-    "ModelStore/Tensors": Rule(NODES),
-    "ModelStore/Blocks": Rule(NODES),
-    "ModelStore/Pull": Rule(NODES),
+    "Inference/*": _kinds("router"),
+    "ModelStore/List": Rule(READERS),
+    "ModelStore/Metadata": Rule(READERS),
+    "ModelStore/Tensors": Rule(READERS),
+    "ModelStore/Blocks": Rule(READERS),
+    "ModelStore/Pull": Rule(READERS),
     "ModelStore/Import": _kinds("controller"),
     "Replication/List": Rule(NODES),
     "Tunnel/Open": Rule(MEMBERS),
     "Tunnel/Tunnels": Rule(NODES),
     "Membership/Join": Rule(NODES, strangers=True),
     "Membership/Renew": Rule(NODES),
-    "Membership/CreateToken": _kinds("controller"),
 }
 
 #: Health and reflection: whoever may connect.

@@ -23,17 +23,8 @@ from eldric.security import Authority, Caller, Identity, JoinToken, authorise, c
 from eldric.security.access import RULES, find_caller, rule_of
 from eldric.security.certificates import parse_spiffe
 from eldric.security.live import LiveIdentity
-from eldric.v1 import (
-    heartbeat_pb2,
-    inference_pb2,
-    membership_pb2,
-    model_store_pb2,
-    pipeline_pb2,
-    registry_pb2,
-    replication_pb2,
-    stage_pb2,
-    tunnel_pb2,
-)
+from eldric.v1 import registry_pb2
+from tests.access import DECISIONS, NODES, STRANGERS, methods
 
 MONTH_S = 30 * 24 * 3600
 
@@ -341,68 +332,35 @@ def test_token_bounds(authority: Authority, lifetime_s: float, uses: int) -> Non
         new_token(authority.sha256, now=0.0, lifetime_s=lifetime_s, uses=uses)
 
 
-SERVICES = [
-    module.DESCRIPTOR.services_by_name[name]
-    for module, name in [
-        (registry_pb2, "Registry"),
-        (heartbeat_pb2, "Heartbeat"),
-        (pipeline_pb2, "Pipeline"),
-        (stage_pb2, "Stage"),
-        (inference_pb2, "Inference"),
-        (model_store_pb2, "ModelStore"),
-        (membership_pb2, "Membership"),
-        (replication_pb2, "Replication"),
-        (tunnel_pb2, "Tunnel"),
-    ]
-]
-METHODS = [f"/{service.full_name}/{method.name}" for service in SERVICES for method in service.methods]
+METHODS = [f"/eldric.v1.{method}" for method in methods()]
 
 
-@pytest.mark.parametrize(
-    ("method", "kind"),
-    [
-        ("/eldric.v1.Stage/Load", "controller"),
-        ("/eldric.v1.Inference/Generate", "router"),
-        ("/eldric.v1.Registry/Register", "worker"),
-        ("/eldric.v1.Registry/List", "router"),
-        ("/eldric.v1.ModelStore/Pull", "worker"),
-        ("/eldric.v1.ModelStore/Import", "controller"),
-        ("/eldric.v1.Replication/List", "worker"),
-        ("/eldric.v1.Membership/Renew", "data"),
-        ("/eldric.v1.Pipeline/Watch", "router"),
-        ("/grpc.health.v1.Health/Check", "controller"),
-    ],
-)
-def test_kinds_may_call_what_they_need(method: str, kind: str) -> None:
-    authorise(method, Caller(kind, "x"))
+def test_every_method_has_a_decision() -> None:
+    assert set(DECISIONS) == set(methods())
 
 
-@pytest.mark.parametrize(
-    ("method", "kind"),
-    [
-        ("/eldric.v1.Stage/Load", "worker"),
-        ("/eldric.v1.Stage/Status", "router"),
-        ("/eldric.v1.Inference/Generate", "worker"),
-        ("/eldric.v1.Pipeline/Deploy", "router"),
-        ("/eldric.v1.Pipeline/Undeploy", "controller"),
-        ("/eldric.v1.ModelStore/Remove", "worker"),
-        ("/eldric.v1.ModelStore/Import", "worker"),
-        ("/eldric.v1.Replication/Set", "data"),
-        ("/eldric.v1.Membership/CreateToken", "worker"),
-        ("/eldric.v1.Heartbeat/Beat", "controller"),
-        ("/eldric.v1.Unheard/Of", "worker"),
-        ("/other.Service/Call", "controller"),
-    ],
-)
-def test_kinds_may_not_call_what_is_not_theirs(method: str, kind: str) -> None:
+@pytest.mark.parametrize("kind", sorted(NODES))
+@pytest.mark.parametrize("method", methods())
+def test_nodes_may_call_what_was_decided(method: str, kind: str) -> None:
+    if kind in DECISIONS[method]:
+        authorise(f"/eldric.v1.{method}", Caller(kind, "x"))
+        return
     with pytest.raises(PermissionDenied, match=f"{kind}/x may not call"):
-        authorise(method, Caller(kind, "x"))
+        authorise(f"/eldric.v1.{method}", Caller(kind, "x"))
+
+
+@pytest.mark.parametrize("method", ["/eldric.v1.Unheard/Of", "/other.Service/Call", "/grpc.health.v2.Health/Check", ""])
+def test_what_nobody_decided_is_for_operators(method: str) -> None:
+    for kind in NODES:
+        with pytest.raises(PermissionDenied, match=f"{kind}/x may not call"):
+            authorise(method, Caller(kind, "x"))
+    authorise(method, Caller("client", "admin"))
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_operators_may_call_everything_and_strangers_only_join(method: str) -> None:
     authorise(method, Caller("client", "admin"))
-    if method == "/eldric.v1.Membership/Join":
+    if method.removeprefix("/eldric.v1.") in STRANGERS:
         authorise(method, None)
     else:
         with pytest.raises(Unauthenticated):
@@ -410,7 +368,7 @@ def test_operators_may_call_everything_and_strangers_only_join(method: str) -> N
 
 
 def test_every_rule_is_about_a_method_that_exists() -> None:
-    known = {method.removeprefix("/eldric.v1.") for method in METHODS}
+    known = set(methods())
     known |= {name.partition("/")[0] + "/*" for name in known}
     assert set(RULES) <= known
 
