@@ -94,7 +94,7 @@ class TunnelService(tunnel_pb2_grpc.TunnelServicer, Collector):
             if (local := tunnel.local_port(address)) is not None:
                 return local
         try:
-            return self._targets.allow(address, node_id)
+            return await self._targets.resolve(address, node_id)
         except EldricError:
             self._metrics.refused.labels("address").inc()
             raise

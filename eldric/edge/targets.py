@@ -1,13 +1,15 @@
 """Where tunnels may lead: the cluster's nodes, and nowhere else."""
 
 import asyncio
+import ipaddress
+import socket
 from urllib.parse import urlsplit
 
 import grpc
 
 from eldric.errors import InvalidRequest, PermissionDenied, Unavailable
 from eldric.follower import ControllerFollower
-from eldric.names import split_address
+from eldric.names import is_loopback, split_address
 from eldric.node import Node
 from eldric.v1 import registry_pb2, registry_pb2_grpc
 
@@ -28,6 +30,19 @@ class Targets:
         self._nodes: dict[str, registry_pb2.Node] = {}
         follower = ControllerFollower(node, "targets", self._watch)
         self.start, self.stop = follower.start, follower.stop
+
+    async def resolve(self, address: str, caller: str) -> tuple[str, int]:
+        """Like `allow`, with the host's IP address: names are looked up once, so that nobody changes them in between.
+
+        What nodes say of their addresses does not lead into the edge's own machine, nor to services that clouds have at
+        link-local addresses. Raises OSError for a name that nobody knows.
+        """
+        host, port = self.allow(address, caller)
+        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        ip = str(found[0][4][0])
+        if not _is_others(ip) and not (is_loopback(ip) and is_loopback(self._node.config.advertised_host)):
+            raise PermissionDenied(f"{address} leads to {ip}, where only this edge's own machine is reached")
+        return ip, port
 
     def allow(self, address: str, caller: str) -> tuple[str, int]:
         """Host and port of an address that a node may be connected to: one of another node of this cluster, or a free
@@ -85,6 +100,13 @@ class Targets:
 
     def _replace(self, listed: registry_pb2.ListNodesResponse) -> None:
         self._nodes = {node.id: node for node in listed.nodes}
+
+
+def _is_others(ip: str) -> bool:
+    """Whether other machines may have this address."""
+    address = ipaddress.ip_address(ip)
+    address = getattr(address, "ipv4_mapped", None) or address
+    return not (address.is_loopback or address.is_link_local or address.is_unspecified or address.is_multicast)
 
 
 def _faces(node: registry_pb2.Node) -> set[tuple[str, int]]:
