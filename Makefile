@@ -15,10 +15,11 @@ $(READY): pyproject.toml
 	$(BIN)/python -m eldric.engine.kernels
 	touch $@
 
-# Programs of some tests that pip does not have: an NFS server and FUSE's library. Without them those tests are skipped.
-PROGRAMS := nfs-ganesha nfs-ganesha-vfs fuse3 iproute2
+# Programs of some tests that pip does not have: an NFS server, FUSE's library, Vulkan on the CPU. Without them those
+# tests are skipped.
+PROGRAMS := nfs-ganesha nfs-ganesha-vfs fuse3 iproute2 libvulkan1 mesa-vulkan-drivers
 programs:
-	command -v ganesha.nfsd && command -v fusermount3 && command -v ss || { \
+	command -v ganesha.nfsd && command -v fusermount3 && command -v ss && ls /usr/share/vulkan/icd.d/lvp_icd.* || { \
 		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends $(PROGRAMS); }
 
 # Optional packages that some tests use; without them those tests are skipped.

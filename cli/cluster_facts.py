@@ -14,9 +14,12 @@ from pathlib import Path
 from typing import TypeVar
 from urllib.parse import urlsplit
 
+import psutil
+
 from eldric.cli.local import LocalCluster
 from eldric.cli.log_files import last_lines
 from eldric.cli.processes import OUTPUT
+from eldric.cli.units import parse_memory
 from eldric.client import AsyncClient, Cluster, ModelDetails, NodeInfo, PipelineInfo, Plan, Worker
 from eldric.errors import EldricError
 from eldric.nfs.mountinfo import remote_mount
@@ -123,6 +126,17 @@ def _get_health(url: str, identity: Identity) -> tuple[int, str, str]:
             told = {key: value for key, value in json.loads(body).items() if key not in ("ready", "kind", "name")}
             body = ", ".join(f"{key} {value}" for key, value in told.items())
         return answer.status, body, answer.getheader("date", "")
+
+
+def promises(local: LocalCluster) -> tuple[int, int]:
+    """Bytes of this machine's memory that the workers of a local cluster offer for stages, and how much it has."""
+    total = psutil.virtual_memory().total
+    offers = [
+        parse_memory(entry.option("--memory") or "100%")
+        for entry in local.nodes
+        if entry.kind == "worker" and (entry.option("--device") or "cpu").lower() == "cpu"
+    ]
+    return sum(size or int(total * share) for size, share in offers), total
 
 
 def stopped_nodes(local: LocalCluster) -> dict[str, str]:

@@ -25,7 +25,16 @@ def up(
     folder: options.Dir = None,
     memory: Annotated[
         str | None,
-        option("--memory", metavar="SIZE", help="Memory of each worker.", default="the machine's, shared evenly"),
+        option("--memory", metavar="SIZE", help="Memory of each worker.", default="the device's, shared evenly"),
+    ] = None,
+    device: Annotated[
+        str | None,
+        option(
+            "--device",
+            metavar="NAMES",
+            help="What computes stages: CPU, or CUDA0,CUDA1 for workers to take in turn.",
+            default="a graphics device, else CPU",
+        ),
     ] = None,
     threads: Annotated[
         int | None,
@@ -45,7 +54,14 @@ def up(
     On a folder whose cluster was made before, starts what does not run.
     """
     place = local_folder(folder)
-    asked = {"workers": workers, "memory": memory, "threads": threads, "pin": pin, "router_port": router_port}
+    asked = {
+        "workers": workers,
+        "device": device,
+        "memory": memory,
+        "threads": threads,
+        "pin": pin,
+        "router_port": router_port,
+    }
     given: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
     shape = Shape(**given)
 

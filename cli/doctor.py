@@ -106,8 +106,7 @@ def _cluster(cluster: Cluster) -> Iterator[Finding]:
         local = LocalCluster.load(cluster.folder)
         stopped = cluster_facts.stopped_nodes(local)
         yield cluster_checks.check_local_nodes(stopped, len(local.nodes), cluster.folder)
-        promised = sum(int(entry.option("--memory") or 0) for entry in local.nodes)
-        yield machine_checks.check_promises(promised, psutil.virtual_memory().total)
+        yield machine_checks.check_promises(*cluster_facts.promises(local))
         if len(stopped) == len(local.nodes):
             return
     facts = asyncio.run(_look(cluster))

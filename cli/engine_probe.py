@@ -2,25 +2,21 @@
 
 import json
 import sys
-from pathlib import Path
 
-from eldric.config import NodeConfig
 from eldric.engine.errors import EngineError
 from eldric.engine.ggml.library import find_library
-from eldric.worker.config import WorkerConfig
-from eldric.worker.resources import memory_budget
+from eldric.worker.resources import machine_memory_bytes
 
 
 def main() -> None:
     """One object: version, cpu_variant, devices and memory_bytes, or problem."""
-    node = NodeConfig("worker", "probe", Path(), controllers=("127.0.0.1:1",))
     try:
         library = find_library()
         answer: dict[str, object] = {
             "version": library.version,
             "cpu_variant": library.cpu_variant,
-            "devices": [device.description or device.name for device in library.devices()],
-            "memory_bytes": memory_budget(WorkerConfig(node)),
+            "devices": [f"{device.name} ({device.description})" for device in library.devices()],
+            "memory_bytes": machine_memory_bytes(),
         }
     except EngineError as error:
         answer = {"problem": str(error)}

@@ -96,7 +96,7 @@ class LocalCluster:
                 "remove the folder, or use another --dir"
             )
         affected = {"router"} if "router_port" in given else set()
-        affected |= {"worker"} if given & {"memory", "threads", "pin"} else set()
+        affected |= {"worker"} if given & {"device", "memory", "threads", "pin"} else set()
         cluster._settle(roster(folder, replace(shape, workers=count)), affected)
         return cluster
 

@@ -14,7 +14,7 @@ from eldric import logs, node_file
 from eldric.cli import options
 from eldric.cli.export import export
 from eldric.cli.options import option
-from eldric.cli.units import parse_bytes, parse_cpus
+from eldric.cli.units import parse_bytes, parse_cpus, parse_memory
 from eldric.config import DEFAULT_PORT, NodeConfig
 from eldric.errors import InvalidRequest
 from eldric.security import Identity
@@ -143,8 +143,17 @@ def worker(
     ] = "auto",
     memory: Annotated[
         str,
-        option("--memory", metavar="SIZE", help="Memory for stages, such as 24GB or 16GiB. Default: the machine's."),
+        option("--memory", metavar="SIZE", help="Memory for stages: 24GB, 16GiB, 50%.", default="all of the device's"),
     ] = "",
+    device: Annotated[
+        str,
+        option(
+            "--device",
+            metavar="NAME",
+            help="What computes stages: CPU, CUDA0, Metal, Vulkan0.",
+            default="a graphics device, else CPU",
+        ),
+    ] = "auto",
     threads: Annotated[
         int,
         option("--threads", metavar="N", help="Compute threads of a stage.", default="all cores", min=0),
@@ -183,6 +192,7 @@ def worker(
         log_level=log_level,
         **ports,
     )
+    memory_bytes, memory_share = parse_memory(memory or "100%")
     config = WorkerConfig(
         node=node,
         models=models,
@@ -190,7 +200,9 @@ def worker(
         cache_dir=_absolute(cache_dir),
         cache_bytes=parse_bytes(cache_bytes) if cache_bytes else 0,
         lock=lock,
-        memory_bytes=parse_bytes(memory) if memory else 0,
+        device=device,
+        memory_bytes=memory_bytes,
+        memory_share=memory_share,
         threads=threads,
         cpus=parse_cpus(cpus) if cpus else None,
         queue=queue,

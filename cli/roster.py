@@ -5,7 +5,7 @@ from pathlib import Path
 
 import psutil
 
-from eldric.cli.units import parse_bytes
+from eldric.cli.units import parse_memory
 from eldric.errors import InvalidRequest
 
 MOST_WORKERS = 64
@@ -46,14 +46,15 @@ class Shape:
     """What a person says of a cluster."""
 
     workers: int = 2
-    memory: str = ""  # of each worker; empty: the machine's, shared evenly
+    device: str = ""  # of the workers, several separated by commas: they are taken in turn; empty: the worker chooses
+    memory: str = ""  # of each worker; empty: the device's, shared evenly
     threads: int = 0  # of each worker; 0: cores / workers
     pin: bool = False  # whether each worker has cores of its own
     router_port: int = 0  # 0: a free one
 
 
-def roster(folder: Path, shape: Shape, *, cores: int = 0, memory_bytes: int = 0) -> list[NodeEntry]:
-    """The nodes of a local cluster in `folder`. cores, memory_bytes: the machine's; 0: what it has.
+def roster(folder: Path, shape: Shape, *, cores: int = 0) -> list[NodeEntry]:
+    """The nodes of a local cluster in `folder`. cores: the machine's; 0: what it has.
 
     Raises InvalidRequest.
     """
@@ -62,8 +63,9 @@ def roster(folder: Path, shape: Shape, *, cores: int = 0, memory_bytes: int = 0)
     if shape.threads < 0:
         raise InvalidRequest(f"{shape.threads} threads: at least 1, or 0 for cores / workers")
     cores = cores or psutil.cpu_count() or 1
-    machine = memory_bytes or psutil.virtual_memory().total
-    memory = parse_bytes(shape.memory) if shape.memory else machine // shape.workers
+    devices = [name.strip() for name in shape.device.split(",")]
+    if shape.memory:
+        parse_memory(shape.memory)
     threads = shape.threads or max(1, cores // shape.workers)
     ports = ("--http-port", "0")
     models = ("--models", str(folder / "models"))
@@ -74,7 +76,12 @@ def roster(folder: Path, shape: Shape, *, cores: int = 0, memory_bytes: int = 0)
     ]
     for index in range(shape.workers):
         arguments: tuple[str, ...] = (*ports, "--models-dir", models[1])
-        arguments = (*arguments, "--memory", str(memory), "--threads", str(threads))
+        device = devices[index % len(devices)]
+        sharing = sum(devices[each % len(devices)] == device for each in range(shape.workers))
+        memory = shape.memory or f"{100 / sharing:.2f}%"
+        arguments = (*arguments, "--memory", memory, "--threads", str(threads))
+        if device:
+            arguments = (*arguments, "--device", device)
         if shape.pin:
             own = [(index * threads + offset) % cores for offset in range(threads)]
             arguments = (*arguments, "--cpus", ",".join(map(str, dict.fromkeys(own))))

@@ -119,7 +119,7 @@ def _links(stages: Sequence[StageInfo]) -> Table:
 def workers_view(workers: Sequence[Worker]) -> RenderableType:
     if not workers:
         return Text("no worker has joined; `eldric-cli join` makes this machine one")
-    listing = table("name", "state", "right:pid", "right:threads", "right:memory", "right:used", "engine", "devices")
+    listing = table("name", "state", "right:pid", "right:threads", "right:memory", "right:used", "engine", "device")
     for worker in sorted(workers, key=lambda worker: natural(worker.name)):
         listing.add_row(
             worker.name,
@@ -129,9 +129,15 @@ def workers_view(workers: Sequence[Worker]) -> RenderableType:
             human_bytes(worker.memory_bytes),
             human_bytes(worker.memory_used_bytes),
             worker.engine,
-            ", ".join(worker.devices),
+            _device(worker),
         )
     return listing
+
+
+def _device(worker: Worker) -> str:
+    """What it computes on, with the name of the product."""
+    known = (device for device in worker.devices if device.partition(" ")[0] == worker.device)
+    return next(known, worker.device)
 
 
 def nodes_view(nodes: Sequence[NodeInfo]) -> Table:

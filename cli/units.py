@@ -20,6 +20,20 @@ def parse_bytes(text: str) -> int:
     return size
 
 
+def parse_memory(text: str) -> tuple[int, float]:
+    """Bytes, or a share of what there is: "24GB" is (24000000000, 1.0), "50%" is (0, 0.5). Raises InvalidRequest."""
+    compact = text.strip()
+    if not compact.endswith("%"):
+        return parse_bytes(text), 1.0
+    try:
+        percent = float(compact[:-1])
+    except ValueError:
+        percent = 0.0
+    if not 0 < percent <= 100:
+        raise InvalidRequest(f"{text!r} is no share of the memory; write for example 50%")
+    return 0, percent / 100
+
+
 def parse_seconds(text: str) -> int:
     """ "90", "45s", "30m", "2h" or "7d". Raises InvalidRequest."""
     compact = text.strip().lower()

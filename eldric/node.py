@@ -236,6 +236,7 @@ class Node:
         """Starts, waits for SIGTERM, SIGINT or `end`, then stops. A second signal ends the process at once."""
         _allow_files()
         loop = asyncio.get_running_loop()
+        loop.set_exception_handler(LoopErrors())
         signals = (signal.SIGTERM, signal.SIGINT)
         for number in signals:
             loop.add_signal_handler(number, self._on_signal, number)

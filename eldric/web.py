@@ -13,6 +13,7 @@ import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from eldric.accepting import ONE_AT_A_TIME, queueing
 from eldric.errors import AddressInUse, InvalidRequest
 from eldric.names import join_address
 from eldric.security.access import Caller, caller_from_names
@@ -119,13 +120,14 @@ class _Server(uvicorn.Server):
 
     async def _listen(self, bound: socket.socket) -> asyncio.Server:
         config, tls = self.config, self.config.ssl
-        return await asyncio.get_running_loop().create_server(
+        server = await asyncio.get_running_loop().create_server(
             lambda: _Protocol(config, self.server_state, self.lifespan.state),
             sock=bound,
             ssl=tls,
             ssl_handshake_timeout=HANDSHAKE_S if tls is not None else None,
-            backlog=config.backlog,
+            backlog=ONE_AT_A_TIME,
         )
+        return queueing(server, config.backlog)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -12,7 +12,8 @@ class Worker:
     name: str
     pid: int
     state: str
-    devices: tuple[str, ...]
+    device: str  # that stages are computed on
+    devices: tuple[str, ...]  # all that the worker has
     memory_bytes: int
     memory_used_bytes: int
     cores: int

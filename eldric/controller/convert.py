@@ -53,6 +53,7 @@ def node_info(message: registry_pb2.Node) -> NodeInfo:
             cpu_variant=given.cpu_variant,
             transports=tuple(given.transports),
             host=given.host,
+            device=given.device,
         )
     return NodeInfo(
         kind=kind,
@@ -100,6 +101,7 @@ def node_message(node: Node) -> registry_pb2.Node:
                 cpu_variant=given.cpu_variant,
                 transports=given.transports,
                 host=given.host,
+                device=given.device,
             )
         )
     return message

@@ -33,6 +33,7 @@ class Resources:
     cpu_variant: str = ""
     transports: tuple[str, ...] = ()
     host: str = ""
+    device: str = ""  # of `devices`, the one that stages are computed on
 
 
 @dataclass(frozen=True, slots=True)

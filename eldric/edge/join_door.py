@@ -39,7 +39,7 @@ class JoinDoor:
     async def start(self) -> None:
         """Raises AddressInUse."""
         bound = bind(self._config.host, self._config.join_port, "--join-port")
-        self._server = await asyncio.start_server(self._serve, sock=bound)
+        self._server = queueing(await asyncio.start_server(self._serve, sock=bound, backlog=ONE_AT_A_TIME), _BACKLOG)
 
     @property
     def address(self) -> str:

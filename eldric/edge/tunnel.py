@@ -165,9 +165,13 @@ class NodeTunnel:
         problem = OSError("all ports that this edge gives are in use")
         for port in [*choices, *(range(first, last + 1) if self._config.ports else (0,))]:
             try:
-                return await loop.create_server(
-                    lambda: self._carrier.accept(port_id=event.port_id), self._config.node.host, port, backlog=16
+                server = await loop.create_server(
+                    lambda: self._carrier.accept(port_id=event.port_id),
+                    self._config.node.host,
+                    port,
+                    backlog=ONE_AT_A_TIME,
                 )
+                return queueing(server, _BACKLOG)
             except OSError as error:
                 problem = error
         raise problem

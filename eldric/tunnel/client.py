@@ -118,7 +118,8 @@ class TunnelClient:
         door = self._doors.get(address)
         if door is None:
             loop = asyncio.get_running_loop()
-            door = await loop.create_server(lambda: self._enter(address), _LOOPBACK, 0)
+            made = await loop.create_server(lambda: self._enter(address), _LOOPBACK, 0, backlog=ONE_AT_A_TIME)
+            door = queueing(made, _BACKLOG)
             other = self._doors.setdefault(address, door)
             if other is not door:
                 door.close()

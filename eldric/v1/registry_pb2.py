@@ -26,7 +26,7 @@ from google.api import annotations_pb2 as google_dot_api_dot_annotations__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x65ldric/v1/registry.proto\x12\teldric.v1\x1a\x1cgoogle/api/annotations.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"A\n\x06\x44\x65vice\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x03 \x01(\x04\"\x9b\x01\n\tResources\x12\r\n\x05\x63ores\x18\x01 \x01(\r\x12\x14\n\x0cmemory_bytes\x18\x02 \x01(\x04\x12\"\n\x07\x64\x65vices\x18\x03 \x03(\x0b\x32\x11.eldric.v1.Device\x12\x0e\n\x06\x65ngine\x18\x04 \x01(\t\x12\x13\n\x0b\x63pu_variant\x18\x05 \x01(\t\x12\x12\n\ntransports\x18\x06 \x03(\t\x12\x0c\n\x04host\x18\x07 \x01(\t\"\xf3\x02\n\x04Node\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12!\n\x04kind\x18\x03 \x01(\x0e\x32\x13.eldric.v1.NodeKind\x12#\n\x05state\x18\x04 \x01(\x0e\x32\x14.eldric.v1.NodeState\x12\x14\n\x0cgrpc_address\x18\x05 \x01(\t\x12\x10\n\x08http_url\x18\x06 \x01(\t\x12\x0f\n\x07version\x18\x07 \x01(\t\x12\x10\n\x08protocol\x18\x08 \x01(\r\x12\x0b\n\x03pid\x18\t \x01(\r\x12\x13\n\x0bincarnation\x18\n \x01(\x04\x12\x31\n\rregistered_at\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\'\n\tresources\x18\x0c \x01(\x0b\x32\x14.eldric.v1.Resources\x12\x19\n\x11memory_used_bytes\x18\r \x01(\x04\x12\x0f\n\x07\x65\x64ge_id\x18\x0e \x01(\t\x12\x14\n\x0cjoin_address\x18\x0f \x01(\t\"0\n\x0fRegisterRequest\x12\x1d\n\x04node\x18\x01 \x01(\x0b\x32\x0f.eldric.v1.Node\"P\n\x10RegisterResponse\x12\x18\n\x10\x62\x65\x61t_interval_ms\x18\x01 \x01(\r\x12\x10\n\x08lease_ms\x18\x02 \x01(\r\x12\x10\n\x08protocol\x18\x03 \x01(\r\"$\n\x11\x44\x65registerRequest\x12\x0f\n\x07node_id\x18\x01 \x01(\t\"\x14\n\x12\x44\x65registerResponse\"5\n\x10ListNodesRequest\x12!\n\x04kind\x18\x01 \x01(\x0e\x32\x13.eldric.v1.NodeKind\"3\n\x11ListNodesResponse\x12\x1e\n\x05nodes\x18\x01 \x03(\x0b\x32\x0f.eldric.v1.Node\"6\n\x11WatchNodesRequest\x12!\n\x04kind\x18\x01 \x01(\x0e\x32\x13.eldric.v1.NodeKind\";\n\tNodeEvent\x12\x1d\n\x04node\x18\x01 \x01(\x0b\x32\x0f.eldric.v1.Node\x12\x0f\n\x07removed\x18\x02 \x01(\x08*a\n\x08NodeKind\x12\x19\n\x15NODE_KIND_UNSPECIFIED\x10\x00\x12\x0e\n\nCONTROLLER\x10\x01\x12\n\n\x06WORKER\x10\x02\x12\x08\n\x04\x44\x41TA\x10\x03\x12\n\n\x06ROUTER\x10\x04\x12\x08\n\x04\x45\x44GE\x10\x05*T\n\tNodeState\x12\x1a\n\x16NODE_STATE_UNSPECIFIED\x10\x00\x12\x06\n\x02UP\x10\x01\x12\x0c\n\x08\x44RAINING\x10\x02\x12\x0b\n\x07SUSPECT\x10\x03\x12\x08\n\x04LOST\x10\x04\x32\xb3\x02\n\x08Registry\x12\x43\n\x08Register\x12\x1a.eldric.v1.RegisterRequest\x1a\x1b.eldric.v1.RegisterResponse\x12I\n\nDeregister\x12\x1c.eldric.v1.DeregisterRequest\x1a\x1d.eldric.v1.DeregisterResponse\x12X\n\x04List\x12\x1b.eldric.v1.ListNodesRequest\x1a\x1c.eldric.v1.ListNodesResponse\"\x15\x82\xd3\xe4\x93\x02\x0f\x12\r/api/v1/nodes\x12=\n\x05Watch\x12\x1c.eldric.v1.WatchNodesRequest\x1a\x14.eldric.v1.NodeEvent0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x65ldric/v1/registry.proto\x12\teldric.v1\x1a\x1cgoogle/api/annotations.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"A\n\x06\x44\x65vice\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x03 \x01(\x04\"\xab\x01\n\tResources\x12\r\n\x05\x63ores\x18\x01 \x01(\r\x12\x14\n\x0cmemory_bytes\x18\x02 \x01(\x04\x12\"\n\x07\x64\x65vices\x18\x03 \x03(\x0b\x32\x11.eldric.v1.Device\x12\x0e\n\x06\x65ngine\x18\x04 \x01(\t\x12\x13\n\x0b\x63pu_variant\x18\x05 \x01(\t\x12\x12\n\ntransports\x18\x06 \x03(\t\x12\x0c\n\x04host\x18\x07 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x08 \x01(\t\"\xf3\x02\n\x04Node\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12!\n\x04kind\x18\x03 \x01(\x0e\x32\x13.eldric.v1.NodeKind\x12#\n\x05state\x18\x04 \x01(\x0e\x32\x14.eldric.v1.NodeState\x12\x14\n\x0cgrpc_address\x18\x05 \x01(\t\x12\x10\n\x08http_url\x18\x06 \x01(\t\x12\x0f\n\x07version\x18\x07 \x01(\t\x12\x10\n\x08protocol\x18\x08 \x01(\r\x12\x0b\n\x03pid\x18\t \x01(\r\x12\x13\n\x0bincarnation\x18\n \x01(\x04\x12\x31\n\rregistered_at\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\'\n\tresources\x18\x0c \x01(\x0b\x32\x14.eldric.v1.Resources\x12\x19\n\x11memory_used_bytes\x18\r \x01(\x04\x12\x0f\n\x07\x65\x64ge_id\x18\x0e \x01(\t\x12\x14\n\x0cjoin_address\x18\x0f \x01(\t\"0\n\x0fRegisterRequest\x12\x1d\n\x04node\x18\x01 \x01(\x0b\x32\x0f.eldric.v1.Node\"P\n\x10RegisterResponse\x12\x18\n\x10\x62\x65\x61t_interval_ms\x18\x01 \x01(\r\x12\x10\n\x08lease_ms\x18\x02 \x01(\r\x12\x10\n\x08protocol\x18\x03 \x01(\r\"$\n\x11\x44\x65registerRequest\x12\x0f\n\x07node_id\x18\x01 \x01(\t\"\x14\n\x12\x44\x65registerResponse\"5\n\x10ListNodesRequest\x12!\n\x04kind\x18\x01 \x01(\x0e\x32\x13.eldric.v1.NodeKind\"3\n\x11ListNodesResponse\x12\x1e\n\x05nodes\x18\x01 \x03(\x0b\x32\x0f.eldric.v1.Node\"6\n\x11WatchNodesRequest\x12!\n\x04kind\x18\x01 \x01(\x0e\x32\x13.eldric.v1.NodeKind\";\n\tNodeEvent\x12\x1d\n\x04node\x18\x01 \x01(\x0b\x32\x0f.eldric.v1.Node\x12\x0f\n\x07removed\x18\x02 \x01(\x08*a\n\x08NodeKind\x12\x19\n\x15NODE_KIND_UNSPECIFIED\x10\x00\x12\x0e\n\nCONTROLLER\x10\x01\x12\n\n\x06WORKER\x10\x02\x12\x08\n\x04\x44\x41TA\x10\x03\x12\n\n\x06ROUTER\x10\x04\x12\x08\n\x04\x45\x44GE\x10\x05*T\n\tNodeState\x12\x1a\n\x16NODE_STATE_UNSPECIFIED\x10\x00\x12\x06\n\x02UP\x10\x01\x12\x0c\n\x08\x44RAINING\x10\x02\x12\x0b\n\x07SUSPECT\x10\x03\x12\x08\n\x04LOST\x10\x04\x32\xb3\x02\n\x08Registry\x12\x43\n\x08Register\x12\x1a.eldric.v1.RegisterRequest\x1a\x1b.eldric.v1.RegisterResponse\x12I\n\nDeregister\x12\x1c.eldric.v1.DeregisterRequest\x1a\x1d.eldric.v1.DeregisterResponse\x12X\n\x04List\x12\x1b.eldric.v1.ListNodesRequest\x1a\x1c.eldric.v1.ListNodesResponse\"\x15\x82\xd3\xe4\x93\x02\x0f\x12\r/api/v1/nodes\x12=\n\x05Watch\x12\x1c.eldric.v1.WatchNodesRequest\x1a\x14.eldric.v1.NodeEvent0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,32 +35,32 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_REGISTRY'].methods_by_name['List']._loaded_options = None
   _globals['_REGISTRY'].methods_by_name['List']._serialized_options = b'\202\323\344\223\002\017\022\r/api/v1/nodes'
-  _globals['_NODEKIND']._serialized_start=1118
-  _globals['_NODEKIND']._serialized_end=1215
-  _globals['_NODESTATE']._serialized_start=1217
-  _globals['_NODESTATE']._serialized_end=1301
+  _globals['_NODEKIND']._serialized_start=1134
+  _globals['_NODEKIND']._serialized_end=1231
+  _globals['_NODESTATE']._serialized_start=1233
+  _globals['_NODESTATE']._serialized_end=1317
   _globals['_DEVICE']._serialized_start=102
   _globals['_DEVICE']._serialized_end=167
   _globals['_RESOURCES']._serialized_start=170
-  _globals['_RESOURCES']._serialized_end=325
-  _globals['_NODE']._serialized_start=328
-  _globals['_NODE']._serialized_end=699
-  _globals['_REGISTERREQUEST']._serialized_start=701
-  _globals['_REGISTERREQUEST']._serialized_end=749
-  _globals['_REGISTERRESPONSE']._serialized_start=751
-  _globals['_REGISTERRESPONSE']._serialized_end=831
-  _globals['_DEREGISTERREQUEST']._serialized_start=833
-  _globals['_DEREGISTERREQUEST']._serialized_end=869
-  _globals['_DEREGISTERRESPONSE']._serialized_start=871
-  _globals['_DEREGISTERRESPONSE']._serialized_end=891
-  _globals['_LISTNODESREQUEST']._serialized_start=893
-  _globals['_LISTNODESREQUEST']._serialized_end=946
-  _globals['_LISTNODESRESPONSE']._serialized_start=948
-  _globals['_LISTNODESRESPONSE']._serialized_end=999
-  _globals['_WATCHNODESREQUEST']._serialized_start=1001
-  _globals['_WATCHNODESREQUEST']._serialized_end=1055
-  _globals['_NODEEVENT']._serialized_start=1057
-  _globals['_NODEEVENT']._serialized_end=1116
-  _globals['_REGISTRY']._serialized_start=1304
-  _globals['_REGISTRY']._serialized_end=1611
+  _globals['_RESOURCES']._serialized_end=341
+  _globals['_NODE']._serialized_start=344
+  _globals['_NODE']._serialized_end=715
+  _globals['_REGISTERREQUEST']._serialized_start=717
+  _globals['_REGISTERREQUEST']._serialized_end=765
+  _globals['_REGISTERRESPONSE']._serialized_start=767
+  _globals['_REGISTERRESPONSE']._serialized_end=847
+  _globals['_DEREGISTERREQUEST']._serialized_start=849
+  _globals['_DEREGISTERREQUEST']._serialized_end=885
+  _globals['_DEREGISTERRESPONSE']._serialized_start=887
+  _globals['_DEREGISTERRESPONSE']._serialized_end=907
+  _globals['_LISTNODESREQUEST']._serialized_start=909
+  _globals['_LISTNODESREQUEST']._serialized_end=962
+  _globals['_LISTNODESRESPONSE']._serialized_start=964
+  _globals['_LISTNODESRESPONSE']._serialized_end=1015
+  _globals['_WATCHNODESREQUEST']._serialized_start=1017
+  _globals['_WATCHNODESREQUEST']._serialized_end=1071
+  _globals['_NODEEVENT']._serialized_start=1073
+  _globals['_NODEEVENT']._serialized_end=1132
+  _globals['_REGISTRY']._serialized_start=1320
+  _globals['_REGISTRY']._serialized_end=1627
 # @@protoc_insertion_point(module_scope)

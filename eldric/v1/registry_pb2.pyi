@@ -112,6 +112,7 @@ class Resources(_message.Message):
     CPU_VARIANT_FIELD_NUMBER: _builtins.int
     TRANSPORTS_FIELD_NUMBER: _builtins.int
     HOST_FIELD_NUMBER: _builtins.int
+    DEVICE_FIELD_NUMBER: _builtins.int
     cores: _builtins.int
     memory_bytes: _builtins.int
     """Memory that stages may use in all, in bytes: the operator's limit, or what the machine has."""
@@ -123,6 +124,8 @@ class Resources(_message.Message):
     """Names what processes must share to reach each other without a network: equal for workers on one machine that see
     the same shared memory. Empty: not known.
     """
+    device: _builtins.str
+    """Name of the one of `devices` that stages are computed on. Empty: not known."""
     @_builtins.property
     def devices(self) -> _containers.RepeatedCompositeFieldContainer[Global___Device]: ...
     @_builtins.property
@@ -139,10 +142,11 @@ class Resources(_message.Message):
         cpu_variant: _builtins.str = ...,
         transports: _abc.Iterable[_builtins.str] | None = ...,
         host: _builtins.str = ...,
+        device: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cores", b"cores", "cpu_variant", b"cpu_variant", "devices", b"devices", "engine", b"engine", "host", b"host", "memory_bytes", b"memory_bytes", "transports", b"transports"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cores", b"cores", "cpu_variant", b"cpu_variant", "device", b"device", "devices", b"devices", "engine", b"engine", "host", b"host", "memory_bytes", b"memory_bytes", "transports", b"transports"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

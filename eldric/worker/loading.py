@@ -28,7 +28,7 @@ from eldric.worker.mounted.changes import FileStamp
 from eldric.worker.mounted.mounts import MountedFile, Mounts
 from eldric.worker.range_cache.fetcher import RangeFetcher
 from eldric.worker.relay import NodeRelay
-from eldric.worker.resources import compute_threads, lockable_bytes, memory_budget
+from eldric.worker.resources import compute_device, compute_threads, lockable_bytes, memory_budget
 from eldric.worker.standstill import Standstill
 from eldric.worker.wiring import Rewired, Wirer, Wiring
 
@@ -251,6 +251,7 @@ class StageLoader:
             lanes=options.lanes,
             threads=options.threads,
             cpus=self._config.cpus,
+            device=compute_device(self._config).name,
             exact=options.exact if options.HasField("exact") else None,
             weights=_choice("weights", options.weights, WEIGHTS_MODES),
             kv_type=_choice("kv_type", options.kv_type, KV_TYPES),

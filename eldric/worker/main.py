@@ -49,7 +49,7 @@ class Worker:
         watch = MountWatch(loader.mounts, self.stages, self._changed, self.node.metrics)
         self.node.metrics.register(StageCollector(self))
         self._resources = resources(config)
-        log.info("kernels=%s", prepare() or "none")
+        log.info("device=%s kernels=%s", self._resources.device, prepare() or "none")
         self.node.service(
             StageService(self.stages),
             stage_pb2_grpc.add_StageServicer_to_server,

@@ -8,11 +8,11 @@ from pathlib import Path, PurePosixPath
 
 import psutil
 
-from eldric.engine.ggml.library import find_library
+from eldric.engine.ggml.library import Device, find_library
 from eldric.transport.host import host_id
 from eldric.transport.registry import UNENCRYPTED, offers
 from eldric.v1 import registry_pb2
-from eldric.worker.config import WorkerConfig
+from eldric.worker.config import AUTO, WorkerConfig
 
 _GROUPS = Path("/proc/self/cgroup")
 _GROUP_ROOT = Path("/sys/fs/cgroup")
@@ -50,9 +50,25 @@ def group_limits(groups: str, root: Path) -> list[int]:
     return limits
 
 
+def compute_device(config: WorkerConfig) -> Device:
+    """The device that stages are computed on. Raises LibraryError that lists the devices, for one that is not there.
+
+    Graphics units that share the processor's memory are taken when they are named: few are faster than the processor.
+    """
+    library = find_library()
+    if config.device != AUTO:
+        return library.device(config.device)
+    devices = library.devices()
+    return next((device for device in devices if device.kind == "gpu"), devices[0])
+
+
 def memory_budget(config: WorkerConfig) -> int:
-    """Memory that stages may use in all, in bytes."""
-    return config.memory_bytes or machine_memory_bytes()
+    """Memory that stages may use in all, in bytes. Raises LibraryError."""
+    if config.memory_bytes:
+        return config.memory_bytes
+    device = compute_device(config)
+    total = device.memory_bytes if device.kind == "gpu" else machine_memory_bytes()
+    return int(total * config.memory_share)
 
 
 def lockable_bytes() -> int:
@@ -71,9 +87,10 @@ def compute_threads(config: WorkerConfig) -> int:
 
 
 def resources(config: WorkerConfig) -> registry_pb2.Resources:
-    """The worker's part of its registration."""
+    """The worker's part of its registration. Raises LibraryError."""
     library = find_library()
     return registry_pb2.Resources(
+        device=compute_device(config).name,
         cores=compute_threads(config),
         memory_bytes=memory_budget(config),
         devices=[

@@ -24,11 +24,18 @@ def ignore(line: str) -> None:
 
 
 def test_memory_and_cores_are_shared_evenly() -> None:
-    nodes = roster(FOLDER, Shape(workers=3), cores=8, memory_bytes=30)
+    nodes = roster(FOLDER, Shape(workers=3), cores=8)
     assert [node.name for node in nodes] == ["controller", "data", "router", "worker-1", "worker-2", "worker-3"]
     for worker in nodes[3:]:
-        assert (worker.option("--memory"), worker.option("--threads")) == ("10", "2")
+        assert (worker.option("--memory"), worker.option("--threads")) == ("33.33%", "2")
+        assert worker.option("--device") is None
     assert len({node.folder for node in nodes}) == len(nodes)
+
+
+def test_devices_are_taken_in_turn_and_shared_by_those_who_took_them() -> None:
+    workers = roster(FOLDER, Shape(workers=3, device="CUDA0, CUDA1"))[3:]
+    assert [worker.option("--device") for worker in workers] == ["CUDA0", "CUDA1", "CUDA0"]
+    assert [worker.option("--memory") for worker in workers] == ["50.00%", "100.00%", "50.00%"]
 
 
 def test_every_worker_has_a_thread() -> None:
@@ -40,7 +47,9 @@ def test_pinned_workers_have_cores_of_their_own() -> None:
     assert [node.option("--cpus") for node in nodes[3:]] == ["0,1", "2,3"]
 
 
-@pytest.mark.parametrize("shape", [Shape(workers=0), Shape(workers=65), Shape(threads=-1), Shape(memory="much")])
+@pytest.mark.parametrize(
+    "shape", [Shape(workers=0), Shape(workers=65), Shape(threads=-1), Shape(memory="much"), Shape(memory="0%")]
+)
 def test_impossible_shapes(shape: Shape) -> None:
     with pytest.raises(InvalidRequest):
         roster(FOLDER, shape)

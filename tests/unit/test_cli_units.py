@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eldric.cli.output import human_bytes
-from eldric.cli.units import parse_bytes, parse_cpus, parse_numbers, parse_seconds
+from eldric.cli.units import parse_bytes, parse_cpus, parse_memory, parse_numbers, parse_seconds
 from eldric.errors import InvalidRequest
 
 
@@ -63,6 +63,17 @@ def test_numbers(text: str, numbers: list[int]) -> None:
 def test_no_numbers(text: str) -> None:
     with pytest.raises(InvalidRequest, match="list of numbers"):
         parse_numbers(text)
+
+
+def test_memory_is_an_amount_or_a_share() -> None:
+    assert parse_memory("24GB") == (24 * 10**9, 1.0)
+    assert parse_memory(" 33.5% ") == (0, 0.335)
+
+
+@pytest.mark.parametrize("text", ["0%", "101%", "-1%", "%", "half%", "nan%"])
+def test_no_share(text: str) -> None:
+    with pytest.raises(InvalidRequest, match="share of the memory"):
+        parse_memory(text)
 
 
 @given(st.text(alphabet="0123456789.eE+-kKmMgGtTiIbBsShHdD ,x", max_size=12))
