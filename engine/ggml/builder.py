@@ -14,6 +14,7 @@ from eldric.engine.ggml.backend import Backend
 from eldric.engine.ggml.graph import Graph, GraphShape
 from eldric.engine.ggml.kv import KVCache
 from eldric.engine.ggml.ports import Port, Ports
+from eldric.engine.ggml.structs import Tensor
 from eldric.engine.ggml.weights import Weights
 from eldric.engine.kernels.attending import Attention
 from eldric.engine.kernels.compiler import largest_kernel
@@ -293,5 +294,9 @@ class GraphPlan:
         for index in range(api.ggml_graph_n_nodes(self.handle)):
             node = api.ggml_graph_node(self.handle, index)
             if not backend.supports(node):
-                what = api.ggml_op_desc(node).decode()
-                raise UnsupportedModel(f"device {backend.device.name} cannot compute {what} on this model's types")
+                what, tensor = api.ggml_op_desc(node).decode(), Tensor.from_address(node)
+                result = f"{api.ggml_type_name(tensor.type).decode()} {list(tensor.ne)}"
+                raise UnsupportedModel(
+                    f"device {backend.device.name} cannot compute {what} of {result}: its types, or a context and "
+                    "slots of this size"
+                )
