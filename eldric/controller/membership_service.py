@@ -24,14 +24,15 @@ class MembershipService(membership_pb2_grpc.MembershipServicer):
         self._cluster = cluster
 
     async def Join(self, request: membership_pb2.JoinRequest, context: object) -> membership_pb2.Certificate:
-        """The token is used up only once the certificate is made; a name that is in use now is refused."""
+        """The token is used up only once the certificate is made; a name that is in use now is refused, in upper or lower
+        case: TLS takes "W1" for "w1"."""
         token = JoinToken.parse(request.token)
         now = time.time()
         await self._store.check_token(token, request.kind, now)
         check_name(request.name)
-        node = self._cluster.registry.get(f"{request.kind}/{request.name}")
-        if node is not None and node.is_alive:
-            raise AlreadyExists(f"{node.id} is a member that is running: choose another name")
+        for node in self._cluster.nodes(request.kind):
+            if node.is_alive and node.info.name.lower() == request.name.lower():
+                raise AlreadyExists(f"{node.id} is a member that is running: choose another name")
         certificate = await self._issue(request.csr, request.kind, request.name)
         await self._store.use_token(token, request.kind, now)
         return certificate
