@@ -21,7 +21,7 @@ _SAY_AGAIN_S = 30.0
 
 
 def queueing(server: asyncio.Server, connections: int) -> asyncio.Server:
-    """The server, which was made with ONE_AT_A_TIME, with a queue for so many connections that nobody took yet."""
+    """A server that was made with ONE_AT_A_TIME, now with a queue for so many connections that nobody took yet."""
     for each in server.sockets:
         with each.dup() as listener:
             listener.listen(connections)

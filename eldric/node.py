@@ -15,6 +15,7 @@ from google.protobuf.descriptor import ServiceDescriptor
 from prometheus_client import CollectorRegistry
 from starlette.routing import BaseRoute
 
+from eldric.accepting import LoopErrors
 from eldric.channels import ChannelPool
 from eldric.config import NodeConfig
 from eldric.grpc_server import GrpcServer, Service

@@ -3,6 +3,7 @@
 Both ends of a connection send a byte now and then. A connection that closes or falls silent is a lost peer.
 """
 
+import errno
 import logging
 import select
 import socket
@@ -23,8 +24,10 @@ from eldric.v1 import frame_pb2
 logger = logging.getLogger(__name__)
 
 RETRY_S = 0.05  # between two tries to connect
+REST_S = 1.0  # until connections are taken again, when there were no open files or threads left for one
 MAX_OPENING = 16  # connections that open at a time; more are closed at once
 _BACKLOG = 64
+_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 #: Called with a wire that has opened or has ended, in a thread of the door's.
 OnWire = Callable[[Wire], None]
@@ -53,6 +56,7 @@ class Door:
         self._opening: dict[socket.socket, threading.Thread] = {}
         self._lock = threading.Lock()  # of _opening and refused
         self._beaten = 0.0
+        self._rest_until = 0.0  # no connection is taken before; 0: they are
         self._stop = False
         self._bell = Bell()
         self._poller = select.poll()
@@ -153,7 +157,7 @@ class Door:
     def _run(self) -> None:
         silence_s = self._options.silence_s
         while not self._stop:
-            for descriptor, _ in self._poller.poll(silence_s * 1000 / 6 if self._wires else None):
+            for descriptor, _ in self._poller.poll(self._patience_ms(silence_s)):
                 if descriptor == self._bell.fileno():
                     self._bell.hear()
                     self._take_over()
@@ -161,7 +165,16 @@ class Door:
                     self._accept(self._listeners[descriptor])
                 elif descriptor in self._wires:
                     self._hear(self._wires[descriptor])
-            self._beat(time.monotonic(), silence_s)
+            now = time.monotonic()
+            self._beat(now, silence_s)
+            if self._rest_until and now >= self._rest_until:
+                self._listen_again()
+
+    def _patience_ms(self, silence_s: float) -> float | None:
+        waits = [silence_s / 6] if self._wires else []
+        if self._rest_until:
+            waits.append(max(0.0, self._rest_until - time.monotonic()))
+        return min(waits) * 1000 if waits else None
 
     def _take_over(self) -> None:
         while not self._new.empty():
@@ -171,7 +184,8 @@ class Door:
                 self._poller.register(new.socket, select.POLLIN)
             else:
                 self._listeners[new.fileno()] = new
-                self._poller.register(new, select.POLLIN)
+                if not self._rest_until:
+                    self._poller.register(new, select.POLLIN)
 
     def _hear(self, wire: Wire) -> None:
         try:
@@ -209,7 +223,9 @@ class Door:
     def _accept(self, listener: socket.socket) -> None:
         try:
             sock, _ = listener.accept()
-        except OSError:
+        except OSError as error:
+            if error.errno in _EXHAUSTED:
+                self._rest(str(error))
             return
         thread = threading.Thread(target=self._admit, args=(sock,), name="eldric-transport-opening", daemon=True)
         with self._lock:
@@ -217,7 +233,26 @@ class Door:
                 sock.close()
                 return
             self._opening[sock] = thread
-            thread.start()
+            try:
+                thread.start()
+            except RuntimeError as error:  # as many as the process may have
+                del self._opening[sock]
+                sock.close()
+                self._rest(str(error))
+
+    def _rest(self, reason: str) -> None:
+        """Take no connections for a moment: a listener that cannot take one would be looked at again and again."""
+        if self._rest_until:
+            return
+        logger.error("connections wait pipeline=%s: %s", self._pipeline_id, reason)
+        for listener in self._listeners.values():
+            self._poller.unregister(listener)
+        self._rest_until = time.monotonic() + REST_S
+
+    def _listen_again(self) -> None:
+        self._rest_until = 0.0
+        for listener in self._listeners.values():
+            self._poller.register(listener, select.POLLIN)
 
     def _admit(self, sock: socket.socket) -> None:
         """In a thread of its own, because a peer may take its time. It has `silence_s`."""

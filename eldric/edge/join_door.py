@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+from eldric.accepting import ONE_AT_A_TIME, queueing
 from eldric.config import NodeConfig
 from eldric.errors import EldricError
 from eldric.web import bind
@@ -39,7 +40,7 @@ class JoinDoor:
     async def start(self) -> None:
         """Raises AddressInUse."""
         bound = bind(self._config.host, self._config.join_port, "--join-port")
-        self._server = queueing(await asyncio.start_server(self._serve, sock=bound, backlog=ONE_AT_A_TIME), _BACKLOG)
+        self._server = queueing(await asyncio.start_server(self._serve, sock=bound, backlog=ONE_AT_A_TIME), 100)
 
     @property
     def address(self) -> str:

@@ -6,6 +6,7 @@ import secrets
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
+from eldric.accepting import ONE_AT_A_TIME, queueing
 from eldric.edge.config import EdgeConfig
 from eldric.errors import Unavailable
 from eldric.tunnel.carrier import Carrier
@@ -171,7 +172,7 @@ class NodeTunnel:
                     port,
                     backlog=ONE_AT_A_TIME,
                 )
-                return queueing(server, _BACKLOG)
+                return queueing(server, 16)
             except OSError as error:
                 problem = error
         raise problem

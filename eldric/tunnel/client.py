@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from eldric import PROTOCOL
+from eldric.accepting import ONE_AT_A_TIME, queueing
 from eldric.channels import call_errors, channel
 from eldric.errors import DeadlineExceeded, EldricError, InvalidRequest, NotReady, Unavailable
 from eldric.names import join_address
@@ -119,7 +120,7 @@ class TunnelClient:
         if door is None:
             loop = asyncio.get_running_loop()
             made = await loop.create_server(lambda: self._enter(address), _LOOPBACK, 0, backlog=ONE_AT_A_TIME)
-            door = queueing(made, _BACKLOG)
+            door = queueing(made, 100)
             other = self._doors.setdefault(address, door)
             if other is not door:
                 door.close()

@@ -1,7 +1,9 @@
 """Hostile peers at a door. Each test ends with a good peer that still gets its frame through."""
 
+import errno
 import socket
 import struct
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -62,6 +64,27 @@ def test_many_that_say_nothing_do_not_keep_others_out_for_long(target: Target) -
         late.close()
         with pytest.raises(PeerLost):
             target.receiver.recv(5)
+
+
+@pytest.mark.parametrize("lacking", ["files", "threads"])
+def test_door_without_files_or_threads_waits_and_goes_on(
+    target: Target, lacking: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A connection that waits makes a listener readable: taking it must not be tried again and again."""
+
+    def fail(*_: object) -> None:
+        tries.append(lacking)
+        raise OSError(errno.EMFILE, "Too many open files") if lacking == "files" else RuntimeError("no new thread")
+
+    tries: list[str] = []
+    with monkeypatch.context() as patch:
+        owner, name = (socket.socket, "accept") if lacking == "files" else (threading.Thread, "start")
+        patch.setattr(owner, name, fail)
+        with target.dial() as waiting:
+            time.sleep(0.3)
+            assert len(tries) == 1
+            patch.undo()
+            assert waiting.recv(1) == b"", "it is let go, at once or when it said nothing"
 
 
 def test_key_is_of_no_use_without_its_private_half(target: Target) -> None:
