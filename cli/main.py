@@ -65,7 +65,8 @@ def run(arguments: list[str]) -> int:
 
 
 def main() -> None:
-    """Entry point."""
+    """Entry point. What is written, by nodes that are started too, is never for others to write."""
+    os.umask(os.umask(0o077) | 0o022)
     sys.exit(run(sys.argv[1:]))
 
 

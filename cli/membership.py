@@ -4,6 +4,7 @@ import asyncio
 import re
 import shlex
 import socket
+import sys
 import time
 from pathlib import Path
 from typing import Annotated
@@ -166,7 +167,12 @@ def _join_address(cluster: Cluster) -> str:
 @app.command("join")
 def join_cluster(
     token: Annotated[
-        str, typer.Argument(metavar="TOKEN", help="The join token, from `eldric-cli init` or `eldric-cli token`.")
+        str,
+        typer.Argument(
+            metavar="TOKEN",
+            help="The join token, from `eldric-cli init` or `eldric-cli token`. -: a line of the standard input, where "
+            "other users of this machine do not see it.",
+        ),
     ],
     address: Annotated[
         str, typer.Argument(metavar="HOST:PORT", help="The join address of the controller, or of an edge.")
@@ -206,7 +212,7 @@ def join_cluster(
     """
     if kind not in _JOINERS:
         raise InvalidRequest(f"{kind!r} is no kind of node that joins; kinds are {', '.join(_JOINERS)}")
-    parsed = JoinToken.parse(token)
+    parsed = JoinToken.parse(sys.stdin.readline() if token == "-" else token)
     node = check_name(name or _host_name())
     if edge:
         split_address(edge)

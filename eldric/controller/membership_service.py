@@ -24,8 +24,8 @@ class MembershipService(membership_pb2_grpc.MembershipServicer):
         self._cluster = cluster
 
     async def Join(self, request: membership_pb2.JoinRequest, context: object) -> membership_pb2.Certificate:
-        """The token is used up only once the certificate is made; a name that is in use now is refused, in upper or lower
-        case: TLS takes "W1" for "w1"."""
+        """The token is used up only once the certificate is made; a name that is in use now is refused, in
+        upper or lower case: TLS takes "W1" for "w1"."""
         token = JoinToken.parse(request.token)
         now = time.time()
         await self._store.check_token(token, request.kind, now)

@@ -144,7 +144,8 @@ class Authority:
         return cls(str(names[0].value), certificate, key)
 
     def save(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        """Writes both files; a folder that is made for them is its owner's alone."""
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         key = folder / _AUTHORITY_KEY
         whole_files.replace({folder / _AUTHORITY: self.certificate_pem, key: self.key_pem}, secret=[key])
 
