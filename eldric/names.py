@@ -50,6 +50,14 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def is_near(ip: str) -> bool:
+    """Whether an IP address means another machine to everybody who uses it, or none: loopback, link-local (where clouds
+    have services for their machines), unspecified, multicast."""
+    address = ipaddress.ip_address(ip)
+    address = getattr(address, "ipv4_mapped", None) or address
+    return address.is_loopback or address.is_link_local or address.is_unspecified or address.is_multicast
+
+
 def machine_address() -> str:
     """The address that this machine uses towards the default route, or its host name when it has none."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 import httpx2
 
 from eldric.data.checksums import BLOCK_BYTES, FileSums, Hasher, write_all
-from eldric.data.http_client import RETRYABLE, error_of, reason
+from eldric.data.http_client import RETRYABLE, error_of, is_encoded, reason
 from eldric.data.remote import RemoteFile
 from eldric.errors import DataLoss, Unavailable
 
@@ -92,7 +92,7 @@ class Fetch:
         host = response.url.host
         if response.status_code not in (200, 206):
             raise error_of(response, host)
-        if response.headers.get("content-encoding", "identity") != "identity":
+        if is_encoded(response):
             raise DataLoss(f"{host} sends {file.name} encoded, though it was asked not to")
         if response.status_code == 206:
             match = _CONTENT_RANGE.fullmatch(response.headers.get("content-range", ""))

@@ -5,12 +5,13 @@ import json
 import socket
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import httpx2
 
 from eldric.errors import DataLoss, EldricError, NotFound, NotReady, PermissionDenied, Unavailable
+from eldric.names import is_near
 
 #: Longest wait for a connection, and for the next bytes of an answer, in seconds.
 TIMEOUT = httpx2.Timeout(10.0, connect=10.0, read=20.0)
@@ -68,8 +69,10 @@ def get_json(client: httpx2.Client, url: str, peer: str, extensions: Mapping[str
         with client.stream("GET", url, extensions=dict(extensions)) as response:
             if response.status_code != 200:
                 raise error_of(response, peer)
+            if is_encoded(response):
+                raise DataLoss(f"{peer} answers packed, though it was asked not to")
             data = bytearray()
-            for piece in response.iter_bytes():
+            for piece in response.iter_raw():
                 data += piece
                 if len(data) > MAX_JSON_BYTES:
                     raise DataLoss(f"{peer} answers without end")
@@ -79,6 +82,36 @@ def get_json(client: httpx2.Client, url: str, peer: str, extensions: Mapping[str
         return json.loads(data)
     except (ValueError, RecursionError) as error:
         raise DataLoss(f"{peer} answers what is not JSON: {str(error)[:100]}") from None
+
+
+def is_encoded(response: httpx2.Response) -> bool:
+    """Whether an answer is packed: a little of it may unpack to more than there is memory."""
+    return str(response.headers.get("content-encoding", "identity")) != "identity"
+
+
+def redirect_check(origin: str, peer: str) -> Callable[[httpx2.Request], None]:
+    """A request hook for a client of the server at `origin`, a URL: it may send us to other hosts, but not from HTTPS
+    to anything else, nor to what only this machine or its network segment has. The hook raises DataLoss.
+    """
+    first = httpx2.URL(origin)
+    begins_near = _is_near(first.host)
+
+    def check(request: httpx2.Request) -> None:
+        url = request.url
+        if first.scheme == "https" and url.scheme != "https":
+            raise DataLoss(f"{peer} sends us to {url.scheme}://{url.host}, away from HTTPS")
+        if not begins_near and _is_near(url.host):
+            raise DataLoss(f"{peer} sends us to {url.host}, an address of this machine or its network segment")
+
+    return check
+
+
+def _is_near(host: str) -> bool:
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except OSError:
+        return False  # a proxy may know it, or nobody does
+    return any(is_near(str(each[4][0]).partition("%")[0]) for each in found)
 
 
 def error_of(response: httpx2.Response, peer: str) -> EldricError:
@@ -95,8 +128,10 @@ def error_of(response: httpx2.Response, peer: str) -> EldricError:
 def _said(response: httpx2.Response) -> str:
     """The reason that an error's JSON body gives: {"error": "text"} or {"error": {"message": "text"}}."""
     data = b""
+    if is_encoded(response):
+        return ""
     try:
-        for piece in response.iter_bytes():
+        for piece in response.iter_raw():
             data += piece
             if len(data) > _MAX_ERROR_BYTES:
                 return ""

@@ -14,7 +14,7 @@ from huggingface_hub import constants, get_token
 
 from eldric import __version__
 from eldric.data.checksums import FileSums
-from eldric.data.http_client import TIMEOUT, get_json
+from eldric.data.http_client import TIMEOUT, get_json, redirect_check
 from eldric.data.hub_files import choose, sound_siblings
 from eldric.data.names import id_of
 from eldric.data.remote import MAX_FILE_BYTES, MAX_FILES, Remote, RemoteFile
@@ -38,7 +38,10 @@ class Hub:
         headers = {"user-agent": f"eldric/{__version__}", "accept-encoding": "identity"}
         if token := get_token():
             headers["authorization"] = f"Bearer {token}"
-        return httpx2.Client(headers=headers, follow_redirects=True, max_redirects=5, timeout=TIMEOUT)
+        hooks = {"request": [redirect_check(self._endpoint, self._peer)]}
+        return httpx2.Client(
+            headers=headers, follow_redirects=True, max_redirects=5, timeout=TIMEOUT, event_hooks=hooks
+        )
 
     def find(self, client: httpx2.Client, extensions: Mapping[str, Any], source: HubSource) -> Remote:
         """The model that a source means. Raises NotFound, PermissionDenied, InvalidRequest, Unavailable, DataLoss,

@@ -1,7 +1,6 @@
 """Where tunnels may lead: the cluster's nodes, and nowhere else."""
 
 import asyncio
-import ipaddress
 import socket
 from urllib.parse import urlsplit
 
@@ -9,7 +8,7 @@ import grpc
 
 from eldric.errors import InvalidRequest, PermissionDenied, Unavailable
 from eldric.follower import ControllerFollower
-from eldric.names import is_loopback, split_address
+from eldric.names import is_loopback, is_near, split_address
 from eldric.node import Node
 from eldric.v1 import registry_pb2, registry_pb2_grpc
 
@@ -39,8 +38,8 @@ class Targets:
         """
         host, port = self.allow(address, caller)
         found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        ip = str(found[0][4][0])
-        if not _is_others(ip) and not (is_loopback(ip) and is_loopback(self._node.config.advertised_host)):
+        ip = str(found[0][4][0]).partition("%")[0]
+        if is_near(ip) and not (is_loopback(ip) and is_loopback(self._node.config.advertised_host)):
             raise PermissionDenied(f"{address} leads to {ip}, where only this edge's own machine is reached")
         return ip, port
 
@@ -100,13 +99,6 @@ class Targets:
 
     def _replace(self, listed: registry_pb2.ListNodesResponse) -> None:
         self._nodes = {node.id: node for node in listed.nodes}
-
-
-def _is_others(ip: str) -> bool:
-    """Whether other machines may have this address."""
-    address = ipaddress.ip_address(ip)
-    address = getattr(address, "ipv4_mapped", None) or address
-    return not (address.is_loopback or address.is_link_local or address.is_unspecified or address.is_multicast)
 
 
 def _faces(node: registry_pb2.Node) -> set[tuple[str, int]]:

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 #: Longest wait for a mount to be there, in seconds.
 MOUNT_S = 10.0
 #: Soft: an outage is an error after some seconds, never a hang for ever.
-KERNEL_OPTIONS = "ro,soft,nosuid,nodev,noatime,timeo=20,retrans=1"
+KERNEL_OPTIONS = "ro,soft,nosuid,nodev,noexec,noatime,timeo=20,retrans=1"
 
 _POLL_S = 0.05
 

@@ -174,6 +174,16 @@ def test_a_token_is_shown_to_the_hub_and_not_to_where_it_redirects(
     assert {seen.token for seen in hub.downloads} == {""}
 
 
+def test_a_hub_does_not_send_us_into_our_own_machine(
+    hub: FakeHub, pull: Callable[[], Pulling], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This one sends its files' callers to "localhost", and is taken for one that is elsewhere."""
+    monkeypatch.setattr("eldric.data.http_client._is_near", lambda host: host == "localhost")
+    with pytest.raises(DataLoss, match="sends us to localhost, an address of this machine"):
+        pull()()
+    assert hub.downloads == []
+
+
 def test_nothing_is_fetched_where_hubs_are_off_limits(
     hub: FakeHub, pull: Callable[[], Pulling], monkeypatch: pytest.MonkeyPatch
 ) -> None:
