@@ -18,6 +18,7 @@ from eldric.transport.mailbox import FRAME, HELLO
 from eldric.transport.opening import Wire
 from eldric.transport.shm_mailbox import PACKET, ShmMailbox
 from eldric.transport.shm_memory import SenderMemory
+from eldric.transport.threads import require_threads
 from eldric.transport.windowed_link import Encode, WindowedLink
 from eldric.transport.wired import WiredTransport
 from eldric.v1 import frame_pb2
@@ -38,6 +39,7 @@ class ShmTransport(WiredTransport):
         """Raises UnknownTransport where the system cannot do it."""
         if not hasattr(os, "memfd_create") or not hasattr(os, "eventfd"):
             raise UnknownTransport("the transport 'shm' needs Linux")
+        require_threads(1)
         super().__init__(pipeline_id, stage, options, ShmMailbox())
 
     @property

@@ -17,6 +17,7 @@ from eldric.transport.addresses import join_address, resolve_local, split_addres
 from eldric.transport.base import Link, Peer, Transport, TransportOptions, TransportStats
 from eldric.transport.errors import InvalidAddress, PeerLost, TransportClosed
 from eldric.transport.frame import PROTOCOL_VERSION, Frame
+from eldric.transport.threads import require_threads
 from eldric.transport.windowed_link import SLICE_S
 from eldric.transport.zmq_guard import Guard, ZmqContext
 from eldric.transport.zmq_inbox import ZmqInbox
@@ -25,6 +26,7 @@ from eldric.v1 import frame_pb2
 
 logger = logging.getLogger(__name__)
 
+_THREADS = 3  # of ZeroMQ's two, and the guard's
 CURVE_KEY_CHARACTERS = 40  # 32 bytes in Z85
 
 
@@ -39,6 +41,7 @@ class ZmqTransport(Transport):
 
     def __init__(self, pipeline_id: str, stage: int, options: TransportOptions | None = None) -> None:
         super().__init__(pipeline_id, stage, options)
+        require_threads(_THREADS)
         self._keys = zmq.curve_keypair() if self.options.encrypt else None
         self._closed = False
         self._on_loss: Callable[[], None] | None = None

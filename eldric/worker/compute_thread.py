@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from eldric.engine.errors import EngineError
 from eldric.engine.stage import Stage, StepOutput
 from eldric.engine.step import StepInput
+from eldric.errors import NotReady
 from eldric.transport.base import Transport
 from eldric.transport.errors import ConnectFailed, LinkClosed, PeerLost, TransportError
 from eldric.transport.frame import Frame
@@ -81,7 +82,11 @@ class ComputeThread(ABC):
         self._thread = threading.Thread(target=self._run, name=f"stage-{place.index}", daemon=True)
 
     def start(self) -> None:
-        self._thread.start()
+        """Raises NotReady when the process may have no more threads."""
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            raise NotReady(f"{error}: raise the limit (ulimit -u, TasksMax=, pids.max)") from error
 
     def post(self, command: Command) -> None:
         """Give the thread something to do, and wake it."""

@@ -13,7 +13,9 @@ from eldric.engine.schedule import ScheduleConfig, Scheduler
 from eldric.engine.shard import LayerRange, MemoryEstimate, memory_estimate, model_costs, shard_of
 from eldric.engine.spec import ModelSpec, spec_of
 from eldric.engine.stage import KVType, Stage, StageConfig
-from eldric.errors import DeadlineExceeded, InvalidRequest
+from eldric.errors import DeadlineExceeded, InvalidRequest, NotReady
+from eldric.transport.errors import UnknownTransport
+from eldric.transport.threads import require_threads
 from eldric.v1 import common_pb2, stage_pb2
 from eldric.worker.beside import Beside
 from eldric.worker.body_thread import BodyThread
@@ -218,6 +220,7 @@ class StageLoader:
         ranges = shard_of(plan.model, plan.spec, plan.layers).ranges
         stage = None
         try:
+            _require_threads(plan.options.threads)
             with plan.opened.reader(ranges, fetching, cancelled) as wait:
                 stage = Stage.load(plan.model, self._stage_config(plan), mapping, cancelled, wait)
         except BaseException:
@@ -322,6 +325,14 @@ def _check_place(request: stage_pb2.LoadRequest, spec: ModelSpec) -> None:
         raise InvalidRequest(
             f"layers [{start}, {end}) of {spec.layers} are not those of stage {request.index} of {request.stage_count}"
         )
+
+
+def _require_threads(count: int) -> None:
+    """The compute library would end the process. Raises NotReady."""
+    try:
+        require_threads(count)
+    except UnknownTransport as error:
+        raise NotReady(str(error)) from error
 
 
 def _choice(name: str, value: str, choices: dict[str, Choice]) -> Choice:

@@ -86,7 +86,8 @@ class StageTable:
     async def load(self, request: stage_pb2.LoadRequest, progress: Progress) -> stage_pb2.Loaded:
         """Load a stage. When this task is cancelled, what was loaded is given back.
 
-        Raises AlreadyExists, NotEnoughMemory, InvalidRequest and what the loader raises.
+        Raises AlreadyExists, NotEnoughMemory, InvalidRequest, NotReady without a thread for it, and what the loader
+        raises.
         """
         held = self._admit(request)
         loading = asyncio.ensure_future(self._bring(held, progress))
@@ -94,6 +95,7 @@ class StageTable:
             loaded = await asyncio.shield(loading)
             if held.unloading:
                 raise LoadCancelled("the stage was unloaded while it was loading")
+            loaded.thread.start()
         except BaseException as error:
             held.unloading = True
             giving_up = asyncio.ensure_future(self._give_up(held, loading))
@@ -104,7 +106,6 @@ class StageTable:
                 raise self._about_to_end() from error
             raise
         held.loaded = loaded
-        loaded.thread.start()
         log.info("stage loaded %s bytes=%d", loaded.thread.place.key, held.memory_bytes)
         return stage_pb2.Loaded(
             endpoint=loaded.wiring.endpoint, memory=loaded.memory, transport_problem=loaded.transport_problem

@@ -45,10 +45,13 @@ class FakeThread:
         self.dropped_frames: dict[str, int] = {}
         self.posted: list[Any] = []
         self.started = self.discarded = False
+        self.start_error: Exception | None = None
         self.may_end = threading.Event()
         self.may_end.set()
 
     def start(self) -> None:
+        if self.start_error is not None:
+            raise self.start_error
         self.started = True
 
     def post(self, command: Any) -> None:
@@ -439,3 +442,13 @@ async def test_a_worker_that_drains_ends_its_loads_at_once_and_says_why(world: W
         await loading
     await draining
     assert not len(world.table)
+
+
+async def test_a_stage_whose_thread_cannot_be_started_leaves_nothing(world: World) -> None:
+    async def forbid_threads() -> None:
+        world.loader.thread.start_error = NotReady("can't start new thread: raise the limit")
+
+    world.loader.before_it_is_known = forbid_threads
+    with pytest.raises(NotReady, match="raise the limit"):
+        await world.load()
+    assert not len(world.table) and world.loader.thread.discarded
