@@ -18,6 +18,7 @@ from starlette.routing import BaseRoute
 from eldric.accepting import LoopErrors
 from eldric.channels import ChannelPool
 from eldric.config import NodeConfig
+from eldric.errors import NotReady
 from eldric.grpc_server import GrpcServer, Service
 from eldric.interceptors import CallGuard
 from eldric.metrics import CallMetrics, describe_node
@@ -39,6 +40,8 @@ STOP_CALLBACK_S = 3.0
 STOP_SERVERS_S = 0.2
 #: Open files that a node asks for. Programs that it starts may close them one by one, so it is no higher.
 MAX_FILES = 65536
+#: What a node needs to start and to serve a few callers.
+LEAST_FILES = 64
 
 
 class Node:
@@ -266,8 +269,13 @@ class Node:
 
 
 def _allow_files() -> None:
-    """More open files than the usual 1024, where this process may: each connection is one, a stranger's too."""
+    """More open files than the usual 1024, where this process may: each connection is one, a stranger's too.
+
+    Raises NotReady where there are too few to begin with: gRPC would end the process, or name a port as the culprit.
+    """
     now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if most != resource.RLIM_INFINITY and most < LEAST_FILES:
+        raise NotReady(f"a node needs {LEAST_FILES} open files or more, it may have {most}: raise the limit (ulimit -n)")
     wanted = MAX_FILES if most == resource.RLIM_INFINITY else min(most, MAX_FILES)
     if now != resource.RLIM_INFINITY and now < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))

@@ -57,6 +57,15 @@ async def test_a_node_without_open_files_rests_says_so_and_goes_on(tmp_path: Pat
     assert not rest, "it says it once"
 
 
+async def test_a_node_that_may_open_too_few_files_says_so_at_its_start(tmp_path: Path) -> None:
+    Authority.create("test").save(tmp_path / "authority")
+    command = f"ulimit -n 20 && exec {sys.executable} -m tests.nodes {tmp_path}"
+    process = await asyncio.create_subprocess_shell(command, stderr=asyncio.subprocess.PIPE)
+    _, said = await asyncio.wait_for(process.communicate(), 20)
+    assert b"NotReady: a node needs 64 open files or more, it may have 20: raise the limit" in said
+    assert process.returncode == 1 and not (tmp_path / "node.json").exists()
+
+
 def _get(host: str, port: int, identity: Identity) -> bytes:
     context = identity.client_context()
     context.check_hostname = False
