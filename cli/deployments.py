@@ -164,7 +164,8 @@ def rebalance(
 ) -> None:
     """Plan a pipeline again over the workers there are now, and move to the new plan.
 
-    It moves only when the new plan differs. Sequences that run at the switch end with an error.
+    Layers are shared by how fast the pipeline's stages have been. It moves only when the new plan differs. Sequences
+    that run at the switch end with an error.
     """
     with client_of(folder, controller) as client, contextlib.closing(client.rebalance_events(name)) as events:
         info = follow_deploy(events, quiet=as_json)

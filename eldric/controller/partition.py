@@ -1,8 +1,8 @@
 """Cuts a model's layers into contiguous ranges for the seats of a ring. Pure.
 
 A seat is a place for one stage; seats of one worker are neighbours and share its room. The cut makes the slowest
-stage as quick as the workers' room allows (a stage's time is the bytes that it reads for a token), then evens the
-rest out.
+stage as quick as the workers' room allows (a stage's time is the bytes that it reads for a token, times its worker's
+pace), then evens the rest out.
 """
 
 from bisect import bisect_right
@@ -16,15 +16,20 @@ from eldric.controller.costs import ModelShape, Options
 
 @dataclass(frozen=True, slots=True)
 class Ring:
-    """Seats in ring order: the worker (a number) that each is on, and the room of each worker, in bytes."""
+    """Seats in ring order: the worker (a number) that each is on; of each worker the room, in bytes, and the pace: what
+    reading a byte costs there."""
 
     seats: tuple[int, ...]
     rooms: tuple[int, ...]
+    paces: tuple[int, ...]
+
+    def pace(self, seat: int) -> int:
+        return self.paces[self.seats[seat]]
 
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """Where the layers are cut: stage i holds [bounds[i], bounds[i + 1]); `slowest` is what its slowest stage reads."""
+    """Where the layers are cut: stage i holds [bounds[i], bounds[i + 1]); `slowest` is that of its slowest stage, in time."""
 
     bounds: tuple[int, ...]
     slowest: int
@@ -69,34 +74,37 @@ class Partition:
         """Bytes that all stages of a ring need."""
         return self._memory[-1] + sum(self.fixed(seat, seats) for seat in range(seats))
 
-    def slowest(self, bounds: Sequence[int]) -> int:
-        return max(self._read(bounds, stage) for stage in range(len(bounds) - 1))
+    def slowest(self, ring: Ring, bounds: Sequence[int]) -> int:
+        return max(self._time(ring, bounds, stage) for stage in range(len(bounds) - 1))
+
+    def read(self, start: int, end: int) -> int:
+        """Bytes that a stage of layers [start, end) reads for a token. Of the embedding the head reads but one row."""
+        return self._reads[end] - self._reads[start] + (self._tail_read if end == self._layers else 0)
 
     def shortfall(self, ring: Ring) -> Shortfall | None:
         """Where the layers do not fit; None when they do."""
-        found = self._fill(ring, self._reads[-1] + self._tail_read)
+        found = self._fill(ring, self._longest(ring))
         return found if isinstance(found, Shortfall) else None
 
     def cut(self, ring: Ring) -> Cut | None:
         """The best cut of the layers over a ring, or None when there is no room for one."""
-        high = self._reads[-1] + self._tail_read
-        best = self._fill(ring, high)
+        best = self._fill(ring, self._longest(ring))
         if isinstance(best, Shortfall):
             return None
-        low, high = 0, self.slowest(best)
+        low, high = 0, self.slowest(ring, best)
         while low < high:
             middle = (low + high) // 2
             found = self._fill(ring, middle)
             if isinstance(found, Shortfall):
                 low = middle + 1
             else:
-                best, high = found, self.slowest(found)
+                best, high = found, self.slowest(ring, found)
         even = self._even_out(ring, best)
-        return Cut(tuple(even), self.slowest(even))
+        return Cut(tuple(even), self.slowest(ring, even))
 
     def given(self, ring: Ring, bounds: Sequence[int]) -> Cut | None:
         """The cut at given bounds, or None when there is no room for it."""
-        return Cut(tuple(bounds), self.slowest(bounds)) if self.misfit(ring, bounds) is None else None
+        return Cut(tuple(bounds), self.slowest(ring, bounds)) if self.misfit(ring, bounds) is None else None
 
     def misfit(self, ring: Ring, bounds: Sequence[int]) -> Shortfall | None:
         """The first seat that has no room for what given bounds put there; None when all have."""
@@ -109,13 +117,15 @@ class Partition:
             rooms[worker] -= needed
         return None
 
-    def _read(self, bounds: Sequence[int], stage: int) -> int:
-        """Bytes that a stage reads for a token. Of the embedding the head reads but one row."""
-        tail = self._tail_read if stage == len(bounds) - 2 else 0
-        return self._reads[bounds[stage + 1]] - self._reads[bounds[stage]] + tail
+    def _time(self, ring: Ring, bounds: Sequence[int], stage: int) -> int:
+        return self.read(bounds[stage], bounds[stage + 1]) * ring.pace(stage)
+
+    def _longest(self, ring: Ring) -> int:
+        """No stage takes longer."""
+        return (self._reads[-1] + self._tail_read) * max(ring.paces)
 
     def _fill(self, ring: Ring, limit: int) -> list[int] | Shortfall:
-        """Give each seat in order as many layers as it has room for and reads within `limit`.
+        """Give each seat in order as many layers as it has room for and time within `limit`.
 
         Taking the most is never worse: a seat that could take fewer leaves more to the others.
         """
@@ -130,7 +140,7 @@ class Partition:
             beside = left[worker]  # later stages of this worker: a layer each must stay for them
             by_room = bisect_right(self._memory, self._memory[start] + rooms[worker]) - 1 - beside
             extra = 0 if after else self._tail_read
-            by_time = bisect_right(self._reads, self._reads[start] + limit - extra) - 1
+            by_time = bisect_right(self._reads, self._reads[start] + limit // ring.pace(seat) - extra) - 1
             end = min(by_room, by_time, self._layers - after)
             if end <= start or (after == 0 and end < self._layers):
                 wanted = self._layers if after == 0 else start + 1 + beside
@@ -150,7 +160,7 @@ class Partition:
         while moved:
             moved = False
             for edge in range(1, seats):
-                giver, taker, layer = self._better(bounds, edge)
+                giver, taker, layer = self._better(ring, bounds, edge)
                 if layer < 0:
                     continue
                 size = self._memory[layer + 1] - self._memory[layer]
@@ -164,12 +174,13 @@ class Partition:
                 moved = True
         return bounds
 
-    def _better(self, bounds: list[int], edge: int) -> tuple[int, int, int]:
+    def _better(self, ring: Ring, bounds: list[int], edge: int) -> tuple[int, int, int]:
         """Which seat at an edge should give the layer at that edge to which; layer -1 when neither gains."""
-        left, right = self._read(bounds, edge - 1), self._read(bounds, edge)
+        left, right = self._time(ring, bounds, edge - 1), self._time(ring, bounds, edge)
         last, first = bounds[edge] - 1, bounds[edge]
-        if left - right > self._reads[last + 1] - self._reads[last] and last > bounds[edge - 1]:
+        pace = ring.pace(edge - 1) + ring.pace(edge)  # what a layer's byte takes off here and adds there
+        if 2 * (left - right) > (self._reads[last + 1] - self._reads[last]) * pace and last > bounds[edge - 1]:
             return edge - 1, edge, last
-        if right - left > self._reads[first + 1] - self._reads[first] and first + 1 < bounds[edge + 1]:
+        if 2 * (right - left) > (self._reads[first + 1] - self._reads[first]) * pace and first + 1 < bounds[edge + 1]:
             return edge, edge - 1, first
         return edge, edge, -1

@@ -9,6 +9,8 @@ from eldric.controller import convert
 from eldric.controller.cluster import Cluster
 from eldric.controller.costs import ModelShape
 from eldric.controller.models import Models
+from eldric.controller.pacing import Measured, paces
+from eldric.controller.partition import Partition
 from eldric.controller.pipelines import Phase, PipelineRecord, StageRecord
 from eldric.controller.planner import Order, Plan, plan
 from eldric.errors import InvalidRequest
@@ -59,9 +61,25 @@ class Planning:
         """The source with the data workers that hold it now. Never raises."""
         return await self._models.located(source)
 
-    def plan(self, prepared: Prepared, *, without: str = "") -> Plan:
-        """Raises what the planner raises. `without`: as if the pipeline of this id took no memory."""
-        return plan(self._cluster.worker_views(without), prepared.shape, prepared.order, PROTOCOL)
+    def plan(self, prepared: Prepared) -> Plan:
+        """Raises what the planner raises."""
+        return plan(self._cluster.worker_views(), prepared.shape, prepared.order, PROTOCOL)
+
+    def plan_again(self, prepared: Prepared, record: PipelineRecord) -> Plan:
+        """As if that pipeline took no memory, and by how fast its stages have been. Raises what the planner raises."""
+        views = self._cluster.worker_views(without=record.id)
+        partition = Partition(prepared.shape, prepared.order.options)
+        measured = []
+        for stage in record.stages:
+            node = self._cluster.registry.get(stage.node_id)
+            report = node.stages.get(record.key(stage)) if node is not None else None
+            if report is not None:
+                read = partition.read(stage.start, stage.end)
+                measured.append(Measured(stage.worker, read, report.step_ms, report.steps))
+        known = paces(measured, [view.name for view in views])
+        return plan(
+            [replace(view, pace=known.get(view.name, 1)) for view in views], prepared.shape, prepared.order, PROTOCOL
+        )
 
     def stages(self, made: Plan) -> tuple[StageRecord, ...]:
         """The stages of a plan, each on the process that its worker is now."""

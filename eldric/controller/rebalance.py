@@ -40,7 +40,7 @@ class Rebalance:
         prepared = await self._planning.prepare(record.request)
         if prepared.source.header_sha256 != record.source.header_sha256:
             raise NotReady(f"{record.model!r} in the store is another file than was deployed: undeploy, deploy again")
-        made = self._planning.plan(prepared, without=record.id)
+        made = self._planning.plan_again(prepared, record)
         operation.emit(pipeline_pb2.DeployEvent(plan=convert.plan_message(made, record.model)))
         now = self._cluster.deployments.find(record.id)
         works = now.state is PipelineState.READY or (now.closing and not now.degraded)

@@ -24,6 +24,7 @@ class WorkerView:
     transports: tuple[str, ...] = (DEFAULT_TRANSPORT,)  # best first
     host: str = ""  # equal for workers on one host; empty: not known
     edge_id: str = ""  # of the edge that leads to it; empty: others reach it directly
+    pace: int = 1  # what reading a byte costs there, beside the other workers
 
     @property
     def available_bytes(self) -> int:
@@ -39,9 +40,13 @@ class Seating:
 
     @property
     def ring(self) -> Ring:
-        rooms = {worker.name: worker.available_bytes for worker in self.workers}
-        number = {name: place for place, name in enumerate(rooms)}
-        return Ring(tuple(number[worker.name] for worker in self.workers), tuple(rooms.values()))
+        workers = {worker.name: worker for worker in self.workers}
+        number = {name: place for place, name in enumerate(workers)}
+        return Ring(
+            seats=tuple(number[worker.name] for worker in self.workers),
+            rooms=tuple(worker.available_bytes for worker in workers.values()),
+            paces=tuple(worker.pace for worker in workers.values()),
+        )
 
 
 @lru_cache(maxsize=1 << 16)

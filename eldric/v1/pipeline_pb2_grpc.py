@@ -101,8 +101,9 @@ class PipelineServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Rebalance(self, request, context):
-        """Plans again over the workers there are now and moves to the new plan when it differs: the new stages are loaded
-        before the old ones end. Sequences that run when the switch is made end with UNAVAILABLE.
+        """Plans again over the workers there are now, by how fast the pipeline's stages have been, and moves to the new plan
+        when it differs: the new stages are loaded before the old ones end. Sequences that run when the switch is made end
+        with UNAVAILABLE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

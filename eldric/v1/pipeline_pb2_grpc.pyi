@@ -45,8 +45,9 @@ class PipelineStub:
     Undeploy: _grpc.UnaryUnaryMultiCallable[_pipeline_pb2.UndeployRequest, _pipeline_pb2.UndeployResponse]
     """Ends the pipeline's sequences and unloads its stages. NOT_FOUND: no such pipeline."""
     Rebalance: _grpc.UnaryStreamMultiCallable[_pipeline_pb2.RebalanceRequest, _pipeline_pb2.DeployEvent]
-    """Plans again over the workers there are now and moves to the new plan when it differs: the new stages are loaded
-    before the old ones end. Sequences that run when the switch is made end with UNAVAILABLE.
+    """Plans again over the workers there are now, by how fast the pipeline's stages have been, and moves to the new plan
+    when it differs: the new stages are loaded before the old ones end. Sequences that run when the switch is made end
+    with UNAVAILABLE.
     """
     Status: _grpc.UnaryUnaryMultiCallable[_pipeline_pb2.PipelineStatusRequest, _pipeline_pb2.PipelineStatusResponse]
     """One pipeline by name or id, or all. NOT_FOUND: named and unknown."""
@@ -72,8 +73,9 @@ class PipelineAsyncStub(PipelineStub):
     Undeploy: _aio.UnaryUnaryMultiCallable[_pipeline_pb2.UndeployRequest, _pipeline_pb2.UndeployResponse]  # type: ignore[assignment]
     """Ends the pipeline's sequences and unloads its stages. NOT_FOUND: no such pipeline."""
     Rebalance: _aio.UnaryStreamMultiCallable[_pipeline_pb2.RebalanceRequest, _pipeline_pb2.DeployEvent]  # type: ignore[assignment]
-    """Plans again over the workers there are now and moves to the new plan when it differs: the new stages are loaded
-    before the old ones end. Sequences that run when the switch is made end with UNAVAILABLE.
+    """Plans again over the workers there are now, by how fast the pipeline's stages have been, and moves to the new plan
+    when it differs: the new stages are loaded before the old ones end. Sequences that run when the switch is made end
+    with UNAVAILABLE.
     """
     Status: _aio.UnaryUnaryMultiCallable[_pipeline_pb2.PipelineStatusRequest, _pipeline_pb2.PipelineStatusResponse]  # type: ignore[assignment]
     """One pipeline by name or id, or all. NOT_FOUND: named and unknown."""
@@ -120,8 +122,9 @@ class PipelineServicer(metaclass=_abc_1.ABCMeta):
         request: _pipeline_pb2.RebalanceRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_pipeline_pb2.DeployEvent], _abc.AsyncIterator[_pipeline_pb2.DeployEvent]]:
-        """Plans again over the workers there are now and moves to the new plan when it differs: the new stages are loaded
-        before the old ones end. Sequences that run when the switch is made end with UNAVAILABLE.
+        """Plans again over the workers there are now, by how fast the pipeline's stages have been, and moves to the new plan
+        when it differs: the new stages are loaded before the old ones end. Sequences that run when the switch is made end
+        with UNAVAILABLE.
         """
 
     @_abc_1.abstractmethod

@@ -29,7 +29,7 @@ def mixed(home_cli: Cli, tmp_path: Path) -> Iterator[tuple[Cli, dict[str, Any]]]
 
 @pytest.mark.timeout(240)
 @pytest.mark.slow
-def test_a_ring_of_graphics_devices_and_processors_gives_the_tokens_of_processors(
+def test_a_ring_of_graphics_devices_and_processors_gives_the_tokens_of_processors_and_learns_who_is_fast(
     mixed: tuple[Cli, dict[str, Any]], cluster: Cluster
 ) -> None:
     cli, workers = mixed
@@ -38,10 +38,22 @@ def test_a_ring_of_graphics_devices_and_processors_gives_the_tokens_of_processor
     assert first == third < second  # each the half of the device's; and all of the machine's
     cli("models", "add", storyteller(), "--name", STORY)
     cli("deploy", STORY, "--stages", 3, "--ctx", 512, "--slots", 2)
-    answer = cli("run", STORY, *GREEDY).json
-    assert answer["tokens"] == cluster.cli("run", STORY, *GREEDY).json["tokens"]
+    expected = cluster.cli("run", STORY, *GREEDY).json["tokens"]
+    assert [cli("run", STORY, *GREEDY).json["tokens"] for _ in range(2)] == [expected] * 2
     (pipeline,) = cli("status", "--json").json["pipelines"]
-    assert {stage["worker"] for stage in pipeline["stages"]} == set(workers)
+    assert {stage["worker"]: stage["layers"] for stage in pipeline["stages"]} == {
+        "worker-1": [0, 2],
+        "worker-2": [2, 4],
+        "worker-3": [4, 6],
+    }
+    # The software renderer is a hundred times slower than the processor that it runs on.
+    moved = cli("rebalance", STORY, "--json").json
+    assert {stage["worker"]: stage["layers"][1] - stage["layers"][0] for stage in moved["pipeline"]["stages"]} == {
+        "worker-1": 1,
+        "worker-2": 4,
+        "worker-3": 1,
+    }
+    assert cli("run", STORY, *GREEDY).json["tokens"] == expected
 
 
 def test_a_device_that_is_not_there_is_said_with_those_that_are(home_cli: Cli, tmp_path: Path) -> None:

@@ -315,6 +315,20 @@ async def test_a_rebalance_without_a_better_plan_says_so(world: World) -> None:
     assert len(world.workers["a"].called("Load")) == 1
 
 
+async def test_a_rebalance_shares_layers_by_how_fast_the_stages_were(world: World) -> None:
+    await world.calls.deploy(stages=3)
+    before = [stage.layers.end - stage.layers.start for stage in (await world.calls.status()).stages]
+    for name, step_ms in (("a", 1.0), ("b", 4.0), ("c", 1.0)):
+        (status,) = world.workers[name].stages.values()
+        status.step_ms, status.steps = step_ms, 100
+        world.workers[name].member.beat_now()
+    while [stage.step_ms for stage in (await world.calls.status()).stages] != [1.0, 4.0, 1.0]:
+        await asyncio.sleep(0.01)
+    info = (await world.calls.rebalance())[-1].ready
+    after = [stage.layers.end - stage.layers.start for stage in info.stages]
+    assert info.epoch == 2 and after[1] < before[1] and sum(after) == sum(before)
+
+
 async def test_a_rebalance_loads_beside_switches_and_unloads_the_old_stages(world: World) -> None:
     await world.calls.deploy(stages=4)
     assert world.stages() == [("a", 1, 0), ("a", 1, 1), ("b", 1, 2), ("c", 1, 3)]

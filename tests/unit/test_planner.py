@@ -361,26 +361,41 @@ def test_more_memory_never_makes_a_plan_fail(
     plan(larger, shape, wanted)
 
 
+def test_layers_are_shared_by_how_fast_workers_are() -> None:
+    fast, slow = cluster(64, 64)
+    made = plan([fast, replace(slow, pace=3)], model(tail_bytes=0), order(stages=2))
+    assert layers_of(made) == [24, 8]
+    small = replace(fast, memory_bytes=4 * GIB)
+    made = plan([small, replace(slow, pace=3)], model(tail_bytes=0), order(stages=2))
+    taken = dict(zip(workers_of(made), layers_of(made), strict=True))
+    assert taken == {"worker-1": 15, "worker-2": 17}  # as many as the fast one has room for
+
+
 @settings(max_examples=100, deadline=None)
-@given(situations())
-def test_with_room_for_everything_no_cut_is_quicker(situation: tuple[list[WorkerView], ModelShape, Order]) -> None:
-    """Against all cuts of a small model: the slowest stage is as quick as it can be."""
+@given(situations(), st.lists(st.integers(1, 40), min_size=3, max_size=3))
+def test_with_room_for_everything_no_cut_is_quicker(
+    situation: tuple[list[WorkerView], ModelShape, Order], paces: list[int]
+) -> None:
+    """Against all cuts of a small model over the same ring: the slowest stage is as quick as it can be."""
     _, shape, wanted = situation
     shape = ModelShape("m", replace(shape.costs, layer_bytes=shape.costs.layer_bytes[:8]), 256)
     stages = min(3, shape.layers)
-    workers = [WorkerView(f"w{number}", 1000 * GIB) for number in range(3)]
+    workers = [WorkerView(f"w{number}", 1000 * GIB, pace=pace) for number, pace in enumerate(paces)]
     made = plan(workers, shape, Order(wanted.options, stages))
+    ring = [paces[int(name[1:])] for name in workers_of(made)]
     read = shape.memory(0, 1, wanted.options).kv // wanted.options.slots // 2
 
-    def time_of(start: int, end: int) -> int:
+    def time_of(index: int, start: int, end: int) -> int:
         tail = shape.costs.tail_bytes if end == shape.layers else 0
-        return sum(shape.costs.layer_bytes[start:end]) + read * (end - start) + tail
+        return (sum(shape.costs.layer_bytes[start:end]) + read * (end - start) + tail) * ring[index]
 
     def quickest(start: int, left: int) -> int:
+        index = stages - left
         if left == 1:
-            return time_of(start, shape.layers)
+            return time_of(index, start, shape.layers)
         return min(
-            max(time_of(start, end), quickest(end, left - 1)) for end in range(start + 1, shape.layers - left + 2)
+            max(time_of(index, start, end), quickest(end, left - 1))
+            for end in range(start + 1, shape.layers - left + 2)
         )
 
-    assert max(time_of(stage.start, stage.end) for stage in made.stages) == quickest(0, stages)
+    assert max(time_of(stage.index, stage.start, stage.end) for stage in made.stages) == quickest(0, stages)
