@@ -275,7 +275,7 @@ def _allow_files() -> None:
     """
     now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     if most != resource.RLIM_INFINITY and most < LEAST_FILES:
-        raise NotReady(f"a node needs {LEAST_FILES} open files or more, it may have {most}: raise the limit (ulimit -n)")
+        raise NotReady(f"a node needs {LEAST_FILES} open files, it may have {most}: raise the limit (ulimit -n)")
     wanted = MAX_FILES if most == resource.RLIM_INFINITY else min(most, MAX_FILES)
     if now != resource.RLIM_INFINITY and now < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
