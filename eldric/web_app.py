@@ -13,6 +13,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from eldric.browsers import SiteGuard
 from eldric.config import NodeConfig
 from eldric.grpc_server import Service
 from eldric.http_errors import error_response
@@ -78,7 +79,7 @@ def make_app(
             Route("/docs", show_docs),
             *(route for each in services for route in face.routes(each.servicer, each.descriptor)),
         ],
-        middleware=[Middleware(_Errors)],
+        middleware=[Middleware(_Errors), *([Middleware(SiteGuard, config)] if config.kind in PUBLIC_KINDS else [])],
         exception_handlers={HTTPException: _http_exception},
     )
 
