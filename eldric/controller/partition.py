@@ -29,7 +29,7 @@ class Ring:
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """Where the layers are cut: stage i holds [bounds[i], bounds[i + 1]); `slowest` is that of its slowest stage, in time."""
+    """Where the layers are cut: stage i holds [bounds[i], bounds[i + 1]); `slowest`: the slowest stage's time."""
 
     bounds: tuple[int, ...]
     slowest: int
@@ -151,7 +151,7 @@ class Partition:
         return bounds
 
     def _even_out(self, ring: Ring, bounds: list[int]) -> list[int]:
-        """Move single layers between neighbours while that brings their times closer together and they have room."""
+        """Move single layers between neighbours while that makes the slower of the two quicker and they have room."""
         seats = len(ring.seats)
         rooms = list(ring.rooms)
         for seat, worker in enumerate(ring.seats):
@@ -178,9 +178,10 @@ class Partition:
         """Which seat at an edge should give the layer at that edge to which; layer -1 when neither gains."""
         left, right = self._time(ring, bounds, edge - 1), self._time(ring, bounds, edge)
         last, first = bounds[edge] - 1, bounds[edge]
-        pace = ring.pace(edge - 1) + ring.pace(edge)  # what a layer's byte takes off here and adds there
-        if 2 * (left - right) > (self._reads[last + 1] - self._reads[last]) * pace and last > bounds[edge - 1]:
+        to_right = (self._reads[last + 1] - self._reads[last]) * ring.pace(edge)
+        to_left = (self._reads[first + 1] - self._reads[first]) * ring.pace(edge - 1)
+        if right + to_right < left and last > bounds[edge - 1]:
             return edge - 1, edge, last
-        if 2 * (right - left) > (self._reads[first + 1] - self._reads[first]) * pace and first + 1 < bounds[edge + 1]:
+        if left + to_left < right and first + 1 < bounds[edge + 1]:
             return edge, edge - 1, first
         return edge, edge, -1
