@@ -372,11 +372,12 @@ def test_layers_are_shared_by_how_fast_workers_are() -> None:
 
 
 @settings(max_examples=100, deadline=None)
-@given(situations(), st.lists(st.integers(1, 40), min_size=3, max_size=3))
+@given(situations(), st.just([1, 1, 1]) | st.lists(st.integers(1, 40), min_size=3, max_size=3))
 def test_with_room_for_everything_no_cut_is_quicker(
     situation: tuple[list[WorkerView], ModelShape, Order], paces: list[int]
 ) -> None:
-    """Against all cuts of a small model over the same ring: the slowest stage is as quick as it can be."""
+    """Against all cuts of a small model over the same ring: the slowest stage is as quick as it can be; where workers
+    are not equally fast, as near to it as one layer."""
     _, shape, wanted = situation
     shape = ModelShape("m", replace(shape.costs, layer_bytes=shape.costs.layer_bytes[:8]), 256)
     stages = min(3, shape.layers)
@@ -398,4 +399,6 @@ def test_with_room_for_everything_no_cut_is_quicker(
             for end in range(start + 1, shape.layers - left + 2)
         )
 
-    assert max(time_of(stage.index, stage.start, stage.end) for stage in made.stages) == quickest(0, stages)
+    slowest = max(time_of(stage.index, stage.start, stage.end) for stage in made.stages)
+    a_layer = (max(shape.costs.layer_bytes) + read) * max(ring) if len(set(ring)) > 1 else 0
+    assert slowest <= quickest(0, stages) + a_layer
