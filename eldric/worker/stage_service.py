@@ -9,10 +9,8 @@ import grpc
 from eldric.errors import NotFound
 from eldric.transport.errors import TransportError
 from eldric.v1 import stage_pb2, stage_pb2_grpc
+from eldric.worker.load_news import LoadNews
 from eldric.worker.stages import StageTable
-
-#: Progress events that wait for a caller who reads slowly; only the newest matter.
-_PROGRESS = 16
 
 
 class StageService(stage_pb2_grpc.StageServicer):
@@ -20,17 +18,11 @@ class StageService(stage_pb2_grpc.StageServicer):
         self._stages = stages
 
     async def Load(self, request: stage_pb2.LoadRequest, context: object) -> AsyncIterator[stage_pb2.LoadEvent]:
-        events: asyncio.Queue[stage_pb2.LoadProgress | None] = asyncio.Queue(_PROGRESS)
-
-        def advance(event: stage_pb2.LoadProgress | None) -> None:
-            if events.full():
-                events.get_nowait()
-            events.put_nowait(event)
-
-        loading = asyncio.ensure_future(self._stages.load(request, advance))
-        loading.add_done_callback(lambda _: advance(None))
+        news = LoadNews()
+        loading = asyncio.ensure_future(self._stages.load(request, news.tell))
+        loading.add_done_callback(lambda _: news.end())
         try:
-            while (event := await events.get()) is not None:
+            while (event := await news.next()) is not None:
                 yield stage_pb2.LoadEvent(progress=event)
             yield stage_pb2.LoadEvent(loaded=await loading)
         finally:

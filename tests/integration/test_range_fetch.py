@@ -56,6 +56,16 @@ async def test_a_shard_is_fetched_once_and_another_split_fetches_what_is_new(big
     assert await asyncio.to_thread(bring, worker, source, big.path, (2, 6)) == (0, 0), "a warm cache asks nobody"
 
 
+async def test_a_fetch_tells_its_beginning_before_anything_came(big: BigStore, tmp_path: Path) -> None:
+    """What is mapped meanwhile is not told as if nothing were to be fetched."""
+    told: list[tuple[int, int]] = []
+    async with serving(big.folder, big.authority, "a") as served:
+        source = at(big.source, stage_pb2.ModelPlace(node_id="data/a", http_url=served.worker.node.http_url))
+        worker = fetching(tmp_path / "cache", big.authority)
+        await asyncio.to_thread(bring, worker, source, big.path, (2, 4), lambda done, total: told.append((done, total)))
+    assert told[0] == (0, told[-1][1]) and told[-1][0] == told[-1][1] > 0
+
+
 async def test_an_edge_that_came_wrong_is_noticed_and_mended_when_its_block_is_complete(
     big: BigStore, tmp_path: Path
 ) -> None:

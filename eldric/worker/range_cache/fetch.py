@@ -68,6 +68,7 @@ class Fetch:
         NotEnoughSpace.
         """
         pieces = list(pieces)
+        progress(0, sum(len(piece.extent) for piece in pieces))  # before anybody maps what comes
         self._arrivals.expect(pieces)
         connections, places = self._connect(tls)
         work = Work(self._source.model, plan_spans(pieces, len(connections)), places)
@@ -104,7 +105,7 @@ class Fetch:
 
     def _watch(self, work: Work, progress: Progress, cancelled: Cancelled) -> None:
         """Until all is there or nothing more can be done."""
-        noted_at, told = time.monotonic(), -1
+        noted_at, told = time.monotonic(), 0
         while True:
             now = work.wait(LOOK_S)
             if now.done_bytes != told:
