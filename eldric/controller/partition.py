@@ -127,7 +127,8 @@ class Partition:
     def _fill(self, ring: Ring, limit: int) -> list[int] | Shortfall:
         """Give each seat in order as many layers as it has room for and time within `limit`.
 
-        Taking the most is never worse: a seat that could take fewer leaves more to the others.
+        Taking the most is never worse where all are equally fast: a seat that could take fewer leaves more to others.
+        Where they are not, a heavy layer may be left to a slow seat: that costs the time of a layer at the most.
         """
         seats = len(ring.seats)
         rooms = list(ring.rooms)
