@@ -15,9 +15,9 @@ from eldric.cli.progress import Tracker, follow_import
 from eldric.cli.storing import pull_model
 from eldric.client import ModelInfo
 from eldric.data.names import id_of
-from eldric.errors import InvalidRequest, NotFound, NotReady
+from eldric.errors import InvalidRequest, NotFound
 
-app = options.new_app(name="models", help="The model store: list, show, pull, add, remove and verify.")
+app = options.new_app(name="models", help="The model store: list, show, pull, add, remove, replicate and verify.")
 replicate.register(app)
 
 
@@ -167,16 +167,16 @@ def pull(
 @app.command("rm")
 def remove(
     name: options.Model,
+    force: Annotated[
+        bool, typer.Option("--force", help="Also a deployed one: its pipelines cannot be loaded again.")
+    ] = False,
     folder: options.Dir = None,
     controller: options.Controller = None,
     as_json: options.Json = False,
 ) -> None:
     """Remove a model from the store, or what an interrupted pull left of it. A model that is deployed stays."""
     with client_of(folder, controller) as client:
-        if used := [info.name for info in client.status() if info.model == name]:
-            commands = ", ".join(f"`eldric-cli undeploy {each}`" for each in used)
-            raise NotReady(f"{name} is deployed, and could not be loaded again: {commands} first")
-        client.models.remove(name)
+        client.models.remove(name, force=force)
     if as_json:
         print_json({"removed": name})
     else:

@@ -30,6 +30,7 @@ DECISIONS = {
     "Pipeline/Watch": NODES,
     "Replication/Set": OPERATORS,
     "Replication/List": NODES,
+    "Replication/Release": frozenset({"data"}),
     "Stage/Load": CONTROLLERS,
     "Stage/Unload": CONTROLLERS,
     "Stage/OpenLinks": CONTROLLERS,

@@ -43,6 +43,12 @@ class CopyGoals:
         with contextlib.suppress(VersionMismatch):
             await self.set(model, 0)
 
+    async def check_released(self, model: str) -> None:
+        """Raises NotReady when a pipeline needs the model."""
+        stub = replication_pb2_grpc.ReplicationStub(await self._connections.controller())
+        with contextlib.suppress(VersionMismatch), self._connections.calling(_CONTROLLER):
+            await stub.Release(replication_pb2.ReleaseRequest(model=model), timeout=self._timeout_s)
+
     async def reached_events(
         self, model: str, copies: int
     ) -> AsyncGenerator[types.ReplicaProgress | types.ModelReplicas, None]:

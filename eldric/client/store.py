@@ -111,16 +111,18 @@ class Models:
             finally:
                 call.cancel()
 
-    async def remove(self, name: str) -> None:
+    async def remove(self, name: str, *, force: bool = False) -> None:
         """Remove a model from every data worker that holds it, or the rest of an interrupted pull; no copy is made any
-        more. Raises NotFound."""
+        more. Raises NotFound, and NotReady for one that is deployed, unless that does not matter (force)."""
+        if not force:
+            await self._goals.check_released(name)
         await self._goals.drop(name)
         missing: list[NotFound] = []
         stores = await self._replicas.stores()
         for store in stores:
             try:
                 with self._connections.calling(f"data worker {store.name}"):
-                    await store.calls.Remove(model_store_pb2.RemoveModelRequest(id=name))
+                    await store.calls.Remove(model_store_pb2.RemoveModelRequest(id=name, force=force))
             except NotFound as error:
                 missing.append(error)
         if len(missing) == len(stores):

@@ -199,8 +199,8 @@ class SyncModels:
         """See Models.replicate_events."""
         return self._client._run(self._models.replicate(name, to, copies))
 
-    def remove(self, name: str) -> None:
-        self._client._run(self._models.remove(name))
+    def remove(self, name: str, *, force: bool = False) -> None:
+        self._client._run(self._models.remove(name, force=force))
 
     def verify_events(self, name: str) -> Events[types.ImportProgress]:
         return self._client._iterate(self._models.verify_events(name))

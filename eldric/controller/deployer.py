@@ -47,6 +47,7 @@ class Deployer:
         self._metrics = metrics
         self._rebalance = Rebalance(cluster, store, planning, rings)
         self._operations: dict[str, Operation] = {}  # by pipeline id
+        self._preparing: list[str] = []  # models of deploys that are not among the pipelines yet
         self._background: set[asyncio.Future[None]] = set()
         self._closing = False
 
@@ -70,6 +71,10 @@ class Deployer:
         """What a deploy would do now."""
         prepared = await self._planning.prepare(request)
         return convert.plan_message(self._planning.plan(prepared), request.model)
+
+    def is_preparing(self, model: str) -> bool:
+        """Whether a deploy has begun that the cluster's pipelines do not show yet."""
+        return model in self._preparing
 
     def deploy(self, request: pipeline_pb2.DeployRequest) -> Operation:
         """Starts a deploy. Its error says what stopped it; then nothing of it is left."""
@@ -144,10 +149,14 @@ class Deployer:
         self, pipeline_id: str, request: pipeline_pb2.DeployRequest, operation: Operation
     ) -> pipeline_pb2.PipelineInfo:
         self._cluster.deployments.check_free(pipeline_name(request))
-        prepared = await self._planning.prepare(request)
-        made = self._planning.plan(prepared)
-        record = self._planning.record(pipeline_id, prepared, made)
-        self._cluster.add(record)  # from here on its memory is promised, and its name taken
+        self._preparing.append(request.model)
+        try:
+            prepared = await self._planning.prepare(request)
+            made = self._planning.plan(prepared)
+            record = self._planning.record(pipeline_id, prepared, made)
+            self._cluster.add(record)  # from here on its memory is promised, and its name taken
+        finally:
+            self._preparing.remove(request.model)
         log.info("event=deploying pipeline=%s id=%s stages=%d", record.name, record.id, len(record.stages))
         try:
             await self._store.save(record)

@@ -19,6 +19,7 @@ from eldric.controller.nodes import NodeInfo, NodeState
 from eldric.controller.pipeline_service import PipelineService
 from eldric.controller.planning import Planning
 from eldric.controller.registry_service import RegistryService
+from eldric.controller.releases import Releases
 from eldric.controller.replication_service import ReplicationService
 from eldric.controller.replicator import Replicator
 from eldric.controller.ring import RingMaker
@@ -66,6 +67,7 @@ class Controller:
         self._caretaker = Caretaker(self.cluster, workers, rings, self._deployer, metrics, tick_s)
         self._replicator = Replicator(config, self.cluster, store, models, self.node.channels)
         self.node.metrics.register(ReplicationCollector(self._replicator.statuses))
+        self._releases = Releases(self.cluster, models, self._deployer)
         self._serve(authority, metrics, FreshReports(self.cluster, workers))
         self.node.health(self._look)
         self.node.on_start(self._start)
@@ -105,7 +107,7 @@ class Controller:
             pipeline_pb2.DESCRIPTOR.services_by_name["Pipeline"],
         )
         node.service(
-            ReplicationService(self._replicator),
+            ReplicationService(self._replicator, self._releases),
             replication_pb2_grpc.add_ReplicationServicer_to_server,
             replication_pb2.DESCRIPTOR.services_by_name["Replication"],
         )

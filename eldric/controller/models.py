@@ -54,6 +54,11 @@ class Models:
             f"add it with `eldric-cli models add FILE --name {model}`"
         )
 
+    async def others(self, model: str, node_id: str) -> list[model_store_pb2.ModelMetadata]:
+        """What the data workers besides this one say of a model, as far as they have it."""
+        answers = await self._ask_all([node for node in self._nodes() if node.id != node_id], model)
+        return [answer for _, answer in answers if isinstance(answer, model_store_pb2.ModelMetadata)]
+
     async def located(self, source: stage_pb2.ModelSource) -> stage_pb2.ModelSource:
         """A kept source with the places that hold its files now; as it was where nobody says. Never raises."""
         made = _located(source, await self._ask_all(self._nodes(), source.model))

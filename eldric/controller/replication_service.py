@@ -2,6 +2,7 @@
 
 import math
 
+from eldric.controller.releases import Releases
 from eldric.controller.replication import Status
 from eldric.controller.replicator import Replicator
 from eldric.errors import InvalidRequest
@@ -9,8 +10,8 @@ from eldric.v1 import replication_pb2, replication_pb2_grpc
 
 
 class ReplicationService(replication_pb2_grpc.ReplicationServicer):
-    def __init__(self, replicator: Replicator) -> None:
-        self._replicator = replicator
+    def __init__(self, replicator: Replicator, releases: Releases) -> None:
+        self._replicator, self._releases = replicator, releases
 
     async def Set(
         self, request: replication_pb2.SetReplicationRequest, context: object
@@ -27,6 +28,14 @@ class ReplicationService(replication_pb2_grpc.ReplicationServicer):
     ) -> replication_pb2.ListReplicationResponse:
         models = [_message(status) for status in self._replicator.statuses()]
         return replication_pb2.ListReplicationResponse(models=models)
+
+    async def Release(
+        self, request: replication_pb2.ReleaseRequest, context: object
+    ) -> replication_pb2.ReleaseResponse:
+        if not request.model:
+            raise InvalidRequest("the request names no model")
+        await self._releases.check(request.model, request.node_id)
+        return replication_pb2.ReleaseResponse()
 
 
 def _message(status: Status) -> replication_pb2.ModelReplication:

@@ -11,6 +11,7 @@ from eldric.data.content import content_route
 from eldric.data.export import exports_of
 from eldric.data.hub import Hub
 from eldric.data.jobs import Jobs
+from eldric.data.leaving import Leaving
 from eldric.data.metrics import DataMetrics
 from eldric.data.peer import Peers
 from eldric.data.service import ModelStoreService
@@ -40,9 +41,9 @@ class DataWorker:
         self.node = Node(config.node, identity)
         metrics = DataMetrics(self.node.metrics)
         self._jobs = Jobs(config.jobs, config.queue)
-        self._service = ModelStoreService(
-            self.store, self._jobs, metrics, Hub(config.hub), Peers(lambda: self.node.identity), config.ollama
-        )
+        leaving = Leaving(self.node, lambda: self.member.controller)
+        hub, peers = Hub(config.hub), Peers(lambda: self.node.identity)
+        self._service = ModelStoreService(self.store, self._jobs, metrics, leaving, hub, peers, config.ollama)
         self._service.exports = partial(exports_of, self.store.folder, config.nfs)
         self._problem = ""
         self._refreshing: asyncio.Task[None] | None = None

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,7 @@ from eldric.data.http_client import Hangup
 from eldric.data.hub import Hub
 from eldric.data.importer import Importer
 from eldric.data.jobs import Jobs, Work
+from eldric.data.leaving import Leaving
 from eldric.data.metrics import DataMetrics
 from eldric.data.model import StoredModel
 from eldric.data.peer import Peers
@@ -23,6 +25,8 @@ from eldric.engine.shard import ByteRange
 from eldric.errors import DataLoss, InvalidRequest
 from eldric.v1 import model_store_pb2 as pb
 from eldric.v1 import model_store_pb2_grpc, stage_pb2
+
+log = logging.getLogger(__name__)
 
 CHUNK_BYTES = 1 << 20
 #: Threads for short reads: listing, headers, pieces of files.
@@ -36,9 +40,16 @@ class ModelStoreService(model_store_pb2_grpc.ModelStoreServicer):
     """Serves a store. File work runs in threads: short reads in their own, imports and checks as jobs."""
 
     def __init__(
-        self, store: ModelStore, jobs: Jobs, metrics: DataMetrics, hub: Hub, peers: Peers, ollama: Path | None
+        self,
+        store: ModelStore,
+        jobs: Jobs,
+        metrics: DataMetrics,
+        leaving: Leaving,
+        hub: Hub,
+        peers: Peers,
+        ollama: Path | None,
     ) -> None:
-        self._store, self._jobs, self._metrics = store, jobs, metrics
+        self._store, self._jobs, self._metrics, self._leaving = store, jobs, metrics, leaving
         self._importer = Importer(store)
         self._puller = Puller(store, self._importer, hub, peers, ollama)
         #: Where the store's folder can be mounted from now.
@@ -67,6 +78,7 @@ class ModelStoreService(model_store_pb2_grpc.ModelStoreServicer):
         return pb.ListModelsResponse(models=models, free_bytes=await self._in_thread(self._store.free_bytes))
 
     async def Metadata(self, request: pb.ModelRequest, context: Any) -> pb.ModelMetadata:
+        self._leaving.check(request.id)
         metadata = model_metadata(await self.find(request.id))
         metadata.source.exports.extend(await self._in_thread(self.exports))
         return metadata
@@ -116,9 +128,18 @@ class ModelStoreService(model_store_pb2_grpc.ModelStoreServicer):
         return lambda report: self._importer.run(request.path, request.id, request.mode, report)
 
     async def Remove(self, request: pb.RemoveModelRequest, context: Any) -> pb.RemoveModelResponse:
-        await self._in_thread(self._store.remove, request.id)
+        await asyncio.shield(asyncio.ensure_future(self._remove(request.id, force=request.force)))
         await self.refresh()
         return pb.RemoveModelResponse()
+
+    async def _remove(self, model: str, *, force: bool) -> None:
+        """Goes on when the caller leaves: until it is gone, or stays, nobody plans with it."""
+        with self._leaving.hidden(model):
+            if force:
+                log.warning("event=removing_by_force id=%s: its pipelines cannot be loaded again", model)
+            elif await self._in_thread(self._store.find, model) is not None:
+                await self._leaving.ask(model)
+            await self._in_thread(self._store.remove, model)
 
     async def Verify(self, request: pb.ModelRequest, context: Any) -> AsyncIterator[pb.VerifyEvent]:
         total_bytes = (await self.find(request.id)).size_bytes

@@ -65,6 +65,7 @@ RULES: dict[str, Rule] = {
     "ModelStore/Pull": Rule(READERS),
     "ModelStore/Import": _kinds("controller"),
     "Replication/List": Rule(NODES),
+    "Replication/Release": Rule(frozenset({"data"}), lambda request: str(request.node_id)),
     "Tunnel/Open": Rule(MEMBERS),
     "Tunnel/Tunnels": Rule(NODES),
     "Membership/Join": Rule(NODES, strangers=True),

@@ -137,8 +137,9 @@ class ModelStoreServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Remove(self, request, context):
-        """Removes a model and the store's own files of it. Transfers in progress go on to their end, and so do stages that
-        map the files on this machine. A stage that maps them over NFS loses them: undeploy first.
+        """Removes a model and the store's own files of it, or what has come of a download that is not complete. Transfers in
+        progress go on to their end. FAILED_PRECONDITION: a pipeline needs these files and no other data worker has them
+        (see Replication.Release). UNAVAILABLE: no controller says whether one does.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

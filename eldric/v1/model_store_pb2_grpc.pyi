@@ -62,8 +62,9 @@ class ModelStoreStub:
     source does not answer; asking again goes on. FAILED_PRECONDITION: the store cannot be written.
     """
     Remove: _grpc.UnaryUnaryMultiCallable[_model_store_pb2.RemoveModelRequest, _model_store_pb2.RemoveModelResponse]
-    """Removes a model and the store's own files of it. Transfers in progress go on to their end, and so do stages that
-    map the files on this machine. A stage that maps them over NFS loses them: undeploy first.
+    """Removes a model and the store's own files of it, or what has come of a download that is not complete. Transfers in
+    progress go on to their end. FAILED_PRECONDITION: a pipeline needs these files and no other data worker has them
+    (see Replication.Release). UNAVAILABLE: no controller says whether one does.
     """
     Verify: _grpc.UnaryStreamMultiCallable[_model_store_pb2.ModelRequest, _model_store_pb2.VerifyEvent]
     """Compares every file's SHA-256, and that of each of its blocks, with those that were kept at import. DATA_LOSS: they
@@ -105,8 +106,9 @@ class ModelStoreAsyncStub(ModelStoreStub):
     source does not answer; asking again goes on. FAILED_PRECONDITION: the store cannot be written.
     """
     Remove: _aio.UnaryUnaryMultiCallable[_model_store_pb2.RemoveModelRequest, _model_store_pb2.RemoveModelResponse]  # type: ignore[assignment]
-    """Removes a model and the store's own files of it. Transfers in progress go on to their end, and so do stages that
-    map the files on this machine. A stage that maps them over NFS loses them: undeploy first.
+    """Removes a model and the store's own files of it, or what has come of a download that is not complete. Transfers in
+    progress go on to their end. FAILED_PRECONDITION: a pipeline needs these files and no other data worker has them
+    (see Replication.Release). UNAVAILABLE: no controller says whether one does.
     """
     Verify: _aio.UnaryStreamMultiCallable[_model_store_pb2.ModelRequest, _model_store_pb2.VerifyEvent]  # type: ignore[assignment]
     """Compares every file's SHA-256, and that of each of its blocks, with those that were kept at import. DATA_LOSS: they
@@ -187,8 +189,9 @@ class ModelStoreServicer(metaclass=_abc_1.ABCMeta):
         request: _model_store_pb2.RemoveModelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_model_store_pb2.RemoveModelResponse, _abc.Awaitable[_model_store_pb2.RemoveModelResponse]]:
-        """Removes a model and the store's own files of it. Transfers in progress go on to their end, and so do stages that
-        map the files on this machine. A stage that maps them over NFS loses them: undeploy first.
+        """Removes a model and the store's own files of it, or what has come of a download that is not complete. Transfers in
+        progress go on to their end. FAILED_PRECONDITION: a pipeline needs these files and no other data worker has them
+        (see Replication.Release). UNAVAILABLE: no controller says whether one does.
         """
 
     @_abc_1.abstractmethod

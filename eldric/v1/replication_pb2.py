@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.api import annotations_pb2 as google_dot_api_dot_annotations__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x65ldric/v1/replication.proto\x12\teldric.v1\x1a\x1cgoogle/api/annotations.proto\"6\n\x15SetReplicationRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06\x63opies\x18\x02 \x01(\r\"\x18\n\x16ListReplicationRequest\"F\n\x17ListReplicationResponse\x12+\n\x06models\x18\x01 \x03(\x0b\x32\x1b.eldric.v1.ModelReplication\"\xaa\x01\n\x10ModelReplication\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06\x63opies\x18\x02 \x01(\r\x12\x14\n\x0c\x64\x61ta_workers\x18\x03 \x03(\t\x12\'\n\x07\x63opying\x18\x04 \x03(\x0b\x32\x16.eldric.v1.ReplicaCopy\x12\x0f\n\x07problem\x18\x05 \x01(\t\x12\x15\n\rproblem_error\x18\x06 \x01(\t\x12\x10\n\x08waits_ms\x18\x07 \x01(\x04\"t\n\x0bReplicaCopy\x12\x13\n\x0b\x64\x61ta_worker\x18\x01 \x01(\t\x12\x18\n\x10\x66rom_data_worker\x18\x02 \x01(\t\x12\r\n\x05phase\x18\x03 \x01(\t\x12\x12\n\ndone_bytes\x18\x04 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x05 \x01(\x04\x32\xf5\x01\n\x0bReplication\x12s\n\x03Set\x12 .eldric.v1.SetReplicationRequest\x1a\x1b.eldric.v1.ModelReplication\"-\x82\xd3\xe4\x93\x02\'\"\"/api/v1/models/{model}/replication:\x01*\x12q\n\x04List\x12!.eldric.v1.ListReplicationRequest\x1a\".eldric.v1.ListReplicationResponse\"\"\x82\xd3\xe4\x93\x02\x1c\x12\x1a/api/v1/models/replicationb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x65ldric/v1/replication.proto\x12\teldric.v1\x1a\x1cgoogle/api/annotations.proto\"6\n\x15SetReplicationRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06\x63opies\x18\x02 \x01(\r\"0\n\x0eReleaseRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07node_id\x18\x02 \x01(\t\"\x11\n\x0fReleaseResponse\"\x18\n\x16ListReplicationRequest\"F\n\x17ListReplicationResponse\x12+\n\x06models\x18\x01 \x03(\x0b\x32\x1b.eldric.v1.ModelReplication\"\xaa\x01\n\x10ModelReplication\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06\x63opies\x18\x02 \x01(\r\x12\x14\n\x0c\x64\x61ta_workers\x18\x03 \x03(\t\x12\'\n\x07\x63opying\x18\x04 \x03(\x0b\x32\x16.eldric.v1.ReplicaCopy\x12\x0f\n\x07problem\x18\x05 \x01(\t\x12\x15\n\rproblem_error\x18\x06 \x01(\t\x12\x10\n\x08waits_ms\x18\x07 \x01(\x04\"t\n\x0bReplicaCopy\x12\x13\n\x0b\x64\x61ta_worker\x18\x01 \x01(\t\x12\x18\n\x10\x66rom_data_worker\x18\x02 \x01(\t\x12\r\n\x05phase\x18\x03 \x01(\t\x12\x12\n\ndone_bytes\x18\x04 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x05 \x01(\x04\x32\xb7\x02\n\x0bReplication\x12s\n\x03Set\x12 .eldric.v1.SetReplicationRequest\x1a\x1b.eldric.v1.ModelReplication\"-\x82\xd3\xe4\x93\x02\'\"\"/api/v1/models/{model}/replication:\x01*\x12q\n\x04List\x12!.eldric.v1.ListReplicationRequest\x1a\".eldric.v1.ListReplicationResponse\"\"\x82\xd3\xe4\x93\x02\x1c\x12\x1a/api/v1/models/replication\x12@\n\x07Release\x12\x19.eldric.v1.ReleaseRequest\x1a\x1a.eldric.v1.ReleaseResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,14 +38,18 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_REPLICATION'].methods_by_name['List']._serialized_options = b'\202\323\344\223\002\034\022\032/api/v1/models/replication'
   _globals['_SETREPLICATIONREQUEST']._serialized_start=72
   _globals['_SETREPLICATIONREQUEST']._serialized_end=126
-  _globals['_LISTREPLICATIONREQUEST']._serialized_start=128
-  _globals['_LISTREPLICATIONREQUEST']._serialized_end=152
-  _globals['_LISTREPLICATIONRESPONSE']._serialized_start=154
-  _globals['_LISTREPLICATIONRESPONSE']._serialized_end=224
-  _globals['_MODELREPLICATION']._serialized_start=227
-  _globals['_MODELREPLICATION']._serialized_end=397
-  _globals['_REPLICACOPY']._serialized_start=399
-  _globals['_REPLICACOPY']._serialized_end=515
-  _globals['_REPLICATION']._serialized_start=518
-  _globals['_REPLICATION']._serialized_end=763
+  _globals['_RELEASEREQUEST']._serialized_start=128
+  _globals['_RELEASEREQUEST']._serialized_end=176
+  _globals['_RELEASERESPONSE']._serialized_start=178
+  _globals['_RELEASERESPONSE']._serialized_end=195
+  _globals['_LISTREPLICATIONREQUEST']._serialized_start=197
+  _globals['_LISTREPLICATIONREQUEST']._serialized_end=221
+  _globals['_LISTREPLICATIONRESPONSE']._serialized_start=223
+  _globals['_LISTREPLICATIONRESPONSE']._serialized_end=293
+  _globals['_MODELREPLICATION']._serialized_start=296
+  _globals['_MODELREPLICATION']._serialized_end=466
+  _globals['_REPLICACOPY']._serialized_start=468
+  _globals['_REPLICACOPY']._serialized_end=584
+  _globals['_REPLICATION']._serialized_start=587
+  _globals['_REPLICATION']._serialized_end=898
 # @@protoc_insertion_point(module_scope)

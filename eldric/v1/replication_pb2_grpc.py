@@ -46,6 +46,11 @@ class ReplicationStub:
                 request_serializer=eldric_dot_v1_dot_replication__pb2.ListReplicationRequest.SerializeToString,
                 response_deserializer=eldric_dot_v1_dot_replication__pb2.ListReplicationResponse.FromString,
                 _registered_method=True)
+        self.Release = channel.unary_unary(
+                '/eldric.v1.Replication/Release',
+                request_serializer=eldric_dot_v1_dot_replication__pb2.ReleaseRequest.SerializeToString,
+                response_deserializer=eldric_dot_v1_dot_replication__pb2.ReleaseResponse.FromString,
+                _registered_method=True)
 
 
 class ReplicationServicer:
@@ -69,6 +74,15 @@ class ReplicationServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Release(self, request, context):
+        """Asks whether a data worker's copy of a model may go, or all copies, and changes nothing. A data worker asks before it
+        removes one, and hides it from planning until it has removed it: no deployment begins in between.
+        FAILED_PRECONDITION: a pipeline is made of it, or being made, and no other data worker that answers holds the files.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ReplicationServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -81,6 +95,11 @@ def add_ReplicationServicer_to_server(servicer, server):
                     servicer.List,
                     request_deserializer=eldric_dot_v1_dot_replication__pb2.ListReplicationRequest.FromString,
                     response_serializer=eldric_dot_v1_dot_replication__pb2.ListReplicationResponse.SerializeToString,
+            ),
+            'Release': grpc.unary_unary_rpc_method_handler(
+                    servicer.Release,
+                    request_deserializer=eldric_dot_v1_dot_replication__pb2.ReleaseRequest.FromString,
+                    response_serializer=eldric_dot_v1_dot_replication__pb2.ReleaseResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -139,6 +158,33 @@ class Replication:
             '/eldric.v1.Replication/List',
             eldric_dot_v1_dot_replication__pb2.ListReplicationRequest.SerializeToString,
             eldric_dot_v1_dot_replication__pb2.ListReplicationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Release(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/eldric.v1.Replication/Release',
+            eldric_dot_v1_dot_replication__pb2.ReleaseRequest.SerializeToString,
+            eldric_dot_v1_dot_replication__pb2.ReleaseResponse.FromString,
             options,
             channel_credentials,
             insecure,

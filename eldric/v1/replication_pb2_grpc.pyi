@@ -42,6 +42,11 @@ class ReplicationStub:
     """
     List: _grpc.UnaryUnaryMultiCallable[_replication_pb2.ListReplicationRequest, _replication_pb2.ListReplicationResponse]
     """The models whose number of copies was set, by name."""
+    Release: _grpc.UnaryUnaryMultiCallable[_replication_pb2.ReleaseRequest, _replication_pb2.ReleaseResponse]
+    """Asks whether a data worker's copy of a model may go, or all copies, and changes nothing. A data worker asks before it
+    removes one, and hides it from planning until it has removed it: no deployment begins in between.
+    FAILED_PRECONDITION: a pipeline is made of it, or being made, and no other data worker that answers holds the files.
+    """
 
 @_typing.type_check_only
 class ReplicationAsyncStub(ReplicationStub):
@@ -57,6 +62,11 @@ class ReplicationAsyncStub(ReplicationStub):
     """
     List: _aio.UnaryUnaryMultiCallable[_replication_pb2.ListReplicationRequest, _replication_pb2.ListReplicationResponse]  # type: ignore[assignment]
     """The models whose number of copies was set, by name."""
+    Release: _aio.UnaryUnaryMultiCallable[_replication_pb2.ReleaseRequest, _replication_pb2.ReleaseResponse]  # type: ignore[assignment]
+    """Asks whether a data worker's copy of a model may go, or all copies, and changes nothing. A data worker asks before it
+    removes one, and hides it from planning until it has removed it: no deployment begins in between.
+    FAILED_PRECONDITION: a pipeline is made of it, or being made, and no other data worker that answers holds the files.
+    """
 
 class ReplicationServicer(metaclass=_abc_1.ABCMeta):
     """Served by the controller, which keeps the number up: when a data worker is lost or a copy is removed, and that lasts
@@ -81,5 +91,16 @@ class ReplicationServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_replication_pb2.ListReplicationResponse, _abc.Awaitable[_replication_pb2.ListReplicationResponse]]:
         """The models whose number of copies was set, by name."""
+
+    @_abc_1.abstractmethod
+    def Release(
+        self,
+        request: _replication_pb2.ReleaseRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_replication_pb2.ReleaseResponse, _abc.Awaitable[_replication_pb2.ReleaseResponse]]:
+        """Asks whether a data worker's copy of a model may go, or all copies, and changes nothing. A data worker asks before it
+        removes one, and hides it from planning until it has removed it: no deployment begins in between.
+        FAILED_PRECONDITION: a pipeline is made of it, or being made, and no other data worker that answers holds the files.
+        """
 
 def add_ReplicationServicer_to_server(servicer: ReplicationServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -129,7 +129,7 @@ async def test_a_pull_of_a_model_that_is_removed_meanwhile_goes_on_to_its_end(se
     await served.add(storyteller(), "tale", "copy")
     call = served.calls.Pull(pb.PullRequest(id="tale"))
     data = (await anext(aiter(call))).data
-    await served.calls.Remove(pb.RemoveModelRequest(id="tale"))
+    await served.calls.Remove(pb.RemoveModelRequest(id="tale", force=True))
     async for chunk in call:
         data += chunk.data
     assert data == storyteller().read_bytes()
@@ -239,7 +239,7 @@ async def test_the_same_over_rest(served: Served) -> None:
     assert sum(len(base64.b64decode(chunk["data"])) for chunk in pull.json()) == int(pull.json()[0]["total_bytes"])
     verify = await served.http.post("/api/v1/models/tale/verify", json={}, headers={"accept": "application/json"})
     assert verify.json()[-1]["sound"] is True
-    assert (await served.http.delete("/api/v1/models/tale")).status_code == 200
+    assert (await served.http.delete("/api/v1/models/tale?force=true")).status_code == 200
     missing = await served.http.get("/api/v1/models/tale/metadata")
     assert (missing.status_code, missing.json()["error"]["status"]) == (404, "NOT_FOUND")
 
