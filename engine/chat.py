@@ -1,6 +1,7 @@
 """Chat messages to a prompt, by the Jinja template that a model brings along."""
 
 import json
+import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
@@ -82,6 +83,17 @@ class ChatTemplate:
             prompt = self._run(source, {"messages": merged, **variables})
         bos = self._tokens["bos_token"]
         return prompt.removeprefix(bos) if self._adds_bos else prompt
+
+    def render_open(self, messages: Sequence[Mapping[str, Any]], **extra: Any) -> str:
+        """A prompt for more of the last message, whose content is a string: it ends where that content does.
+        Raises InvalidPrompt like `render`, and when the template does not show the content."""
+        *before, last = messages
+        mark = secrets.token_hex(16)  # nobody can have said it before
+        marked = {**last, "content": f"{last['content']}{mark}"}
+        prompt, found, _ = self.render([*before, marked], add_generation_prompt=False, **extra).rpartition(mark)
+        if not found:
+            raise InvalidPrompt("the model's chat template does not show the last message, so it cannot be continued")
+        return prompt
 
     def _run(self, source: str, variables: dict[str, Any]) -> str:
         try:

@@ -16,6 +16,9 @@ EldricError
 
 from eldric.errors import InvalidRequest, NotFound, QueueIsFull, Unavailable
 
+#: Longest name or value that a message quotes, in characters.
+MAX_QUOTED = 80
+
 
 class InvalidParameter(InvalidRequest):
     def __init__(self, message: str, param: str | None, code: str = "invalid_value", http_code: int = 400) -> None:
@@ -37,7 +40,7 @@ class PromptTooLong(InvalidRequest):
 class ModelNotFound(NotFound):
     def __init__(self, name: str, known: list[str]) -> None:
         there_is = f"deployed are: {', '.join(known)}" if known else "no model is deployed"
-        super().__init__(f"the model {name!r} is not deployed; {there_is}")
+        super().__init__(f"the model {name[:MAX_QUOTED]!r} is not deployed; {there_is}")
 
 
 class RouterIsFull(QueueIsFull):

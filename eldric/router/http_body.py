@@ -38,16 +38,22 @@ class BodyReader:
     async def read(self, request: Request, check: Callable[[dict[str, Any]], Checked]) -> Checked:
         """What `check` makes of the object in a request's body; a large one is parsed and checked in a thread.
 
-        Raises InvalidParameter: 413 for a body that is too large, 408 for one that takes too long, 400 for one that is
-        no JSON object. Raises RouterIsFull when the bodies of other requests leave no room for it, ClientDisconnect.
+        Raises InvalidParameter: 413 for a body that is too large, 408 for one that takes too long, 415 for one that is
+        compressed or of another kind, 400 for one that is no JSON object.
+        Raises RouterIsFull when the bodies of other requests leave no room for it, ClientDisconnect.
         """
+        _check_encoding(request.headers.get("content-encoding", ""))
+        content_type = request.headers.get("content-type", "")
+
+        def checked() -> Checked:
+            return check(parse_object(bytes(body), content_type))
+
         body = bytearray()
         try:
             await self._read(request, body)
             if len(body) <= SMALL_BYTES:
-                return check(parse_object(bytes(body)))
-            loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._executor, lambda: check(parse_object(bytes(body))))
+                return checked()
+            return await asyncio.get_running_loop().run_in_executor(self._executor, checked)
         finally:
             self.held_bytes -= len(body)
 
@@ -75,8 +81,16 @@ class BodyReader:
         raise InvalidParameter(message, None, "request_too_large", 413)
 
 
-def parse_object(body: bytes) -> dict[str, Any]:
-    """The JSON object in `body`. Raises InvalidParameter when it is none, or too complex."""
+def _check_encoding(encoding: str) -> None:
+    """Compressed bodies unpack beyond every bound."""
+    if encoding.strip().lower() not in ("", "identity"):
+        message = f"The body is compressed ({encoding[:80]!r}): send it as it is, without a Content-Encoding."
+        raise InvalidParameter(message, None, "unsupported_content_encoding", 415)
+
+
+def parse_object(body: bytes, content_type: str = "") -> dict[str, Any]:
+    """The JSON object in `body`, whatever its type is said to be: curl, for one, says that all it sends is a form.
+    Raises InvalidParameter when it is none, or too complex."""
     if _is_complex(body) and _is_complex(_STRING.sub(b"", body)):
         raise InvalidParameter(
             f"The body is too complex: at most {MAX_CONTAINERS} arrays and objects and {MAX_VALUES} values.",
@@ -86,7 +100,10 @@ def parse_object(body: bytes) -> dict[str, Any]:
     try:
         parsed = json.loads(body, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        if content_type and "json" not in content_type.lower():
+            message = f"The body must be JSON, of the content type 'application/json' and not {content_type[:80]!r}."
+            raise InvalidParameter(message, None, "unsupported_content_type", 415) from None
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error).partition(";")[0]
         raise InvalidParameter(f"The body is not valid JSON: {reason}", None, "invalid_json") from None
     if not isinstance(parsed, dict):
         raise InvalidParameter("The body must be a JSON object.", None, "invalid_json")

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator
 from eldric.errors import InvalidRequest
 from eldric.router.admission import Admission
 from eldric.router.generation import Delta, Event, Finished, Heads, Job, Started, Token, check_stop
-from eldric.router.prompts import Prompts, Target
+from eldric.router.prompts import Conversation, Prompts, Target
 from eldric.router.vocabularies import Vocabulary
 from eldric.v1 import inference_pb2, inference_pb2_grpc
 
@@ -84,7 +84,9 @@ async def _prompt(target: Target, request: inference_pb2.GenerateRequest) -> lis
             messages = request.chat.messages
             if not messages:
                 raise InvalidRequest("the conversation has no messages")
-            return await target.render([{"role": each.role, "content": each.content} for each in messages])
+            continues = messages[-1].role == "assistant" and messages[-1].content != ""
+            plain = [{"role": each.role, "content": each.content} for each in messages]
+            return await target.render(Conversation(plain, continues))
         case "tokens":
             return target.checked(list(request.tokens.ids))
     raise InvalidRequest("the request has no input: set prompt, chat or tokens")

@@ -10,13 +10,14 @@ from typing import Any
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
+from starlette.types import Receive, Scope, Send
 
 from eldric.event_stream import ClientGone
 from eldric.router.admission import Admission
-from eldric.router.errors import InvalidParameter, ModelNotFound
+from eldric.router.errors import MAX_QUOTED, InvalidParameter, ModelNotFound
 from eldric.router.http_body import BodyReader
 from eldric.router.metrics import RouterMetrics
-from eldric.router.openai_embeddings import Embeddings, EmbeddingsBody
+from eldric.router.openai_embeddings import Embeddings, embeddings_body
 from eldric.router.openai_errors import ApiError, api_error
 from eldric.router.openai_generation import Body, Completions
 from eldric.router.openai_types import DetokenizeBody, TokenizeBody, chat_body, completion_body
@@ -65,7 +66,7 @@ class OpenAiApi:
             self._route("/v1/embeddings", "POST", self._embed),
             self._route("/tokenize", "POST", self._tokenize),
             self._route("/detokenize", "POST", self._detokenize),
-            Route("/v1/{path:path}", self._unknown, methods=_ALL_METHODS),
+            *(Route(path, _Unknown()) for path in ("/v1", "/v1/{path:path}", *_WITHOUT_V1)),
         ]
 
     def _route(self, path: str, method: str, handler: Handler) -> Route:
@@ -79,7 +80,7 @@ class OpenAiApi:
                 ended.callback(self._count, endpoint, response.status_code, began)
             return response
 
-        return Route(path, answer, methods=[method])
+        return Route(path, _OneMethod(method, answer))
 
     async def _handle(self, request: Request, stack: AsyncExitStack, handler: Handler) -> Response:
         try:
@@ -102,7 +103,7 @@ class OpenAiApi:
         return await self._generate(request, stack, completion_body)
 
     async def _embed(self, request: Request, stack: AsyncExitStack) -> Response:
-        body = await self._bodies.read(request, EmbeddingsBody.model_validate)
+        body = await self._bodies.read(request, embeddings_body)
         stack.enter_context(self._admission.admit())
         return await self._embeddings.answer(request, self._name(body.model), body)
 
@@ -129,6 +130,8 @@ class OpenAiApi:
 
     async def _model(self, request: Request, stack: AsyncExitStack) -> Response:
         name = request.path_params["name"]
+        if not name:
+            return _unknown(request)
         if name not in self._pipelines.names():
             raise ModelNotFound(name, self._pipelines.names())
         return JSONResponse(self._entry(name))
@@ -163,11 +166,41 @@ class OpenAiApi:
         target = await self._prompts.find(self._name(body.model))
         return JSONResponse({"content": await target.detokenize(body.tokens)})
 
-    async def _unknown(self, request: Request) -> Response:
-        """A path under /v1 that is not served, or not with this method."""
-        message = f"Unknown request: {request.method} {request.url.path}. GET /docs lists what there is."
-        return ApiError(404, message, "invalid_request_error", None, "unknown_url").response()
+
+class _OneMethod:
+    """Says in OpenAI's shape that there is no other method. An instance: Starlette would say it in a way of its own."""
+
+    def __init__(self, method: str, answer: Callable[[Request], Awaitable[Response]]) -> None:
+        self._methods = (method, "HEAD") if method == "GET" else (method,)
+        self._answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = Request(scope, receive, send)
+        if request.method in self._methods:
+            response = await self._answer(request)
+        else:
+            message = f"Invalid method for URL ({request.method} {request.url.path}): it takes {self._methods[0]}."
+            response = ApiError(405, message, "invalid_request_error", None, "method_not_supported").response()
+            response.headers["allow"] = ", ".join(self._methods)
+        await response(scope, receive, send)
 
 
-_ALL_METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"]
+class _Unknown:
+    """What is not served, whatever the method."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await _unknown(Request(scope, receive, send))(scope, receive, send)
+
+
+def _unknown(request: Request) -> Response:
+    path = request.url.path
+    hint = "GET /docs lists what there is."
+    if path in _WITHOUT_V1:
+        hint = f"There is /v1{path}: give your client a base URL that ends with /v1."
+    message = f"Unknown request: {request.method} {path[:MAX_QUOTED]}. {hint}"
+    return ApiError(404, message, "invalid_request_error", None, "unknown_url").response()
+
+
+#: What clients call that were told a base URL without /v1.
+_WITHOUT_V1 = ("/models", "/chat/completions", "/completions", "/embeddings")
 _STATES = {"ready": 0, "deploying": 1, "degraded": 2, "undeploying": 3}

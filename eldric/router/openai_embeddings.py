@@ -3,7 +3,7 @@
 import asyncio
 import base64
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -14,9 +14,12 @@ from starlette.responses import Response
 from eldric.engine.errors import InvalidPrompt
 from eldric.errors import InvalidRequest
 from eldric.event_stream import disconnected, unless_gone
+from eldric.router import openai_unserved
 from eldric.router.errors import InvalidParameter, PromptTooLong
 from eldric.router.generation import Heads
-from eldric.router.openai_types import StrictBody, Text, as_prompts
+from eldric.router.openai_text import StrictBody, Text
+from eldric.router.openai_types import as_prompts
+from eldric.router.openai_unserved import refuse_unserved
 from eldric.router.prompts import Prompts, Target
 
 #: Texts of one request, as at OpenAI's; and how many of them are at work at once.
@@ -29,6 +32,13 @@ class EmbeddingsBody(StrictBody):
     input: Annotated[list[str | list[int]], PlainValidator(lambda value: as_prompts(value, MAX_INPUTS))]
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Annotated[int, Field(ge=1)] | None = None
+    add_special_tokens: bool | None = None
+
+
+def embeddings_body(body: Mapping[str, Any]) -> EmbeddingsBody:
+    """Raises InvalidParameter, pydantic.ValidationError."""
+    refuse_unserved(body, openai_unserved.EMBEDDING)
+    return EmbeddingsBody.model_validate(body)
 
 
 class Embeddings:
@@ -48,7 +58,7 @@ class Embeddings:
         target = await self._prompts.find(model)
         prompts = []
         for each in body.input:
-            prompts.append(await _tokens(target, each))
+            prompts.append(await _tokens(target, each, body.add_special_tokens))
             await asyncio.sleep(0)  # a short text is encoded without a wait
         entries = await self._entries(target, prompts, body)
         tokens = sum(map(len, prompts))
@@ -71,10 +81,11 @@ class Embeddings:
             await asyncio.wait(tasks)
 
 
-async def _tokens(target: Target, given: str | list[int]) -> list[int]:
+async def _tokens(target: Target, given: str | list[int], add_special: bool | None) -> list[int]:
     """Raises PromptTooLong and InvalidParameter, which name the field."""
+    add_bos = False if add_special is False else None
     try:
-        return await target.encode(given) if isinstance(given, str) else target.checked(given)
+        return await target.encode(given, add_bos=add_bos) if isinstance(given, str) else target.checked(given)
     except PromptTooLong as error:
         error.param = "input"
         raise

@@ -3,6 +3,7 @@
 Shape: platform.openai.com/docs/guides/error-codes; a load's progress is an addition of ours.
 """
 
+import json
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -12,10 +13,7 @@ from starlette.responses import JSONResponse
 
 from eldric.errors import NotSupported
 from eldric.interceptors import failure_of
-from eldric.router.errors import InvalidParameter, ModelNotFound, PipelineLoading, PromptTooLong
-
-#: Longest name of a parameter and longest value that a message quotes, in characters.
-MAX_QUOTED = 80
+from eldric.router.errors import MAX_QUOTED, InvalidParameter, ModelNotFound, PipelineLoading, PromptTooLong
 
 # gRPC status: HTTP code, type, code.
 _KINDS: dict[str, tuple[int, str, str | None]] = {
@@ -109,6 +107,8 @@ def _invalid(error: ValidationError) -> ApiError:
     elif kind in _EXPECTED:
         got = _JSON_NAMES.get(type(value).__name__, "something else")
         message, code = f"Invalid type for {param!r}: expected {_EXPECTED[kind]}, but got {got}.", "invalid_type"
+    elif kind == "unserved":
+        message, code = f"The parameter {param!r} is not supported here: {first['msg']}.", "unsupported_parameter"
     elif kind == "literal_error":
         expected = first.get("ctx", {}).get("expected", "another one")
         message = f"Invalid value for {param!r}: {quoted(value)}. Supported values are {expected}."
@@ -116,6 +116,9 @@ def _invalid(error: ValidationError) -> ApiError:
         reason = first["msg"].removeprefix("Input should be ")
         if kind.startswith(("greater_than", "less_than")):
             reason = f"a value {reason}"
+        elif kind in ("too_short", "too_long"):
+            bound = first["ctx"]["min_length" if kind == "too_short" else "max_length"]
+            reason = f"at {'least' if kind == 'too_short' else 'most'} {bound} of them"
         message = f"Invalid value for {param!r}: {quoted(value)}. Expected {reason}."
     return ApiError(400, message, "invalid_request_error", param, code)
 
@@ -132,5 +135,7 @@ def quoted(value: Any) -> str:
     """A value of a body, short enough for a message."""
     if isinstance(value, dict | list):
         return _JSON_NAMES[type(value).__name__]
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
     text = repr(value) if not isinstance(value, str) else repr(value[:MAX_QUOTED])
     return text if len(text) <= MAX_QUOTED else text[: MAX_QUOTED - 1] + "…"

@@ -81,13 +81,15 @@ class Completions:
         logprobs = body.logprob_count
         sampling = body.sampling(logprobs)
         size = target.vocabulary.tokenizer.vocab_size
-        if any(token >= size for token in sampling.logit_bias):
-            raise InvalidParameter(f"A token id is not in the vocabulary, [0, {size}).", "logit_bias")
+        for name, tokens in (("logit_bias", sampling.logit_bias), ("stop_token_ids", body.stop_token_ids or ())):
+            if any(token >= size for token in tokens):
+                raise InvalidParameter(f"A token id is not in the vocabulary, [0, {size}).", name)
         job = Job(
             prompt=(),
             sampling=sampling,
             max_tokens=body.limit,
             stop=tuple(body.stop or ()),
+            stop_tokens=tuple(body.stop_token_ids or ()),
             ignore_eos=bool(body.ignore_eos),
             arrived=arrived,
         )
@@ -100,7 +102,7 @@ class Completions:
             prompt, number = divmod(index, body.choices)
             choices.append(Choice(index, prompt, _logprobs(target, body, logprobs)))
             jobs.append(_numbered(job, prompts[prompt], seed_of_choice(body.seed_bits, number), f"{format.id}-{index}"))
-        if isinstance(body, CompletionBody) and body.max_tokens == 0:  # only what `echo` gives
+        if body.limited_by[1] == 0:  # only what `echo` gives
             for choice, job in zip(choices, jobs, strict=True):
                 choice.finished = Finished("length", "", len(job.prompt), 0, 0.0, 0.0, 0.0)
             jobs.clear()
@@ -121,12 +123,16 @@ async def _prompt_tokens(target: Target, body: Body) -> list[list[int]]:
     param = "messages" if isinstance(body, ChatBody) else "prompt"
     try:
         if isinstance(body, ChatBody):
-            return [await target.render([message.for_template() for message in body.messages])]
+            return [await target.render(body.conversation)]
+        add_bos = False if body.add_special_tokens is False else None
         return [
-            await target.encode(prompt) if isinstance(prompt, str) else target.checked(prompt) for prompt in body.prompt
+            await target.encode(each, add_bos=add_bos) if isinstance(each, str) else target.checked(each)
+            for each in body.prompt
         ]
     except PromptTooLong as error:
         error.param = param
+        raise
+    except InvalidParameter:
         raise
     except (InvalidPrompt, InvalidRequest) as error:
         raise InvalidParameter(str(error), param) from error

@@ -1,62 +1,40 @@
 """What OpenAI's clients may send, checked: /v1/chat/completions, /v1/completions, and llama.cpp's /tokenize.
 
-Fields: platform.openai.com/docs/api-reference; top_k, min_p, repeat_penalty, repeat_last_n, ignore_eos and -1 for "no
-limit" are llama.cpp's. An explicit null is the same as a field that is not there. Fields that are not known are
-ignored, as llama.cpp does; those that are known and would change the answer, but are not served, are refused.
+Fields: platform.openai.com/docs/api-reference; of llama.cpp are top_k, min_p, repeat_penalty, repeat_last_n, n_predict,
+ignore_eos and -1 for "no limit"; of vLLM stop_token_ids, repetition_penalty, add_special_tokens and what chats have of
+their template. An explicit null is the same as a field that is not there. Fields that are not known are ignored, as
+llama.cpp does; those that are known and would change the answer, but are not served, are refused.
+docs/openai-api.md lists them all.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Literal
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, field_validator
+from pydantic import BeforeValidator, Field, PlainValidator, field_validator
 from pydantic_core import PydanticCustomError
 
 from eldric.errors import InvalidRequest
+from eldric.router import openai_unserved
 from eldric.router.errors import InvalidParameter
 from eldric.router.generation import check_stop
+from eldric.router.openai_messages import Message, TemplateVariables
+from eldric.router.openai_text import StrictBody, Text, TokenId, unicode
+from eldric.router.openai_unserved import refuse_unserved
+from eldric.router.prompts import Conversation
 from eldric.v1 import sampling_pb2
 
 #: Generations that one request may ask for: choices times prompts.
 MAX_CHOICES = 128
 MAX_LOGIT_BIAS = 1024
 MAX_LOGPROBS = 20
+MAX_STOP_TOKENS = 128
 _SMALLEST_TOP_P = 1e-6  # of 32 bits; keeps the most likely token only
-
-
-class StrictBody(BaseModel):
-    model_config = ConfigDict(strict=True, extra="ignore", frozen=True, allow_inf_nan=False)
-
-
-def _unicode(value: str) -> str:
-    """JSON can spell halves of surrogate pairs, which are no text."""
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise PydanticCustomError("no_unicode", "valid Unicode: a surrogate stands alone") from None
-    return value
-
-
-Text = Annotated[str, AfterValidator(_unicode)]
+_TOKEN_ID = re.compile("0|[1-9][0-9]{0,8}")
 
 
 def _as_stop(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
-
-
-def _as_text(value: Any) -> Any:
-    """Content in parts is joined by newlines; parts other than text are refused."""
-    if not isinstance(value, list):
-        return value
-    texts = []
-    for part in value:
-        kind = part.get("type") if isinstance(part, dict) else None
-        text = part.get(kind) if isinstance(part, dict) and kind in ("text", "refusal") else None
-        if kind not in ("text", "refusal"):
-            raise PydanticCustomError("unsupported_part", "parts of type 'text': models here read text only")
-        if not isinstance(text, str):
-            raise PydanticCustomError("wrong_part", "parts that hold a string under 'text'")
-        texts.append(text)
-    return "\n".join(texts)
 
 
 def as_prompts(value: Any, most: int = MAX_CHOICES) -> list[str | list[int]]:
@@ -68,13 +46,13 @@ def as_prompts(value: Any, most: int = MAX_CHOICES) -> list[str | list[int]]:
         )
     if len(prompts) > most:
         raise PydanticCustomError("too_many_prompts", f"at most {most} prompts")
-    return [_unicode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+    return [unicode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
 
 
 def _as_bias(value: Any) -> Any:
     if isinstance(value, dict) and len(value) > MAX_LOGIT_BIAS:
         raise PydanticCustomError("wrong_bias", f"at most {MAX_LOGIT_BIAS} tokens")
-    if isinstance(value, dict) and not all(key.isascii() and key.isdigit() and len(key) < 10 for key in value):
+    if isinstance(value, dict) and not all(_TOKEN_ID.fullmatch(key) for key in value):
         raise PydanticCustomError("wrong_bias", "token ids as keys")
     return value
 
@@ -85,21 +63,11 @@ def _are(kind: type, value: Any) -> bool:
 
 Bias = Annotated[float, Field(ge=-100, le=100)]
 Penalty = Annotated[float, Field(ge=-10, le=10)]
-TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+Limit = Annotated[int, Field(ge=-1, lt=2**31)]
 
 
 class StreamOptions(StrictBody):
     include_usage: bool | None = None
-
-
-class Message(StrictBody):
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[Text | None, BeforeValidator(_as_text)] = None
-    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
-
-    def for_template(self) -> dict[str, str]:
-        """Templates know no "developer"."""
-        return {"role": "system" if self.role == "developer" else self.role, "content": self.content or ""}
 
 
 class GenerationBody(StrictBody):
@@ -121,6 +89,10 @@ class GenerationBody(StrictBody):
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
     repeat_last_n: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
     logit_bias: Annotated[dict[str, Bias] | None, BeforeValidator(_as_bias)] = None
+    max_completion_tokens: Limit | None = None
+    max_tokens: Limit | None = None
+    n_predict: Limit | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKENS, fail_fast=True)] | None = None
     ignore_eos: bool | None = None
 
     @field_validator("stop")
@@ -136,6 +108,18 @@ class GenerationBody(StrictBody):
     @property
     def choices(self) -> int:
         return 1 if self.n is None else self.n
+
+    @property
+    def limited_by(self) -> tuple[str, int | None]:
+        """The parameter that bounds the answer, and its tokens: 0 for none at all, -1 or None for no bound."""
+        names = ("max_completion_tokens", "max_tokens", "n_predict")
+        name = next((each for each in names if getattr(self, each) is not None), "max_tokens")
+        return name, getattr(self, name)
+
+    @property
+    def limit(self) -> int:
+        """Most tokens to generate; 0 for as many as the context holds."""
+        return max(0, self.limited_by[1] or 0)
 
     @property
     def include_usage(self) -> bool:
@@ -168,18 +152,19 @@ class GenerationBody(StrictBody):
 
 class ChatBody(GenerationBody):
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
-    max_tokens: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: TemplateVariables | None = None
+    reasoning_effort: Text | None = None
 
     @property
     def limit(self) -> int:
-        """Most tokens to generate; 0 for as many as the context holds."""
-        given = self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+        name, given = self.limited_by
         if given == 0:
-            raise InvalidParameter("Expected at least 1 token, or -1 for no limit.", "max_tokens")
-        return max(0, given or 0)
+            raise InvalidParameter("Expected at least 1 token, or -1 for no limit.", name)
+        return super().limit
 
     @property
     def logprob_count(self) -> int | None:
@@ -187,17 +172,29 @@ class ChatBody(GenerationBody):
             raise InvalidParameter("'top_logprobs' needs 'logprobs' to be true.", "top_logprobs")
         return (self.top_logprobs or 0) if self.logprobs else None
 
+    @property
+    def conversation(self) -> Conversation:
+        """A last message of the assistant is continued, as by llama.cpp and Ollama, unless vLLM's parameters say
+        otherwise."""
+        last, opens = self.messages[-1], self.add_generation_prompt
+        if self.continue_final_message and (opens or last.role != "assistant"):
+            reason = "not together with 'add_generation_prompt'" if opens else "only after a message of the assistant"
+            raise InvalidParameter(f"'continue_final_message' can be true {reason}.", "continue_final_message")
+        continues = self.continue_final_message or (self.continue_final_message is None and opens is None)
+        effort = {} if self.reasoning_effort is None else {"reasoning_effort": self.reasoning_effort}
+        return Conversation(
+            messages=[message.for_template() for message in self.messages],
+            continues=continues and last.role == "assistant" and bool(last.text),
+            opens=opens is not False,
+            variables=effort | (self.chat_template_kwargs or {}),
+        )
+
 
 class CompletionBody(GenerationBody):
     prompt: Annotated[list[str | list[int]], PlainValidator(as_prompts)]
-    max_tokens: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
+    add_special_tokens: bool | None = None
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-
-    @property
-    def limit(self) -> int:
-        """Most tokens to generate; 0 for as many as the context holds."""
-        return max(0, self.max_tokens or 0)
 
     @property
     def logprob_count(self) -> int | None:
@@ -219,44 +216,20 @@ class DetokenizeBody(StrictBody):
     tokens: Annotated[list[TokenId], Field(fail_fast=True)]
 
 
-def _is_empty(value: Any) -> bool:
-    return value in ([], "", {}, "none", "auto")
-
-
-#: Known parameters that are not served, and the values that ask for nothing and so are fine.
-_UNSERVED: Mapping[str, Callable[[Any], bool]] = {
-    "tools": _is_empty,
-    "tool_choice": _is_empty,
-    "functions": _is_empty,
-    "function_call": _is_empty,
-    "response_format": lambda value: value == {"type": "text"},
-    "modalities": lambda value: value == ["text"],
-    "audio": _is_empty,
-    "best_of": lambda value: value == 1,
-    "suffix": _is_empty,
-    "grammar": _is_empty,
-    "json_schema": _is_empty,
-    "structured_outputs": _is_empty,
-    "web_search_options": lambda value: False,
-}
-
-
 def chat_body(body: Mapping[str, Any]) -> ChatBody:
     """Raises InvalidParameter, pydantic.ValidationError."""
-    _refuse_unserved(body)
+    refuse_unserved(body, openai_unserved.CHAT)
+    _check_stream_options(body)
     return ChatBody.model_validate(body)
 
 
 def completion_body(body: Mapping[str, Any]) -> CompletionBody:
     """Raises InvalidParameter, pydantic.ValidationError."""
-    _refuse_unserved(body)
+    refuse_unserved(body, openai_unserved.COMPLETION)
+    _check_stream_options(body)
     return CompletionBody.model_validate(body)
 
 
-def _refuse_unserved(body: Mapping[str, Any]) -> None:
-    for name, is_harmless in _UNSERVED.items():
-        value = body.get(name)
-        if value is not None and not is_harmless(value):
-            raise InvalidParameter(f"The parameter {name!r} is not supported here.", name, "unsupported_parameter")
+def _check_stream_options(body: Mapping[str, Any]) -> None:
     if body.get("stream_options") is not None and not body.get("stream"):
         raise InvalidParameter("'stream_options' is only for requests with 'stream': true.", "stream_options")

@@ -3,9 +3,10 @@
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from eldric.engine.chat import ChatTemplate
 from eldric.errors import InvalidRequest
 from eldric.router.errors import PromptTooLong
 from eldric.router.pipelines import Pipelines, Route
@@ -15,6 +16,22 @@ Result = TypeVar("Result")
 
 #: Text up to this size is encoded on the event loop: it takes less time than a thread needs to wake up.
 SHORT_CHARACTERS = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """The messages of a chat, and what is to come after them."""
+
+    messages: Sequence[Mapping[str, str]]
+    continues: bool = False  # more of the last message, instead of a new one
+    opens: bool = True  # a new one of the assistant, instead of whatever the model likes
+    variables: Mapping[str, Any] = field(default_factory=dict)  # further ones of the template
+
+    def rendered_by(self, template: ChatTemplate) -> str:
+        """Raises InvalidPrompt."""
+        if self.continues:
+            return template.render_open(self.messages, **self.variables)
+        return template.render(self.messages, add_generation_prompt=self.opens, **self.variables)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,18 +49,20 @@ class Target:
         contexts = [route.context for route in self.routes]
         return 0 if 0 in contexts else max(contexts)
 
-    async def render(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    async def render(self, conversation: Conversation) -> list[int]:
         """A conversation by the model's chat template. Raises InvalidPrompt, PromptTooLong."""
-        self._check_size(sum(len(str(message.get("content", ""))) for message in messages))
+        self._check_size(sum(len(message["content"]) for message in conversation.messages))
+        vocabulary = self.vocabulary
 
         def work() -> list[int]:
-            return self.vocabulary.tokenizer.encode(self.vocabulary.template.render(messages), special=True)
+            return vocabulary.tokenizer.encode(conversation.rendered_by(vocabulary.template), special=True)
 
         return self.checked(await self._in_thread(work))
 
-    async def encode(self, text: str) -> list[int]:
-        """A prompt that is continued as it is, with the begin token that the model wants. Raises PromptTooLong."""
-        return self.checked(await self.tokenize(text, special=True))
+    async def encode(self, text: str, *, add_bos: bool | None = None) -> list[int]:
+        """A prompt that is continued as it is, with the begin token if the model wants it, or as `add_bos` says. Raises
+        PromptTooLong."""
+        return self.checked(await self.tokenize(text, special=True, add_bos=add_bos))
 
     async def tokenize(self, text: str, *, special: bool, add_bos: bool | None = None) -> list[int]:
         """Token ids of a text, see Tokenizer.encode. Raises PromptTooLong for one that is far too long to try."""

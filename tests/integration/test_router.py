@@ -53,6 +53,28 @@ async def test_a_chat_is_rendered_by_the_models_template(cluster: FakeCluster) -
     assert answer.usage.prompt_tokens == len(cluster.head.requests[0].tokens.ids)
 
 
+@pytest.mark.parametrize(
+    ("fields", "ends"),
+    [
+        ({}, "<|assistant|>\nOnce upon"),
+        ({"continue_final_message": True, "add_generation_prompt": False}, "<|assistant|>\nOnce upon"),
+        ({"add_generation_prompt": True}, "<|assistant|>\nOnce upon<|end|>\n<|assistant|>\n"),
+        ({"add_generation_prompt": False}, "<|assistant|>\nOnce upon<|end|>\n"),
+    ],
+)
+async def test_an_answer_that_was_begun_is_continued(cluster: FakeCluster, fields: dict[str, Any], ends: str) -> None:
+    begun = [*HELLO, {"role": "assistant", "content": "Once upon"}]
+    async with client_of(cluster) as client:
+        answer = await client.chat.completions.create(model="storyteller", messages=begun, extra_body=fields)
+        with pytest.raises(openai.BadRequestError, match="'continue_final_message'") as refused:
+            await client.chat.completions.create(
+                model="storyteller", messages=HELLO, extra_body={"continue_final_message": True}
+            )
+    assert answer.choices[0].message.content == STORY, "what was given is not said again"
+    assert cluster.tokenizer.decode(cluster.head.requests[0].tokens.ids, special=True).endswith(ends)
+    assert refused.value.param == "continue_final_message"
+
+
 async def test_completions_take_choices_prompts_and_echo(cluster: FakeCluster) -> None:
     async with client_of(cluster) as client:
         answer = await client.completions.create(
@@ -92,13 +114,13 @@ async def test_parameters_reach_the_head(cluster: FakeCluster) -> None:
             temperature=0.5,
             max_completion_tokens=4,
             logit_bias={"5": -100},
-            extra_body={"top_k": 3, "ignore_eos": True, "repeat_penalty": 1.25},
+            extra_body={"top_k": 3, "ignore_eos": True, "repeat_penalty": 1.25, "stop_token_ids": [9, 7]},
         )
         await client.chat.completions.create(model="storyteller", messages=HELLO)
     first, second = cluster.head.requests
     assert (first.max_tokens, first.sampling.temperature, first.sampling.top_k) == (4, 0.5, 3)
     assert (dict(first.sampling.logit_bias), first.sampling.repetition_penalty) == ({5: -100}, 1.25)
-    assert (first.ignore_eos, list(first.stop_tokens)) == (True, [])
+    assert (first.ignore_eos, list(first.stop_tokens)) == (True, [7, 9])
     assert (second.max_tokens, second.sampling.ByteSize()) == (0, 0)
     assert list(second.stop_tokens) == sorted(cluster.tokenizer.eog_ids)
 

@@ -65,6 +65,27 @@ def test_the_real_models_templates_render_as_llama_cpp_renders_them() -> None:
         assert chat.startswith(without) and without.endswith(("<|im_end|>\n", "<|end|>\n"))
 
 
+def test_a_message_that_is_left_open_ends_where_its_text_does(tokenizer: Tokenizer) -> None:
+    def left_open(template: ChatTemplate, said: str) -> str:
+        return template.render_open([USER, {"role": "assistant", "content": said}])
+
+    for path, before in (
+        (smollm2(), "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"),
+        (storyteller(), "<|user|>\nHi<|end|>\n<|assistant|>\n"),
+    ):
+        with ModelFile.open(path) as model:
+            template = ChatTemplate.from_metadata(metadata_of(model), Tokenizer.from_metadata(metadata_of(model)))
+        for said in ("Once upon", "Once ", "Hi", "<|im_end|>", "{{ 1 }}"):
+            assert left_open(template, said).endswith(before + said)
+    trims = ChatTemplate.from_metadata(
+        {"tokenizer.chat_template": "{% for m in messages %}[{{ m.content | trim }}]{% endfor %}"}, tokenizer
+    )
+    assert left_open(trims, " Once ") == "[Hi][Once "
+    deaf = ChatTemplate.from_metadata({"tokenizer.chat_template": "{{ messages[0].content }}"}, tokenizer)
+    with pytest.raises(InvalidPrompt, match="cannot be continued"):
+        left_open(deaf, "Once")
+
+
 def test_a_file_without_a_template_gets_chatml(tokenizer: Tokenizer) -> None:
     expected = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     assert ChatTemplate.from_metadata({}, tokenizer).render([USER]) == expected

@@ -1,6 +1,7 @@
 """Bodies of HTTP requests: limits, and JSON that is none or too much."""
 
 import asyncio
+import gzip
 import json
 import time
 from collections.abc import Iterable
@@ -51,6 +52,27 @@ async def test_a_body_that_says_it_is_too_long_is_not_read() -> None:
     with pytest.raises(InvalidParameter) as caught:
         await read([], headers={"content-length": "1001"})
     assert caught.value.http_code == 413
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "br", "deflate, gzip"])
+async def test_a_compressed_body_is_refused_with_what_to_do(encoding: str) -> None:
+    with pytest.raises(InvalidParameter, match=r"compressed.*send it as it is") as caught:
+        await read([gzip.compress(b"{}")], headers={"content-encoding": encoding})
+    assert (caught.value.http_code, caught.value.code) == (415, "unsupported_content_encoding")
+    assert await read([b"{}"], headers={"content-encoding": "Identity"}) == {}
+
+
+async def test_a_body_of_another_type_is_read_where_it_is_json() -> None:
+    form = {"content-type": "application/x-www-form-urlencoded"}
+    assert await read([b'{"a": 1}'], headers=form) == {"a": 1}
+    with pytest.raises(
+        InvalidParameter, match="'application/json' and not 'application/x-www-form-urlencoded'"
+    ) as caught:
+        await read([b"a=1"], headers=form)
+    assert (caught.value.http_code, caught.value.code) == (415, "unsupported_content_type")
+    with pytest.raises(InvalidParameter, match="not valid JSON") as caught:
+        await read([b"a=1"], headers={"content-type": "application/json; charset=utf-8"})
+    assert caught.value.http_code == 400
 
 
 async def test_a_body_that_does_not_come_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -246,11 +246,44 @@ def test_a_draining_router_takes_nothing_new(face: Face) -> None:
 
 @pytest.mark.parametrize(
     ("method", "path"),
-    [("GET", "/v1/chat/completions"), ("POST", "/v1/responses"), ("DELETE", "/v1/models/m"), ("GET", "/v1/")],
+    [
+        ("POST", "/v1/responses"),
+        ("GET", "/v1"),
+        ("GET", "/v1/"),
+        ("GET", "/v1/models/"),
+        ("POST", "/v1/chat/completions/"),
+        ("OPTIONS", "/v1/nothing"),
+        ("TRACE", "/v1/nothing"),
+        ("POST", "/chat/completions"),
+    ],
 )
 def test_what_is_not_served_is_said_in_openais_shape(face: Face, method: str, path: str) -> None:
     code, _, body = face.call(method, path)
     assert (code, json.loads(body)["error"]["code"]) == (404, "unknown_url")
+    assert ("ends with /v1" in json.loads(body)["error"]["message"]) is (path == "/chat/completions")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "takes"),
+    [
+        ("GET", "/v1/chat/completions", "POST"),
+        ("HEAD", "/v1/embeddings", "POST"),
+        ("OPTIONS", "/v1/completions", "POST"),
+        ("BREW", "/v1/completions", "POST"),
+        ("DELETE", "/v1/models/m", "GET, HEAD"),
+        ("POST", "/v1/models", "GET, HEAD"),
+        ("PUT", "/tokenize", "POST"),
+    ],
+)
+def test_another_method_is_told_which_there_is(face: Face, method: str, path: str, takes: str) -> None:
+    code, headers, body = face.call(method, path)
+    assert (code, headers["allow"], json.loads(body)["error"]["code"]) == (405, takes, "method_not_supported")
+
+
+def test_a_long_name_is_not_repeated_whole(face: Face) -> None:
+    for path, body in (("/v1/chat/completions", {"model": "x" * 5000, **HELLO}), ("/v1/" + "x" * 5000, {})):
+        code, answer = face.post(path, body)
+        assert code == 404 and len(answer["error"]["message"]) < 300
 
 
 def test_models_are_listed_and_shown(face: Face) -> None:
@@ -288,16 +321,49 @@ def test_token_ids_outside_the_vocabulary_are_refused(face: Face, prompt: Any) -
     assert (code, answer["error"]["param"]) == (400, "logit_bias")
 
 
-PATHS = st.sampled_from(["/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"])
+def test_a_stop_token_outside_the_vocabulary_is_refused(face: Face) -> None:
+    code, answer = face.post("/v1/completions", {"prompt": "a", "stop_token_ids": [839]})
+    assert (code, answer["error"]["param"]) == (400, "stop_token_ids")
+
+
+def test_a_prompt_gets_no_begin_token_where_none_is_wanted(face: Face) -> None:
+    for path, field in (("/v1/completions", "prompt"), ("/v1/embeddings", "input")):
+        counts = [
+            face.post(path, {field: "A dog", "add_special_tokens": wanted})[1]["usage"]["prompt_tokens"]
+            for wanted in (None, True, False)
+        ]
+        assert counts[0] == counts[1] == counts[2] + 1
+
+
+def test_a_template_that_fails_on_a_requests_variables_is_the_clients_error(face: Face) -> None:
+    several: list[dict[str, Any]] = [{"raise_exception": 1}, {"a": [[[]]]}, {"range": None, "loop": 3}]
+    for variables in several:
+        assert face.post("/v1/chat/completions", {**HELLO, "chat_template_kwargs": variables})[0] in (200, 400)
+
+
+PATHS = st.sampled_from(["/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/tokenize", "/detokenize"])
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(codec=None), max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=8,
 )
-FIELDS = st.sampled_from([*ChatBody.model_fields, "prompt", "echo", "tools", "content", "tokens", "with_pieces"])
+FIELDS = st.sampled_from(
+    [
+        *ChatBody.model_fields,
+        "prompt",
+        "input",
+        "echo",
+        "tools",
+        "content",
+        "tokens",
+        "with_pieces",
+        "add_special_tokens",
+    ]
+)
 GOOD: dict[str, Any] = {
     **HELLO,
     "prompt": ["Hi", [7, 8]],
+    "input": "Hi",
     "content": "Hi",
     "tokens": [7, 8],
     "n": 2,

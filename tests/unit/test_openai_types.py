@@ -7,7 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from eldric.router import openai_unserved
 from eldric.router.errors import InvalidParameter
+from eldric.router.openai_embeddings import embeddings_body
 from eldric.router.openai_errors import ApiError, api_error
 from eldric.router.openai_types import ChatBody, chat_body, completion_body
 
@@ -67,6 +69,9 @@ def test_values_at_the_edge_mean_what_llama_cpp_means() -> None:
     assert chat(seed=-2).seed_bits == 2**64 - 2
     assert chat(max_tokens=-1).limit == 0
     assert chat(max_tokens=5, max_completion_tokens=7).limit == 7
+    assert chat(n_predict=3).limit == 3 and chat(n_predict=3, max_tokens=5).limit == 5
+    assert completion_body({"prompt": "Hi", "max_completion_tokens": 7}).limit == 7
+    assert chat(stop_token_ids=[7, 0]).stop_token_ids == [7, 0]
     assert chat(stop="").stop == []
     assert chat(stop=["a", "", "a", "b"]).stop == ["a", "b"]
 
@@ -146,13 +151,23 @@ def test_a_wrong_type_is_named_with_what_was_expected(field: str, value: Any, wo
         ("n", 129),
         ("max_tokens", -2),
         ("max_tokens", 2**31),
+        ("max_tokens", 0),
         ("max_completion_tokens", 0),
+        ("n_predict", 0),
+        ("stop_token_ids", [-1]),
+        ("stop_token_ids", list(range(129))),
+        ("chat_template_kwargs", {"messages": []}),
+        ("chat_template_kwargs", {"self": 1}),
+        ("chat_template_kwargs", {"not a name": 1}),
+        ("chat_template_kwargs", {"said": ["\ud800"]}),
         ("presence_penalty", 11),
         ("repeat_penalty", 0),
         ("seed", 2**64),
         ("stop", ["x"] * 0 + [str(i) for i in range(17)]),
         ("stop", "x" * 1025),
         ("logit_bias", {"x": 1}),
+        ("logit_bias", {"05": 1}),
+        ("logit_bias", {"-1": 1}),
         ("logit_bias", {str(i): 1 for i in range(1025)}),
         ("messages", []),
         ("top_logprobs", 21),
@@ -162,7 +177,7 @@ def test_a_wrong_type_is_named_with_what_was_expected(field: str, value: Any, wo
 def test_a_value_out_of_range_is_refused(field: str, value: Any) -> None:
     error = refused(**{field: value})
     assert error.http_code == 400
-    assert error.param in (field, "max_tokens")
+    assert error.param is not None and error.param.partition("[")[0] == field
 
 
 def test_a_nested_field_is_named_by_its_path() -> None:
@@ -171,8 +186,9 @@ def test_a_nested_field_is_named_by_its_path() -> None:
     assert refused(messages=[{"content": "x"}]).message == "Missing required parameter: 'messages[0].role'."
     assert refused(stream=True, stream_options={"include_usage": 1}).param == "stream_options.include_usage"
     assert refused(logit_bias={"3": 101}).param == "logit_bias.3"
-    image = [{"type": "image_url", "image_url": {"url": "x"}}]
-    assert "text only" in refused(messages=[{"role": "user", "content": image}]).message
+    image = [{"type": "text", "text": "see"}, {"type": "image_url", "image_url": {"url": "x"}}]
+    message = refused(messages=[{"role": "user", "content": image}]).message
+    assert "text only" in message and "part 1 " in message
 
 
 @pytest.mark.parametrize(
@@ -183,8 +199,20 @@ def test_a_nested_field_is_named_by_its_path() -> None:
         ("functions", [{}]),
         ("response_format", {"type": "json_schema", "json_schema": {}}),
         ("response_format", {"type": "json_object"}),
+        ("response_format", "json"),
+        ("tools", {}),
+        ("tool_choice", False),
         ("best_of", 3),
+        ("best_of", True),
         ("modalities", ["audio"]),
+        ("chat_template", "{{ messages }}"),
+        ("echo", True),
+        ("typical_p", 0.5),
+        ("mirostat", 2),
+        ("min_tokens", 5),
+        ("skip_special_tokens", False),
+        ("guided_choice", ["a"]),
+        ("truncate_prompt_tokens", 5),
         ("grammar", "root ::= x"),
         ("suffix", "end"),
         ("web_search_options", {}),
@@ -198,10 +226,102 @@ def test_what_is_not_served_is_refused_by_name(field: str, value: Any) -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("tools", []), ("tool_choice", "none"), ("response_format", {"type": "text"}), ("best_of", 1), ("tools", None)],
+    [
+        ("tools", []),
+        ("tool_choice", "none"),
+        ("response_format", {"type": "text"}),
+        ("best_of", 1),
+        ("tools", None),
+        ("typical_p", 1.0),
+        ("mirostat", 0),
+        ("min_tokens", 0),
+        ("skip_special_tokens", True),
+        ("echo", False),
+    ],
 )
 def test_asking_for_nothing_that_is_not_served_is_fine(field: str, value: Any) -> None:
     assert chat(**{field: value}).choices == 1
+
+
+def test_as_many_best_as_choices_are_all_of_them() -> None:
+    assert completion_body({"prompt": "Hi", "best_of": 2, "n": 2}).choices == 2
+    assert completion_refused(best_of=1, n=2).param == "best_of"
+
+
+def test_each_endpoint_refuses_the_other_ones_parameters() -> None:
+    assert completion_refused(top_logprobs=2).param == "top_logprobs"
+    assert completion_refused(prompt_embeds="x").param == "prompt_embeds"
+    error = refusal_of(embeddings_body, {"input": "Hi", "normalize": False})
+    assert (error.param, error.code) == ("normalize", "unsupported_parameter")
+    assert embeddings_body({"input": "Hi", "normalize": True, "embd_normalize": 2}).input == ["Hi"]
+
+
+@pytest.mark.parametrize("field", ["tool_calls", "function_call", "audio"])
+def test_what_a_message_may_not_have_is_refused_by_name(field: str) -> None:
+    said = {"role": "assistant", "content": None}
+    error = refused(messages=[*HELLO, {**said, field: [{"id": "a"}]}, *HELLO])
+    assert (error.param, error.code) == (f"messages[1].{field}", "unsupported_parameter")
+    assert chat(messages=[*HELLO, {**said, field: None}, *HELLO]).choices == 1, "OpenAI's answers have it as null"
+
+
+@pytest.mark.parametrize("role", ["user", "system", "developer", "tool"])
+@pytest.mark.parametrize("content", [{}, {"content": None}])
+def test_only_an_assistant_says_nothing(role: str, content: dict[str, Any]) -> None:
+    error = refused(messages=[{"role": role, **content}])
+    assert (error.param, error.code) == ("messages[0].content", "invalid_value")
+    assert "null" in error.message
+
+
+def test_templates_see_what_else_a_message_has() -> None:
+    messages = [
+        {"role": "user", "content": "Hi", "name": "bob", "unknown": 1},
+        {"role": "assistant", "content": None, "refusal": "No.", "reasoning_content": "Hm."},
+        {"role": "tool", "content": "5", "tool_call_id": "call-1"},
+    ]
+    assert chat(messages=messages).conversation.messages == [
+        {"role": "user", "content": "Hi", "name": "bob"},
+        {"role": "assistant", "content": "No.", "reasoning_content": "Hm."},
+        {"role": "tool", "content": "5", "tool_call_id": "call-1"},
+    ]
+    assert refused(messages=[{"role": "user", "content": "Hi", "name": 5}]).param == "messages[0].name"
+
+
+def test_templates_see_the_variables_of_a_request() -> None:
+    body = chat(reasoning_effort="low", chat_template_kwargs={"enable_thinking": False})
+    assert body.conversation.variables == {"reasoning_effort": "low", "enable_thinking": False}
+
+
+SAID = [*HELLO, {"role": "assistant", "content": "Once"}]
+
+
+@pytest.mark.parametrize(
+    ("messages", "fields", "continues", "opens"),
+    [
+        (HELLO, {}, False, True),
+        (SAID, {}, True, True),
+        (SAID, {"continue_final_message": True}, True, True),
+        (SAID, {"continue_final_message": True, "add_generation_prompt": False}, True, False),
+        (SAID, {"continue_final_message": False}, False, True),
+        (SAID, {"add_generation_prompt": True}, False, True),
+        (SAID, {"add_generation_prompt": False}, False, False),
+        ([*HELLO, {"role": "assistant", "content": ""}], {}, False, True),
+        ([*HELLO, {"role": "assistant"}], {"continue_final_message": True}, False, True),
+        (HELLO, {"add_generation_prompt": False}, False, False),
+    ],
+)
+def test_a_last_message_of_the_assistant_is_continued_unless_told_otherwise(
+    messages: Any, fields: dict[str, Any], continues: bool, opens: bool
+) -> None:
+    made = chat(messages=messages, **fields).conversation
+    assert (made.continues, made.opens) == (continues, opens)
+
+
+@pytest.mark.parametrize(("messages", "opens"), [(SAID, True), (HELLO, None)])
+def test_what_cannot_be_continued_is_refused(messages: Any, opens: bool | None) -> None:
+    body = chat(messages=messages, continue_final_message=True, add_generation_prompt=opens)
+    with pytest.raises(InvalidParameter) as caught:
+        body.conversation  # noqa: B018
+    assert caught.value.param == "continue_final_message"
 
 
 def test_stream_options_need_a_stream() -> None:
@@ -231,7 +351,8 @@ JSON = st.recursive(
 FIELDS = st.sampled_from(
     [
         *ChatBody.model_fields,
-        *("prompt", "echo", "logprobs", "tools", "response_format", "best_of", "suffix", "content", "role"),
+        *openai_unserved.CHAT,
+        *("prompt", "echo", "logprobs", "best_of", "content", "role"),
     ]
 )
 NEAR = st.fixed_dictionaries(
