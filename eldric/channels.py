@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 #: Deadline of a unary call that names none.
 DEFAULT_TIMEOUT_S = 30.0
+#: Timeout of a unary call that takes as long as it must. A peer that is gone ends it all the same (keepalive).
+NO_DEADLINE_S = 365 * 24 * 3600.0
 
 #: The task of gRPC that lives as long as a call does, and the longest wait for those of cancelled calls, in seconds.
 _STATUS_TASK = "_AioCall._handle_status_once_received"

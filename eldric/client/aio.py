@@ -8,6 +8,7 @@ from typing import Any, Self
 
 import grpc
 
+from eldric.channels import NO_DEADLINE_S
 from eldric.client import convert, types
 from eldric.client.cluster import Cluster, find_cluster
 from eldric.client.connections import Connections
@@ -34,7 +35,8 @@ class AsyncClient:
 
     `folder` is that of a local cluster, `controller` one or more addresses; without either, ELDRIC_DIR,
     ELDRIC_CONTROLLER or the context say which cluster is meant. `timeout_s` is the deadline of calls that answer once;
-    streams have one when they are given it. Every call raises subclasses of EldricError.
+    streams and `embed`, which wait for a model, have one when they are given it. Every call raises subclasses of
+    EldricError.
     """
 
     def __init__(
@@ -203,8 +205,9 @@ class AsyncClient:
             return await collect(events)
 
     async def embed(self, model: str, text: str | Sequence[int], *, timeout_s: float | None = None) -> types.Embedding:
-        """A text (or token ids) as a vector of length 1: what the model makes of its last token. Raises NotSupported
-        for a model that was made to pool all of them."""
+        """A text (or token ids) as a vector of length 1: what the model makes of its last token. DeadlineExceeded after
+        `timeout_s`; without one it waits, as `generate` does. Raises NotSupported for a model that was made to pool all
+        of them."""
         request = inference_pb2.EmbedRequest(model=model)
         if isinstance(text, str):
             request.text = text
@@ -212,7 +215,7 @@ class AsyncClient:
             request.tokens.CopyFrom(convert.token_ids(text))
         stub = inference_pb2_grpc.InferenceStub(await self._connections.router())
         with self._connections.calling(_ROUTER):
-            answer = await stub.Embed(request, timeout=timeout_s)
+            answer = await stub.Embed(request, timeout=NO_DEADLINE_S if timeout_s is None else timeout_s)
         return types.Embedding(tuple(answer.embedding), answer.prompt_tokens)
 
     async def tokenize(self, model: str, text: str, *, special: bool = False) -> list[int]:
