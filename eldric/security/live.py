@@ -16,6 +16,8 @@ log = logging.getLogger(__name__)
 
 #: Longest sleep in one piece: a machine that was suspended wakes up to the right time.
 MAX_SLEEP_S = 3600.0
+#: Shortest time between two tries to renew, and the time between them when the certificate has ended.
+LEAST_PAUSE_S, LATE_PAUSE_S = 0.2, 30.0
 
 
 class LiveIdentity:
@@ -75,9 +77,9 @@ class LiveIdentity:
                 self.replace(await renew(self.identity))
                 renewed(self.identity)
             except Exception as error:
-                end = self.identity.validity()[1]
+                begin, end = self.identity.validity()
                 log.warning("event=renewal_failed certificate_end=%s error=%r", end.isoformat(), str(error))
-                await asyncio.sleep(min(max((end - _now()).total_seconds() / 10, 0.2), MAX_SLEEP_S))
+                await asyncio.sleep(_pause_s(begin, end))
             else:
                 kept = self.identity
                 log.info("event=certificate_renewed end=%s", kept.validity()[1].isoformat())
@@ -85,6 +87,14 @@ class LiveIdentity:
 
 def _configuration(identity: Identity) -> grpc.ServerCertificateConfiguration:
     return grpc.ssl_server_certificate_configuration([(identity.key_pem, identity.chain_pem)], identity.authority_pem)
+
+
+def _pause_s(begin: datetime.datetime, end: datetime.datetime) -> float:
+    """Until the next try to renew: ever sooner towards the end. After it, or once the clock is wrong, there is no hurry
+    any more."""
+    left_s, lifetime_s = (end - _now()).total_seconds(), (end - begin).total_seconds()
+    pause_s = left_s / 10 if left_s > 0 else min(lifetime_s / 100, LATE_PAUSE_S)
+    return min(max(pause_s, LEAST_PAUSE_S), MAX_SLEEP_S)
 
 
 async def _sleep_until(moment: datetime.datetime) -> None:

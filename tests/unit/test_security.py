@@ -184,6 +184,32 @@ def test_an_identity_is_whole_when_its_process_was_killed_between_key_and_certif
         Identity.load(tmp_path)
 
 
+async def test_a_clock_that_jumped_beyond_the_certificate_brings_few_tries_until_it_is_right_again(
+    authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def renew(identity: Identity) -> Identity:
+        tried.append(now())
+        raise Unauthenticated("certificate has expired")
+
+    async def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        if sum(slept) > 3600:
+            raise asyncio.CancelledError
+
+    def now() -> datetime.datetime:
+        return began + datetime.timedelta(seconds=sum(slept))
+
+    tried: list[datetime.datetime] = []
+    slept: list[float] = []
+    identity = authority.issue_identity("worker", "w1")
+    began = identity.validity()[1] + datetime.timedelta(days=400)
+    monkeypatch.setattr("eldric.security.live._now", now)
+    monkeypatch.setattr("eldric.security.live.asyncio.sleep", sleep)
+    with pytest.raises(asyncio.CancelledError):
+        await LiveIdentity(identity).keep_fresh(renew, lambda _: None)
+    assert 60 < len(tried) < 130
+
+
 async def test_a_certificate_that_could_not_be_kept_is_shown_and_soon_renewed_again(authority: Authority) -> None:
     def keep(identity: Identity) -> None:
         tried.append(identity)
