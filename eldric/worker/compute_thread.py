@@ -10,6 +10,8 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from google.protobuf.message import DecodeError
+
 from eldric.engine.errors import EngineError
 from eldric.engine.stage import Stage, StepOutput
 from eldric.engine.step import StepInput
@@ -146,6 +148,9 @@ class ComputeThread(ABC):
             self._break(self._lost(*closed) if closed else str(error))
         except TransportError as error:
             self._break(str(error))
+        except (EngineError, DecodeError) as error:
+            log.exception("stage cannot go on %s", self.place.key)
+            self._break(f"it was told what it cannot do: {error}"[:1024])
         except Exception:
             log.exception("stage failed %s", self.place.key)
             self._break("it failed, see its worker's log")

@@ -91,6 +91,8 @@ class FakeStage:
         self.closed = False
 
     def truncate(self, slot: int, position: int) -> None:
+        if slot >= 4:
+            raise InvalidStep(f"slot {slot} is not among the 4 slots")
         self.truncated.append((slot, position))
 
     def compute(self, step: StepInput) -> SimpleNamespace:
@@ -205,6 +207,16 @@ def test_a_stage_that_stood_still_does_not_blame_its_neighbours(world: World) ->
     world.lose(inbound=True)
     assert world.states.get(timeout=5) == stage_pb2.BROKEN
     assert world.thread.message == "stage 1 of 3 on worker w1 stood still for 5.0 s and was taken for gone"
+
+
+def test_a_stage_that_is_told_nonsense_says_what_and_goes_on_once_it_is_mended(world: World) -> None:
+    world.connect()
+    world.control(FrameKind.OPEN, frame_pb2.SequenceOpen(slot=4095))
+    assert world.states.get(timeout=5) == stage_pb2.BROKEN
+    assert world.thread.message == "it was told what it cannot do: slot 4095 is not among the 4 slots"
+    link = world.connect(round=1)
+    world.step(3)
+    assert sent(link)[0].step == 3
 
 
 def test_the_loss_of_both_neighbours_does_not_break_a_mended_stage_again(world: World) -> None:
