@@ -35,6 +35,7 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
         "init": ("membership", "Make a new cluster, whose controller runs on this machine."),
         "token": ("membership", "Make a join token, which admits a new node to the cluster."),
         "join": ("membership", "Make this machine a node of a cluster."),
+        "expel": ("membership", "End a membership for good, when a machine was lost or stolen."),
         "controller": ("nodes", "Run a controller: the registry, the planner and the deployments of a cluster."),
         "worker": ("nodes", "Run a worker: it holds stages of pipelines and computes them."),
         "data": ("nodes", "Run a data worker: the model store. Or export its folder over NFS."),

@@ -148,6 +148,29 @@ def token(
         err.print(f"\neldric-cli join {text} {join_at} --kind {kind or 'worker'}", style="dim", soft_wrap=True)
 
 
+@app.command()
+def expel(
+    node: Annotated[
+        str,
+        typer.Argument(metavar="KIND/NAME", help="As `ps` lists it, or client/NAME. Left out: list who was expelled."),
+    ] = "",
+    folder: options.Dir = None,
+    controller: options.Controller = None,
+    as_json: options.Json = False,
+) -> None:
+    """End a membership for good, when a machine was lost or stolen.
+
+    No node takes its calls any more, and its name stays closed: it may join again under another one, with a new token.
+    """
+    with client_of(folder, controller) as client:
+        expelled = client.expel(node)
+    if as_json:
+        print_json({"expelled": expelled})
+        return
+    for each in expelled:
+        out.print(each)
+
+
 def _lifetime(text: str) -> int:
     """Seconds. Raises InvalidRequest."""
     seconds = parse_seconds(text)

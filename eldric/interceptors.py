@@ -20,6 +20,7 @@ from eldric.channels import ERROR_KEY, RETRY_KEY, error_from_rpc
 from eldric.errors import EldricError
 from eldric.metrics import CallMetrics
 from eldric.security.access import Caller, Rule, authorise, find_caller
+from eldric.security.expelled import Expelled
 
 log = logging.getLogger(__name__)
 
@@ -87,8 +88,9 @@ class CallFailed(Exception):
 class CallGuard:
     """Authorises, counts and times calls, and turns their errors into CallFailed."""
 
-    def __init__(self, metrics: CallMetrics) -> None:
+    def __init__(self, metrics: CallMetrics, expelled: Expelled | None = None) -> None:
         self._metrics = metrics
+        self._expelled = expelled or Expelled()
         self._pending = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -99,7 +101,9 @@ class CallGuard:
         label = method.rpartition(".")[2]
         with self._metrics.observe(face, label) as codes, self._counted(method):
             try:
-                yield authorise(method, caller)
+                rule = authorise(method, caller)
+                with self._expelled.calling(caller):
+                    yield rule
             except (asyncio.CancelledError, GeneratorExit):
                 codes.append("CANCELLED")
                 raise

@@ -191,6 +191,7 @@ class Member:
                 if not isinstance(answer, heartbeat_pb2.BeatResponse):
                     return
                 self.registered.set()
+                self._node.expelled.replace(answer.expelled)
                 if self._answers.full():
                     self._answers.get_nowait()
                 self._answers.put_nowait(answer)

@@ -26,6 +26,7 @@ from eldric.names import split_address
 from eldric.node_file import NodeFile
 from eldric.readiness import HealthCheck, Readiness
 from eldric.security import Authority, Identity, renew
+from eldric.security.expelled import Expelled
 from eldric.security.live import LiveIdentity
 from eldric.tunnel.client import CONTROLLER, TunnelClient
 from eldric.web import WebServer, bind
@@ -68,7 +69,9 @@ class Node:
         self.channels = ChannelPool(lambda: self.identity)
         self._authority = authority
         self._live = LiveIdentity(identity)
-        self._guard = CallGuard(CallMetrics(self.metrics))
+        #: Whose certificates count no more.
+        self.expelled = Expelled()
+        self._guard = CallGuard(CallMetrics(self.metrics), self.expelled)
         self._certificate_end = describe_node(self.metrics, config.kind, config.name)
         self._readiness = Readiness(config.kind, config.name)
         self._file = NodeFile(config.folder)

@@ -53,28 +53,15 @@ DECISIONS = {
     "Membership/Join": NODES,  # and strangers
     "Membership/Renew": NODES,
     "Membership/CreateToken": OPERATORS,
+    "Membership/Expel": OPERATORS,
     "Tunnel/Open": MEMBERS,
     "Tunnel/Tunnels": NODES,
 }
 STRANGERS = frozenset({"Membership/Join"})
 
-#: Routes that are no method's: those that anybody may ask who has a connection, and whose callers are a method's.
-OPEN_ROUTES = frozenset(
-    {
-        "/health",
-        "/metrics",
-        "/openapi.json",
-        "/docs",
-        "/v1/models",
-        "/v1/models/{name:path}",
-        "/v1/chat/completions",
-        "/v1/completions",
-        "/v1/embeddings",
-        "/v1/{path:path}",
-        "/tokenize",
-        "/detokenize",
-    }
-)
+#: Routes that are no method's: those that anybody may ask who has a connection, and those whose callers are a method's.
+#: A router's own are its API, which is for everybody.
+OPEN_ROUTES = frozenset({"/health", "/metrics", "/openapi.json", "/docs"})
 ROUTES_LIKE = {"/api/v1/models/{id}/content": "ModelStore/Pull"}
 
 

@@ -123,7 +123,7 @@ def serve_pipelines(node: Node) -> Pipelines:
 
 
 def serve_members(node: Node, authority: Authority, lifetime_s: float = 3600) -> Members:
-    servicer = Members(authority, lifetime_s)
+    servicer = Members(authority, lifetime_s)  # type: ignore[abstract]
     service = membership_pb2.DESCRIPTOR.services_by_name["Membership"]
     node.service(servicer, membership_pb2_grpc.add_MembershipServicer_to_server, service, strangers=True)
     return servicer

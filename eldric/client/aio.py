@@ -141,6 +141,13 @@ class AsyncClient:
         with self._connections.calling(_CONTROLLER):
             return (await stub.CreateToken(request, timeout=self._timeout_s)).token
 
+    async def expel(self, node_id: str = "") -> list[str]:
+        """End the membership of "KIND/NAME" for good; empty: nobody's. Returns all that were expelled so far."""
+        stub = membership_pb2_grpc.MembershipStub(await self._connections.controller())
+        with self._connections.calling(_CONTROLLER):
+            answer = await stub.Expel(membership_pb2.ExpelRequest(node_id=node_id), timeout=self._timeout_s)
+        return list(answer.expelled)
+
     # Text
 
     async def generate(

@@ -90,6 +90,10 @@ class Client:
     def create_token(self, *, lifetime_s: int = 3600, uses: int = 1, kind: str = "") -> str:
         return self._run(self._client.create_token(lifetime_s=lifetime_s, uses=uses, kind=kind))
 
+    def expel(self, node_id: str = "") -> list[str]:
+        """See AsyncClient.expel."""
+        return self._run(self._client.expel(node_id))
+
     def generate(self, model: str, prompt: str | Sequence[int], **options: Any) -> Events[types.Event]:
         """See AsyncClient.generate."""
         return self._iterate(self._client.generate(model, prompt, **options))

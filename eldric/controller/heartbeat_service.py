@@ -6,19 +6,21 @@ from collections.abc import AsyncIterator
 from eldric.controller.cluster import Cluster
 from eldric.controller.metrics import ControllerMetrics
 from eldric.errors import InvalidRequest
+from eldric.security.expelled import Expelled
 from eldric.v1 import heartbeat_pb2, heartbeat_pb2_grpc
 
 
 class HeartbeatService(heartbeat_pb2_grpc.HeartbeatServicer):
-    def __init__(self, cluster: Cluster, metrics: ControllerMetrics) -> None:
+    def __init__(self, cluster: Cluster, metrics: ControllerMetrics, expelled: Expelled) -> None:
         self._cluster = cluster
         self._metrics = metrics
+        self._expelled = expelled
 
     async def Beat(
         self, request_iterator: AsyncIterator[heartbeat_pb2.BeatRequest], context: object
     ) -> AsyncIterator[heartbeat_pb2.BeatResponse]:
         """Answers every beat, and more often when what is wanted changes."""
-        link = _Link(self._cluster, self._metrics)
+        link = _Link(self._cluster, self._metrics, self._expelled)
         reading = asyncio.create_task(link.read(request_iterator))
         reading.add_done_callback(lambda _: link.wake.set())
         try:
@@ -38,7 +40,8 @@ class HeartbeatService(heartbeat_pb2_grpc.HeartbeatServicer):
 class _Link:
     """One node's stream, opened by its first beat."""
 
-    def __init__(self, cluster: Cluster, metrics: ControllerMetrics) -> None:
+    def __init__(self, cluster: Cluster, metrics: ControllerMetrics, expelled: Expelled) -> None:
+        self._expelled = expelled
         self.wake = asyncio.Event()
         self._cluster = cluster
         self._metrics = metrics
@@ -60,7 +63,10 @@ class _Link:
             self.wake.set()
 
     def answer(self) -> heartbeat_pb2.BeatResponse:
-        return heartbeat_pb2.BeatResponse(sequence=self._sequence, wanted=self._cluster.wanted(self._node_id))
+        wanted = self._cluster.wanted(self._node_id)
+        return heartbeat_pb2.BeatResponse(
+            sequence=self._sequence, wanted=wanted, expelled=sorted(self._expelled.node_ids)
+        )
 
     def close(self) -> None:
         if self._link:

@@ -82,6 +82,7 @@ class Controller:
         store = await Store.open(folder / STATE_FILE)
         try:
             controller = cls(config, identity, authority, store)
+            controller.node.expelled.replace(await store.expelled())
             await controller._replicator.open()
             await controller._deployer.recover(time.monotonic() + config.settle_ms / 1000)
         except BaseException:
@@ -97,7 +98,7 @@ class Controller:
             registry_pb2.DESCRIPTOR.services_by_name["Registry"],
         )
         node.service(
-            HeartbeatService(cluster, metrics),
+            HeartbeatService(cluster, metrics, node.expelled),
             heartbeat_pb2_grpc.add_HeartbeatServicer_to_server,
             heartbeat_pb2.DESCRIPTOR.services_by_name["Heartbeat"],
         )
@@ -112,7 +113,7 @@ class Controller:
             replication_pb2.DESCRIPTOR.services_by_name["Replication"],
         )
         node.service(
-            MembershipService(authority, self._store, cluster),
+            MembershipService(authority, self._store, cluster, node.expelled),
             membership_pb2_grpc.add_MembershipServicer_to_server,
             membership_pb2.DESCRIPTOR.services_by_name["Membership"],
             strangers=True,

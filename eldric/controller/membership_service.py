@@ -1,6 +1,7 @@
 """Membership: join tokens and certificates."""
 
 import asyncio
+import logging
 import time
 
 from cryptography.x509.oid import NameOID
@@ -9,16 +10,20 @@ from eldric.controller.cluster import Cluster
 from eldric.controller.state import Store
 from eldric.errors import AlreadyExists, InvalidRequest, PermissionDenied
 from eldric.names import IDENTITY_KINDS, check_name
-from eldric.security import Authority, JoinToken, caller_of, new_token
+from eldric.security import Authority, Caller, JoinToken, caller_of, new_token
 from eldric.security.certificates import read_csr
+from eldric.security.expelled import Expelled
 from eldric.security.tokens import DEFAULT_LIFETIME_S
 from eldric.v1 import membership_pb2, membership_pb2_grpc
+
+log = logging.getLogger(__name__)
 
 
 class MembershipService(membership_pb2_grpc.MembershipServicer):
     """Join is open to strangers, on the join port; the other calls need a certificate."""
 
-    def __init__(self, authority: Authority, store: Store, cluster: Cluster) -> None:
+    def __init__(self, authority: Authority, store: Store, cluster: Cluster, expelled: Expelled) -> None:
+        self._expelled = expelled
         self._authority = authority
         self._store = store
         self._cluster = cluster
@@ -30,6 +35,7 @@ class MembershipService(membership_pb2_grpc.MembershipServicer):
         now = time.time()
         await self._store.check_token(token, request.kind, now)
         check_name(request.name)
+        self._expelled.check(Caller(request.kind, request.name))
         for node in self._cluster.nodes(request.kind):
             if node.is_alive and node.info.name.lower() == request.name.lower():
                 raise AlreadyExists(f"{node.id} is a member that is running: choose another name")
@@ -59,6 +65,25 @@ class MembershipService(membership_pb2_grpc.MembershipServicer):
         )
         await self._store.add_token(record, now)
         return membership_pb2.CreateTokenResponse(token=token.format())
+
+    async def Expel(self, request: membership_pb2.ExpelRequest, context: object) -> membership_pb2.ExpelResponse:
+        if request.node_id:
+            await self._expel(request.node_id, caller_of(context))
+        return membership_pb2.ExpelResponse(expelled=sorted(self._expelled.node_ids))
+
+    async def _expel(self, node_id: str, by: Caller) -> None:
+        kind, _, name = node_id.partition("/")
+        if kind not in IDENTITY_KINDS or not name:
+            raise InvalidRequest(f"{node_id[:200]!r} is no node's id: write KIND/NAME, such as worker/w1")
+        check_name(name)
+        if kind == "controller" or node_id == by.node_id:
+            raise InvalidRequest(
+                f"{node_id} cannot be expelled: " + ("it is you" if kind == "client" else "it decides")
+            )
+        await self._store.expel(node_id, time.time())
+        self._expelled.replace(await self._store.expelled())
+        self._cluster.deregister(node_id)
+        log.warning("event=expelled node=%s by=%s", node_id, by.node_id)
 
     async def _issue(self, csr: bytes, kind: str, name: str) -> membership_pb2.Certificate:
         certificate = await asyncio.to_thread(self._authority.issue, csr, kind, name)

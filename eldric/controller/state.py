@@ -48,6 +48,9 @@ MIGRATIONS = (
         model TEXT PRIMARY KEY, copies INTEGER NOT NULL, source BLOB NOT NULL
     ) STRICT;
     """,
+    """
+    CREATE TABLE expelled (node_id TEXT PRIMARY KEY, at REAL NOT NULL) STRICT;
+    """,
 )
 
 
@@ -129,6 +132,15 @@ class Store:
             database.execute("UPDATE join_tokens SET uses_left = ? WHERE id = ?", (left, token.id))
 
         await self._run(use)
+
+    async def expel(self, node_id: str, now: float) -> None:
+        """Keeps, for ever, that it is no member."""
+        row = node_id, now
+        await self._run(lambda database: database.execute("INSERT OR IGNORE INTO expelled VALUES (?, ?)", row))
+
+    async def expelled(self) -> list[str]:
+        """The ids of all that were expelled."""
+        return await self._run(lambda database: [row[0] for row in database.execute("SELECT node_id FROM expelled")])
 
     async def _run(self, work: Callable[[sqlite3.Connection], T]) -> T:
         if self._closed:

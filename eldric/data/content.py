@@ -21,6 +21,7 @@ from eldric.data.model import StoredModel
 from eldric.data.transfers import Transfers
 from eldric.errors import InvalidRequest, NotFound
 from eldric.security.access import authorise
+from eldric.security.expelled import Expelled
 from eldric.web import http_caller
 
 #: The call whose callers may have a model's bytes.
@@ -29,8 +30,10 @@ _METHOD = "/eldric.v1.ModelStore/Pull"
 STALL_S = 30.0
 
 
-def content_route(find: Callable[[str], Awaitable[StoredModel]], served_bytes: Counter, transfers: Transfers) -> Route:
-    """The route; find: gives a model by name or raises NotFound.
+def content_route(
+    find: Callable[[str], Awaitable[StoredModel]], served_bytes: Counter, transfers: Transfers, expelled: Expelled
+) -> Route:
+    """The route; find: gives a model by name or raises NotFound. expelled: who may have nothing any more.
 
     `?file=N` picks a file of a split set, counted from 0. Range (several too) answers 206 or 416, If-Range and
     If-None-Match hold ETag, which is the file's SHA-256 where it is known. Too many at once are answered 503, with
@@ -40,6 +43,7 @@ def content_route(find: Callable[[str], Awaitable[StoredModel]], served_bytes: C
     async def content(request: Request) -> Response:
         caller = http_caller(request)
         authorise(_METHOD, caller)
+        expelled.check(caller)
         number = _file_number(request)
         model = await find(request.path_params["id"])
         path = model.path(number)

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from eldric.v1 import stage_pb2 as eldric_dot_v1_dot_stage__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x65ldric/v1/heartbeat.proto\x12\teldric.v1\x1a\x15\x65ldric/v1/stage.proto\"\x9a\x01\n\x0b\x42\x65\x61tRequest\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x10\n\x08sequence\x18\x03 \x01(\x04\x12\x10\n\x08\x64raining\x18\x04 \x01(\x08\x12&\n\x06stages\x18\x05 \x03(\x0b\x32\x16.eldric.v1.StageStatus\x12\x19\n\x11memory_used_bytes\x18\x06 \x01(\x04\"H\n\x0c\x42\x65\x61tResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12&\n\x06wanted\x18\x02 \x03(\x0b\x32\x16.eldric.v1.WantedStage\"s\n\x0bWantedStage\x12\x13\n\x0bpipeline_id\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\r\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x10\n\x08\x64\x65graded\x18\x04 \x01(\x08\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12\x0f\n\x07\x63losing\x18\x06 \x01(\x08\x32H\n\tHeartbeat\x12;\n\x04\x42\x65\x61t\x12\x16.eldric.v1.BeatRequest\x1a\x17.eldric.v1.BeatResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x65ldric/v1/heartbeat.proto\x12\teldric.v1\x1a\x15\x65ldric/v1/stage.proto\"\x9a\x01\n\x0b\x42\x65\x61tRequest\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x10\n\x08sequence\x18\x03 \x01(\x04\x12\x10\n\x08\x64raining\x18\x04 \x01(\x08\x12&\n\x06stages\x18\x05 \x03(\x0b\x32\x16.eldric.v1.StageStatus\x12\x19\n\x11memory_used_bytes\x18\x06 \x01(\x04\"Z\n\x0c\x42\x65\x61tResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12&\n\x06wanted\x18\x02 \x03(\x0b\x32\x16.eldric.v1.WantedStage\x12\x10\n\x08\x65xpelled\x18\x03 \x03(\t\"s\n\x0bWantedStage\x12\x13\n\x0bpipeline_id\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\r\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x10\n\x08\x64\x65graded\x18\x04 \x01(\x08\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12\x0f\n\x07\x63losing\x18\x06 \x01(\x08\x32H\n\tHeartbeat\x12;\n\x04\x42\x65\x61t\x12\x16.eldric.v1.BeatRequest\x1a\x17.eldric.v1.BeatResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,9 +35,9 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_BEATREQUEST']._serialized_start=64
   _globals['_BEATREQUEST']._serialized_end=218
   _globals['_BEATRESPONSE']._serialized_start=220
-  _globals['_BEATRESPONSE']._serialized_end=292
-  _globals['_WANTEDSTAGE']._serialized_start=294
-  _globals['_WANTEDSTAGE']._serialized_end=409
-  _globals['_HEARTBEAT']._serialized_start=411
-  _globals['_HEARTBEAT']._serialized_end=483
+  _globals['_BEATRESPONSE']._serialized_end=310
+  _globals['_WANTEDSTAGE']._serialized_start=312
+  _globals['_WANTEDSTAGE']._serialized_end=427
+  _globals['_HEARTBEAT']._serialized_start=429
+  _globals['_HEARTBEAT']._serialized_end=501
 # @@protoc_insertion_point(module_scope)

@@ -65,21 +65,27 @@ class BeatResponse(_message.Message):
 
     SEQUENCE_FIELD_NUMBER: _builtins.int
     WANTED_FIELD_NUMBER: _builtins.int
+    EXPELLED_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """The sequence answered."""
     @_builtins.property
     def wanted(self) -> _containers.RepeatedCompositeFieldContainer[Global___WantedStage]:
         """Workers: the stages that should exist. A stage that is not named here in three answers in a row is unloaded."""
 
+    @_builtins.property
+    def expelled(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """"KIND/NAME" of all that were expelled from the cluster: nobody takes their calls any more."""
+
     def __init__(
         self,
         *,
         sequence: _builtins.int = ...,
         wanted: _abc.Iterable[Global___WantedStage] | None = ...,
+        expelled: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["sequence", b"sequence", "wanted", b"wanted"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expelled", b"expelled", "sequence", b"sequence", "wanted", b"wanted"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

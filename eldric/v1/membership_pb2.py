@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x65ldric/v1/membership.proto\x12\teldric.v1\"E\n\x0bJoinRequest\x12\r\n\x05token\x18\x01 \x01(\t\x12\x0b\n\x03\x63sr\x18\x02 \x01(\x0c\x12\x0c\n\x04kind\x18\x03 \x01(\t\x12\x0c\n\x04name\x18\x04 \x01(\t\"\x1b\n\x0cRenewRequest\x12\x0b\n\x03\x63sr\x18\x01 \x01(\x0c\"5\n\x0b\x43\x65rtificate\x12\x13\n\x0b\x63\x65rtificate\x18\x01 \x01(\x0c\x12\x11\n\tauthority\x18\x02 \x01(\x0c\"W\n\x12\x43reateTokenRequest\x12\x12\n\nlifetime_s\x18\x01 \x01(\r\x12\x0c\n\x04uses\x18\x02 \x01(\r\x12\x11\n\tunlimited\x18\x03 \x01(\x08\x12\x0c\n\x04kind\x18\x04 \x01(\t\"$\n\x13\x43reateTokenResponse\x12\r\n\x05token\x18\x01 \x01(\t2\xcc\x01\n\nMembership\x12\x36\n\x04Join\x12\x16.eldric.v1.JoinRequest\x1a\x16.eldric.v1.Certificate\x12\x38\n\x05Renew\x12\x17.eldric.v1.RenewRequest\x1a\x16.eldric.v1.Certificate\x12L\n\x0b\x43reateToken\x12\x1d.eldric.v1.CreateTokenRequest\x1a\x1e.eldric.v1.CreateTokenResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x65ldric/v1/membership.proto\x12\teldric.v1\"E\n\x0bJoinRequest\x12\r\n\x05token\x18\x01 \x01(\t\x12\x0b\n\x03\x63sr\x18\x02 \x01(\x0c\x12\x0c\n\x04kind\x18\x03 \x01(\t\x12\x0c\n\x04name\x18\x04 \x01(\t\"\x1b\n\x0cRenewRequest\x12\x0b\n\x03\x63sr\x18\x01 \x01(\x0c\"5\n\x0b\x43\x65rtificate\x12\x13\n\x0b\x63\x65rtificate\x18\x01 \x01(\x0c\x12\x11\n\tauthority\x18\x02 \x01(\x0c\"W\n\x12\x43reateTokenRequest\x12\x12\n\nlifetime_s\x18\x01 \x01(\r\x12\x0c\n\x04uses\x18\x02 \x01(\r\x12\x11\n\tunlimited\x18\x03 \x01(\x08\x12\x0c\n\x04kind\x18\x04 \x01(\t\"$\n\x13\x43reateTokenResponse\x12\r\n\x05token\x18\x01 \x01(\t\"\x1f\n\x0c\x45xpelRequest\x12\x0f\n\x07node_id\x18\x01 \x01(\t\"!\n\rExpelResponse\x12\x10\n\x08\x65xpelled\x18\x01 \x03(\t2\x88\x02\n\nMembership\x12\x36\n\x04Join\x12\x16.eldric.v1.JoinRequest\x1a\x16.eldric.v1.Certificate\x12\x38\n\x05Renew\x12\x17.eldric.v1.RenewRequest\x1a\x16.eldric.v1.Certificate\x12L\n\x0b\x43reateToken\x12\x1d.eldric.v1.CreateTokenRequest\x1a\x1e.eldric.v1.CreateTokenResponse\x12:\n\x05\x45xpel\x12\x17.eldric.v1.ExpelRequest\x1a\x18.eldric.v1.ExpelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -41,6 +41,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CREATETOKENREQUEST']._serialized_end=283
   _globals['_CREATETOKENRESPONSE']._serialized_start=285
   _globals['_CREATETOKENRESPONSE']._serialized_end=321
-  _globals['_MEMBERSHIP']._serialized_start=324
-  _globals['_MEMBERSHIP']._serialized_end=528
+  _globals['_EXPELREQUEST']._serialized_start=323
+  _globals['_EXPELREQUEST']._serialized_end=354
+  _globals['_EXPELRESPONSE']._serialized_start=356
+  _globals['_EXPELRESPONSE']._serialized_end=389
+  _globals['_MEMBERSHIP']._serialized_start=392
+  _globals['_MEMBERSHIP']._serialized_end=656
 # @@protoc_insertion_point(module_scope)

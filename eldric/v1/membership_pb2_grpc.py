@@ -50,6 +50,11 @@ class MembershipStub:
                 request_serializer=eldric_dot_v1_dot_membership__pb2.CreateTokenRequest.SerializeToString,
                 response_deserializer=eldric_dot_v1_dot_membership__pb2.CreateTokenResponse.FromString,
                 _registered_method=True)
+        self.Expel = channel.unary_unary(
+                '/eldric.v1.Membership/Expel',
+                request_serializer=eldric_dot_v1_dot_membership__pb2.ExpelRequest.SerializeToString,
+                response_deserializer=eldric_dot_v1_dot_membership__pb2.ExpelResponse.FromString,
+                _registered_method=True)
 
 
 class MembershipServicer:
@@ -72,7 +77,16 @@ class MembershipServicer:
         raise NotImplementedError('Method not implemented!')
 
     def CreateToken(self, request, context):
-        """Makes a join token. Only for operators and controllers.
+        """Makes a join token. Only for operators.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Expel(self, request, context):
+        """Ends a membership for good: the node or operator of that name is let in nowhere any more, whatever certificate or
+        token it has, and its calls that run end. Every node knows within a beat or two. Only for operators.
+        INVALID_ARGUMENT: it is the caller itself, a controller, or no node's id.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -95,6 +109,11 @@ def add_MembershipServicer_to_server(servicer, server):
                     servicer.CreateToken,
                     request_deserializer=eldric_dot_v1_dot_membership__pb2.CreateTokenRequest.FromString,
                     response_serializer=eldric_dot_v1_dot_membership__pb2.CreateTokenResponse.SerializeToString,
+            ),
+            'Expel': grpc.unary_unary_rpc_method_handler(
+                    servicer.Expel,
+                    request_deserializer=eldric_dot_v1_dot_membership__pb2.ExpelRequest.FromString,
+                    response_serializer=eldric_dot_v1_dot_membership__pb2.ExpelResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -179,6 +198,33 @@ class Membership:
             '/eldric.v1.Membership/CreateToken',
             eldric_dot_v1_dot_membership__pb2.CreateTokenRequest.SerializeToString,
             eldric_dot_v1_dot_membership__pb2.CreateTokenResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Expel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/eldric.v1.Membership/Expel',
+            eldric_dot_v1_dot_membership__pb2.ExpelRequest.SerializeToString,
+            eldric_dot_v1_dot_membership__pb2.ExpelResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -40,7 +40,12 @@ class MembershipStub:
     Renew: _grpc.UnaryUnaryMultiCallable[_membership_pb2.RenewRequest, _membership_pb2.Certificate]
     """Issues a new certificate for the caller's own identity. PERMISSION_DENIED: the CSR names somebody else."""
     CreateToken: _grpc.UnaryUnaryMultiCallable[_membership_pb2.CreateTokenRequest, _membership_pb2.CreateTokenResponse]
-    """Makes a join token. Only for operators and controllers."""
+    """Makes a join token. Only for operators."""
+    Expel: _grpc.UnaryUnaryMultiCallable[_membership_pb2.ExpelRequest, _membership_pb2.ExpelResponse]
+    """Ends a membership for good: the node or operator of that name is let in nowhere any more, whatever certificate or
+    token it has, and its calls that run end. Every node knows within a beat or two. Only for operators.
+    INVALID_ARGUMENT: it is the caller itself, a controller, or no node's id.
+    """
 
 @_typing.type_check_only
 class MembershipAsyncStub(MembershipStub):
@@ -54,7 +59,12 @@ class MembershipAsyncStub(MembershipStub):
     Renew: _aio.UnaryUnaryMultiCallable[_membership_pb2.RenewRequest, _membership_pb2.Certificate]  # type: ignore[assignment]
     """Issues a new certificate for the caller's own identity. PERMISSION_DENIED: the CSR names somebody else."""
     CreateToken: _aio.UnaryUnaryMultiCallable[_membership_pb2.CreateTokenRequest, _membership_pb2.CreateTokenResponse]  # type: ignore[assignment]
-    """Makes a join token. Only for operators and controllers."""
+    """Makes a join token. Only for operators."""
+    Expel: _aio.UnaryUnaryMultiCallable[_membership_pb2.ExpelRequest, _membership_pb2.ExpelResponse]  # type: ignore[assignment]
+    """Ends a membership for good: the node or operator of that name is let in nowhere any more, whatever certificate or
+    token it has, and its calls that run end. Every node knows within a beat or two. Only for operators.
+    INVALID_ARGUMENT: it is the caller itself, a controller, or no node's id.
+    """
 
 class MembershipServicer(metaclass=_abc_1.ABCMeta):
     """Served by the controller: Join on its join port (TLS, no client certificate), Renew on its gRPC port (mutual TLS)."""
@@ -83,6 +93,17 @@ class MembershipServicer(metaclass=_abc_1.ABCMeta):
         request: _membership_pb2.CreateTokenRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_membership_pb2.CreateTokenResponse, _abc.Awaitable[_membership_pb2.CreateTokenResponse]]:
-        """Makes a join token. Only for operators and controllers."""
+        """Makes a join token. Only for operators."""
+
+    @_abc_1.abstractmethod
+    def Expel(
+        self,
+        request: _membership_pb2.ExpelRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_membership_pb2.ExpelResponse, _abc.Awaitable[_membership_pb2.ExpelResponse]]:
+        """Ends a membership for good: the node or operator of that name is let in nowhere any more, whatever certificate or
+        token it has, and its calls that run end. Every node knows within a beat or two. Only for operators.
+        INVALID_ARGUMENT: it is the caller itself, a controller, or no node's id.
+        """
 
 def add_MembershipServicer_to_server(servicer: MembershipServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

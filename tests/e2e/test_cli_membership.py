@@ -105,6 +105,11 @@ def test_machines_become_a_cluster(operator: Cli, tmp_path: Path) -> None:
         used_up = person(tmp_path / "late")("join", token["token"], made["join_address"], "--kind", "client", code=1)
         assert "used up" in used_up.error
 
+        assert quick("expel", "client/second", "--json").json == {"expelled": ["client/second"]}
+        assert "client/second was expelled" in machine("status", code=1).error
+        assert "it is you" in quick("expel", "client/operator", code=1).error
+        assert quick("expel").out == "client/second\n"
+
 
 def test_joining_what_is_not_there(operator: Cli) -> None:
     operator = replace(operator, inside=True)
