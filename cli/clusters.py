@@ -47,6 +47,7 @@ def up(
         int | None,
         option("--router-port", metavar="PORT", help="Port of the OpenAI API.", default="a free one", min=0, max=64535),
     ] = None,
+    allow_origins: options.AllowOrigins = None,
     as_json: options.Json = False,
 ) -> None:
     """Start a cluster on this machine, in the background, and wait until it is ready.
@@ -61,6 +62,7 @@ def up(
         "threads": threads,
         "pin": pin,
         "router_port": router_port,
+        "allow_origins": tuple(allow_origins) if allow_origins else None,
     }
     given: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
     shape = Shape(**given)

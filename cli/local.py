@@ -95,7 +95,7 @@ class LocalCluster:
                 f"{folder} holds a cluster of {count} workers: `eldric-cli down --dir {shlex.quote(str(folder))}` and "
                 "remove the folder, or use another --dir"
             )
-        affected = {"router"} if "router_port" in given else set()
+        affected = {"router"} if given & {"router_port", "allow_origins"} else set()
         affected |= {"worker"} if given & {"device", "memory", "threads", "pin"} else set()
         cluster._settle(roster(folder, replace(shape, workers=count)), affected)
         return cluster

@@ -30,6 +30,15 @@ def option(*names: str, metavar: str, help: str, default: str = "", **more: Any)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 JsonLines = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else, an object a line.")]
+AllowOrigins = Annotated[
+    list[str] | None,
+    option(
+        "--allow-origin",
+        metavar="ORIGIN",
+        help="A site whose web pages may call, such as https://chat.example.org, or * for all; may be repeated.",
+        default="none",
+    ),
+]
 Pipeline = Annotated[
     str, typer.Argument(metavar="NAME", help="Name of the pipeline.", autocompletion=completion.pipelines)
 ]

@@ -6,6 +6,7 @@ from pathlib import Path
 import psutil
 
 from eldric.cli.units import parse_memory
+from eldric.config import check_origin
 from eldric.errors import InvalidRequest
 
 MOST_WORKERS = 64
@@ -51,6 +52,7 @@ class Shape:
     threads: int = 0  # of each worker; 0: cores / workers
     pin: bool = False  # whether each worker has cores of its own
     router_port: int = 0  # 0: a free one
+    allow_origins: tuple[str, ...] = ()  # sites whose web pages may call the router
 
 
 def roster(folder: Path, shape: Shape, *, cores: int = 0) -> list[NodeEntry]:
@@ -69,10 +71,13 @@ def roster(folder: Path, shape: Shape, *, cores: int = 0) -> list[NodeEntry]:
     threads = shape.threads or max(1, cores // shape.workers)
     ports = ("--http-port", "0")
     models = ("--models", str(folder / "models"))
+    for origin in shape.allow_origins:
+        check_origin(origin)
+    origins = [part for origin in shape.allow_origins for part in ("--allow-origin", origin)]
     nodes = [
         NodeEntry("controller", "controller", ports),
         NodeEntry("data", "data", (*ports, *models)),
-        NodeEntry("router", "router", ("--http-port", str(shape.router_port))),
+        NodeEntry("router", "router", ("--http-port", str(shape.router_port), *origins)),
     ]
     for index in range(shape.workers):
         arguments: tuple[str, ...] = (*ports, "--models-dir", models[1])

@@ -10,6 +10,8 @@ import socket
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from eldric.config import NodeConfig
@@ -25,11 +27,26 @@ _PRIVATE = (".localhost", ".local", ".internal")
 _SAFE = ("GET", "HEAD", "OPTIONS")
 
 
+def site_guards(config: NodeConfig) -> list[Middleware]:
+    """From the outside in: what lets pages of allowed sites read answers (CORS, https://fetch.spec.whatwg.org/), and
+    what keeps the others' calls out."""
+    cross_origin = Middleware(
+        CORSMiddleware,
+        allow_origins=config.allow_origins,
+        allow_methods=("GET", "POST"),
+        allow_headers=("*",),
+        allow_private_network=True,
+        expose_headers=("retry-after", "x-request-id", "x-eldric-pipeline"),
+    )
+    return [*([cross_origin] if config.allow_origins else []), Middleware(SiteGuard, config)]
+
+
 class SiteGuard:
     """Around an application that people reach without a certificate."""
 
     def __init__(self, app: ASGIApp, config: NodeConfig) -> None:
         self._app = app
+        self._allowed = config.allow_origins
         self._names = {config.advertised_host.lower(), socket.gethostname().lower()}
         self._only_here = is_loopback(config.host)
 
@@ -48,8 +65,11 @@ class SiteGuard:
                 f"this node is for its own machine and is not called {host[:200]!r}: use localhost, "
                 "or start it with --advertise and that name"
             )
-        if method not in _SAFE and _is_foreign(headers.get("origin"), headers.get("sec-fetch-site"), host):
-            return "another site's page may not make calls here"
+        origin = headers.get("origin")
+        if "*" in self._allowed or origin in self._allowed:
+            return ""
+        if method not in _SAFE and _is_foreign(origin, headers.get("sec-fetch-site"), host):
+            return "another site's page may not make calls here, unless its origin is given with --allow-origin"
         return ""
 
     def _is_own(self, host: str) -> bool:

@@ -1,5 +1,6 @@
 """Settings that every node has."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,9 @@ HTTP_PORTS = {"edge": 443, "controller": 8880, "router": 8881, "worker": 8890, "
 #: A port that is left to the node's kind.
 DEFAULT_PORT = -1
 
+#: How browsers name a site: scheme, host and perhaps a port.
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#@\sA-Z]+")
+
 
 @dataclass(frozen=True, slots=True)
 class NodeConfig:
@@ -23,6 +27,8 @@ class NodeConfig:
     node without a certificate exchanges a token for one.
     `edge` is the "host:port" of an edge's gRPC face, for a node that others cannot connect to: it has its addresses
     there, and reaches the controllers through it where those in `controllers` do not answer.
+    `allow_origins` are sites whose web pages may call a router or an edge, as browsers name them
+    ("https://chat.example.org"), or "*" for all.
     """
 
     kind: str
@@ -37,6 +43,7 @@ class NodeConfig:
     edge: str = ""
     log_level: str = "INFO"
     insecure_http: bool = False
+    allow_origins: tuple[str, ...] = ()
     drain_s: float = 10.0
 
     def __post_init__(self) -> None:
@@ -53,6 +60,8 @@ class NodeConfig:
             raise InvalidRequest(f"a {self.kind} node needs the address of a controller, or of an edge (host:port)")
         for address in (*self.controllers, *filter(None, [self.edge])):
             split_address(address)
+        for origin in self.allow_origins:
+            check_origin(origin)
         if self.drain_s < 0:
             raise InvalidRequest(f"drain_s is {self.drain_s}, it must not be negative")
 
@@ -76,3 +85,12 @@ class NodeConfig:
     def advertised(self, port: int) -> str:
         """ "host:port" by which others reach a port of this node."""
         return join_address(self.advertised_host, port)
+
+
+def check_origin(origin: str) -> None:
+    """Raises InvalidRequest unless a browser could name a site like that."""
+    if origin != "*" and not _ORIGIN.fullmatch(origin):
+        raise InvalidRequest(
+            f"{origin!r} is no origin: it looks like https://chat.example.org or http://localhost:3000, "
+            "in small letters and without a path; * stands for all"
+        )

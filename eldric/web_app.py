@@ -13,7 +13,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from eldric.browsers import SiteGuard
+from eldric.browsers import site_guards
 from eldric.config import NodeConfig
 from eldric.grpc_server import Service
 from eldric.http_errors import error_response
@@ -79,7 +79,7 @@ def make_app(
             Route("/docs", show_docs),
             *(route for each in services for route in face.routes(each.servicer, each.descriptor)),
         ],
-        middleware=[Middleware(_Errors), *([Middleware(SiteGuard, config)] if config.kind in PUBLIC_KINDS else [])],
+        middleware=[*(site_guards(config) if config.kind in PUBLIC_KINDS else []), Middleware(_Errors)],
         exception_handlers={HTTPException: _http_exception},
     )
 

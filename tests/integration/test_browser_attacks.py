@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
+from eldric.errors import InvalidRequest
 from eldric.security import Authority
 from tests.nodes import make_node, running
 
@@ -45,7 +46,8 @@ async def test_another_sites_page_makes_no_calls(tmp_path: Path, headers: dict[s
     async with router(tmp_path) as client:
         answer = await client.post("/v1/completions", content="{}", headers={"content-type": "text/plain", **headers})
         assert answer.status_code == 403
-        assert answer.json()["error"]["message"] == "another site's page may not make calls here"
+        assert answer.json()["error"]["message"].startswith("another site's page may not make calls here")
+        assert "access-control-allow-origin" not in answer.headers
 
 
 @pytest.mark.parametrize(
@@ -92,3 +94,59 @@ async def test_a_router_of_a_network_is_called_whatever_its_operator_likes(tmp_p
     async with router(tmp_path, host="0.0.0.0", advertise="127.0.0.1", insecure_http=True) as client:
         answer = await client.post("/v1/completions", content="x", headers={"host": "llm.lan.example.org"})
         assert answer.status_code == 200
+
+
+CHAT = "https://chat.example.org"
+PREFLIGHT = {"access-control-request-method": "POST", "access-control-request-headers": "authorization,x-stainless-os"}
+
+
+async def test_pages_of_no_other_site_may_ask_unless_the_operator_says_so(tmp_path: Path) -> None:
+    async with router(tmp_path) as client:
+        asked = await client.options("/v1/completions", headers={"origin": CHAT, **PREFLIGHT})
+        assert asked.status_code == 405
+        assert not [name for name in asked.headers if name.startswith("access-control")]
+
+
+@pytest.mark.parametrize(("allowed", "named"), [((CHAT, "http://localhost:3000"), CHAT), (("*",), "*")])
+async def test_pages_of_allowed_sites_call_and_read_answers(
+    tmp_path: Path, allowed: tuple[str, ...], named: str
+) -> None:
+    async with router(tmp_path, allow_origins=allowed) as client:
+        page = {"origin": CHAT, "sec-fetch-site": "cross-site"}
+        asked = await client.options(
+            "/v1/completions", headers={**page, **PREFLIGHT, "access-control-request-private-network": "true"}
+        )
+        assert (asked.status_code, asked.headers["access-control-allow-origin"]) == (200, named)
+        assert asked.headers["access-control-allow-headers"] == PREFLIGHT["access-control-request-headers"]
+        assert asked.headers["access-control-allow-private-network"] == "true"
+        answer = await client.post("/v1/completions", content="hello", headers=page)
+        assert (answer.json(), answer.headers["access-control-allow-origin"]) == ({"said": "hello"}, named)
+        assert "retry-after" in answer.headers["access-control-expose-headers"]
+        failed = await client.post("/nothing", content="", headers=page)
+        assert (failed.status_code, failed.headers["access-control-allow-origin"]) == (404, named), (
+            "errors are read too"
+        )
+
+
+@pytest.mark.parametrize(
+    "origin", ["https://evil.example", f"{CHAT}.evil.example", f"{CHAT}:8443", "http://chat.example.org", "null"]
+)
+async def test_an_allowed_site_opens_the_door_to_no_other(tmp_path: Path, origin: str) -> None:
+    async with router(tmp_path, allow_origins=(CHAT,)) as client:
+        page = {"origin": origin, "sec-fetch-site": "cross-site"}
+        asked = await client.options("/v1/completions", headers={**page, **PREFLIGHT})
+        answer = await client.post("/v1/completions", content="x", headers=page)
+        assert (asked.status_code, answer.status_code) == (400, 403)
+        assert "access-control-allow-origin" not in {*asked.headers, *answer.headers}
+
+
+async def test_an_allowed_site_does_not_lend_its_name_to_another_address(tmp_path: Path) -> None:
+    async with router(tmp_path, allow_origins=(CHAT,)) as client:
+        answer = await client.post("/v1/completions", content="x", headers={"origin": CHAT, "host": "evil.example"})
+        assert answer.status_code == 403
+
+
+@pytest.mark.parametrize("origin", ["", "chat.example.org", f"{CHAT}/", "https://Chat.example.org", "https://", "null"])
+def test_what_is_no_origin_is_refused_at_the_start(tmp_path: Path, origin: str) -> None:
+    with pytest.raises(InvalidRequest, match="is no origin: it looks like https://"):
+        make_node(tmp_path, Authority.create("demo"), "router", allow_origins=(origin,))

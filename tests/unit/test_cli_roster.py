@@ -38,6 +38,13 @@ def test_devices_are_taken_in_turn_and_shared_by_those_who_took_them() -> None:
     assert [worker.option("--memory") for worker in workers] == ["50.00%", "100.00%", "50.00%"]
 
 
+def test_sites_whose_pages_may_call_are_the_routers_business() -> None:
+    shape = Shape(allow_origins=("http://localhost:3000", "https://chat.example.org"))
+    for node in roster(FOLDER, shape):
+        said = [node.arguments[i + 1] for i, each in enumerate(node.arguments) if each == "--allow-origin"]
+        assert said == ([*shape.allow_origins] if node.kind == "router" else [])
+
+
 def test_every_worker_has_a_thread() -> None:
     assert roster(FOLDER, Shape(workers=4), cores=2)[-1].option("--threads") == "1"
 
@@ -48,7 +55,15 @@ def test_pinned_workers_have_cores_of_their_own() -> None:
 
 
 @pytest.mark.parametrize(
-    "shape", [Shape(workers=0), Shape(workers=65), Shape(threads=-1), Shape(memory="much"), Shape(memory="0%")]
+    "shape",
+    [
+        Shape(allow_origins=("chat.example.org",)),
+        Shape(workers=0),
+        Shape(workers=65),
+        Shape(threads=-1),
+        Shape(memory="much"),
+        Shape(memory="0%"),
+    ],
 )
 def test_impossible_shapes(shape: Shape) -> None:
     with pytest.raises(InvalidRequest):
