@@ -31,7 +31,8 @@ log = logging.getLogger(__name__)
 #: Called with what is being done, bytes done so far and bytes in all. May raise, which ends the work.
 Report = Callable[[str, int, int], None]
 
-
+#: What a disk that takes no more says.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 #: Damaged blocks that a message names.
 _NAMED_BLOCKS = 8
 
@@ -165,7 +166,7 @@ class ModelStore:
             raise self._write_error(error) from error
 
     def _write_error(self, error: OSError) -> EldricError:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno in _FULL:
             free = shutil.disk_usage(self.folder).free
             return NotEnoughSpace(f"{self.folder} is full: {error.strerror}, {free} bytes are free; make room")
         if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
@@ -192,11 +193,17 @@ class ModelStore:
         if folder.is_symlink():
             folder.unlink()
             return
-        self._removed.mkdir(parents=True, exist_ok=True)
         target = self._removed / uuid.uuid4().hex
-        with contextlib.suppress(FileNotFoundError):  # somebody else removed it just now
+        try:
+            self._removed.mkdir(parents=True, exist_ok=True)
             folder.rename(target)
-            shutil.rmtree(target, ignore_errors=True)
+        except FileNotFoundError:  # somebody else removed it just now
+            return
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            target = folder  # a full disk has no room for its new name, and most of all then it should go
+        shutil.rmtree(target, ignore_errors=True)
 
 
 def _named_blocks(damaged: list[int], size_bytes: int) -> str:

@@ -1,5 +1,6 @@
 """The model store: what it lists, keeps, checks and removes."""
 
+import errno
 import hashlib
 import json
 import os
@@ -183,6 +184,18 @@ def test_a_removed_model_is_gone_and_open_files_read_on(store: ModelStore) -> No
     assert not [path for path in (store.folder / ".eldric" / "removed").iterdir()]
     with pytest.raises(NotFound, match="'storyteller'"):
         store.remove("storyteller")
+
+
+def test_a_model_can_be_removed_from_a_disk_that_is_too_full_for_a_folder(
+    store: ModelStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    import_storyteller(store)
+    monkeypatch.setattr(Path, "mkdir", full)
+    store.remove("storyteller")
+    assert store.list() == [] and not (store.folder / "storyteller").exists()
 
 
 def test_removing_files_dropped_by_hand_removes_all_parts_and_nothing_else(store: ModelStore) -> None:
