@@ -135,7 +135,8 @@ def test_peers_without_the_key_get_nowhere() -> None:
     with under_attack() as (receiver, place):
         public, secret = zmq.curve_keypair()
         wrong_server = zmq.curve_keypair()[0].decode()
-        for options in ({}, curve(wrong_server, public, secret), curve(receiver.public_key, public, secret)):
+        plain = {"plain_username": b"operator", "plain_password": b"secret"}
+        for options in ({}, plain, curve(wrong_server, public, secret), curve(receiver.public_key, public, secret)):
             for kind in (zmq.DEALER, zmq.PUSH, zmq.REQ):
                 with raw_peer(place, kind, options) as peer:
                     for _ in range(3):
