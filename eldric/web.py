@@ -10,6 +10,7 @@ from typing import Any
 
 import h11
 import uvicorn
+from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -107,6 +108,19 @@ class _Protocol(H11Protocol):
             self._head_due = None
 
 
+def _has_two_lengths(scope: Scope) -> bool:
+    """Whether a request says in two ways how long its body is (RFC 9112, 6.1)."""
+    return {b"content-length", b"transfer-encoding"} <= {name for name, _ in scope.get("headers", ())}
+
+
+async def _two_lengths(scope: Scope, receive: Receive, send: Send) -> None:
+    """Where one body ends and the next request begins, a proxy in front may see otherwise: nothing more is read."""
+    answer = PlainTextResponse(
+        "A body has one length: Content-Length or Transfer-Encoding.\n", 400, {"connection": "close"}
+    )
+    await answer(scope, receive, send)
+
+
 class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
@@ -170,7 +184,7 @@ class WebServer:
         self._requests += 1
         self._idle.clear()
         try:
-            await self._app(scope, receive, send)
+            await (_two_lengths if _has_two_lengths(scope) else self._app)(scope, receive, send)
         finally:
             self._requests -= 1
             if not self._requests:

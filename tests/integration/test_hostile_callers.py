@@ -173,3 +173,22 @@ async def test_strangers_take_no_more_connections_than_are_meant_for_them(
         await ended(reader)
         async with channel(node.grpc_address, worker, "controller") as connection:
             assert (await status(connection)).id == "worker/w1"
+
+
+@pytest.mark.parametrize("order", [1, -1])
+async def test_a_body_of_two_lengths_hides_no_second_request(tmp_path: Path, authority: Authority, order: int) -> None:
+    """What a proxy takes for the body of one request, the node must not take for another."""
+    lengths = [b"Content-Length: 44\r\n", b"Transfer-Encoding: chunked\r\n"][::order]
+    said = b"POST /api/v1/pipeline/deploy HTTP/1.1\r\nHost: node\r\n" + b"".join(lengths)
+    said += b"\r\n0\r\n\r\nGET /health HTTP/1.1\r\nHost: node\r\n\r\n"
+    operator = authority.issue_identity("client", "admin").client_context()
+    async with controller(tmp_path, authority) as node:
+        host, port = address_of(node, "http")
+        reader, writer = await asyncio.open_connection(host, port, ssl=operator)
+        writer.write(said)
+        async with asyncio.timeout(10):
+            answer = await reader.read()
+        assert answer.startswith(b"HTTP/1.1 400 ")
+        assert answer.count(b"HTTP/1.1 ") == 1
+        assert b"connection: close" in answer.lower()
+        writer.transport.abort()
