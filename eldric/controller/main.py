@@ -126,7 +126,8 @@ class Controller:
         """For /health."""
         alive = [node for node in self.cluster.nodes() if node.state is not NodeState.LOST]
         ready = [each for each in self.cluster.deployments if each.state is PipelineState.READY]
-        return True, {"nodes": len(alive), "pipelines": len(list(self.cluster.deployments)), "ready": len(ready)}
+        pipelines = len(list(self.cluster.deployments))
+        return True, {"nodes": len(alive), "pipelines": pipelines, "ready_pipelines": len(ready)}
 
     async def _start(self) -> None:
         node = self.node

@@ -405,6 +405,8 @@ async def test_the_rest_face_plans_deploys_and_tells(here: tuple[World, Controll
         missing = await http.post("/api/v1/pipeline/undeploy", json={"name": "nope"})
         assert (missing.status_code, missing.json()["error"]["status"]) == (404, "NOT_FOUND")
         assert (await http.post("/api/v1/pipeline/undeploy", json={"name": MODEL})).status_code == 200
+        health = (await http.get("/health")).json()
+        assert (health["ready"], health["pipelines"], health["ready_pipelines"]) == (True, 0, 0)
         metrics = (await http.get("/metrics")).text
     assert 'eldric_nodes{kind="worker",state="up"} 3.0' in metrics
     assert 'eldric_deploy_seconds_count{operation="deploy",result="OK"} 1.0' in metrics
