@@ -26,8 +26,11 @@ def check_controllers(answers: Mapping[str, str]) -> Iterator[Finding]:
     """answers: what was wrong with each controller's answer; empty: nothing."""
     for address, wrong in answers.items():
         if wrong:
-            advice = "is it running, and does a firewall let its gRPC port through?"
-            yield problem("controller", f"{address}: {wrong}", advice)
+            advice = (
+                "does it run there (`eldric-cli controller`, or `eldric-cli up` for a cluster on one machine), is this "
+                "its gRPC address (port 9880 by default), and does a firewall let it through?"
+            )
+            yield problem("controller", wrong if address in wrong else f"{address}: {wrong}", advice)
         else:
             yield ok("controller", f"{address} answers")
 

@@ -14,7 +14,7 @@ from platformdirs import user_cache_path
 from rich.text import Text
 
 from eldric.cli import cluster_checks, cluster_facts, machine_checks, machine_facts, options, processes
-from eldric.cli.connect import cluster_of
+from eldric.cli.connect import check_operator, cluster_of
 from eldric.cli.findings import Finding, Level, ok, problem
 from eldric.cli.local import LocalCluster
 from eldric.cli.membership import HOME
@@ -109,6 +109,12 @@ def _cluster(cluster: Cluster) -> Iterator[Finding]:
         yield machine_checks.check_promises(*cluster_facts.promises(local))
         if len(stopped) == len(local.nodes):
             return
+    try:
+        check_operator(cluster)
+    except NotFound as error:
+        told, _, advice = error.message.partition(": ")
+        yield problem("operator", told, advice)
+        return
     facts = asyncio.run(_look(cluster))
     if isinstance(facts, str):
         yield problem("controller", facts, "`eldric-cli join --kind client` with a token makes you an operator")

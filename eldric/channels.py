@@ -13,6 +13,7 @@ import grpc
 from eldric import errors
 from eldric.errors import EldricError
 from eldric.names import server_name
+from eldric.unreachable import unreachable
 
 if TYPE_CHECKING:
     from eldric.security.certificates import Identity
@@ -142,7 +143,7 @@ def error_from_rpc(error: grpc.RpcError, peer: str = "the peer") -> EldricError:
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and RETRY_KEY in metadata:
         return errors.QueueIsFull(details, _milliseconds(metadata[RETRY_KEY]) / 1000)
     if code is grpc.StatusCode.UNAVAILABLE and ERROR_KEY not in metadata:
-        return errors.Unavailable(f"{peer} cannot be reached ({details.rpartition(': ')[2]})")
+        return errors.Unavailable(f"{peer} cannot be reached ({unreachable(details, peer)})")
     if code is grpc.StatusCode.DEADLINE_EXCEEDED and ERROR_KEY not in metadata:
         return errors.DeadlineExceeded(f"{peer} did not answer in time")
     return _BY_STATUS.get(code.name, EldricError)(details or f"{peer} failed with {code.name}")
