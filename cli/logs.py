@@ -11,6 +11,7 @@ from eldric.cli.local import LocalCluster
 from eldric.cli.log_files import Follower, last_lines
 from eldric.cli.output import out, print_json
 from eldric.errors import NotFound
+from eldric.nearest import known_names
 
 app = options.new_app()
 
@@ -32,8 +33,8 @@ def logs(
     processes = LocalCluster.load(local_folder(folder)).processes()
     chosen = [process for process in processes if node in ("", process.entry.name)]
     if not chosen:
-        names = ", ".join(process.entry.name for process in processes)
-        raise NotFound(f"no node {node!r}; there are {names}")
+        names = [process.entry.name for process in processes]
+        raise NotFound(f"there is no node {node!r}; {known_names(node, names)}")
     followers = {process.entry.name: Follower(process.log) for process in chosen}
     last = {process.entry.name: last_lines(process.log, lines) for process in chosen}
     if as_json and not follow:

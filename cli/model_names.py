@@ -10,6 +10,7 @@ from platformdirs import user_cache_path, user_config_path
 
 from eldric.data.sources import FORMS, HubSource, parse_source
 from eldric.errors import InvalidRequest, NotFound
+from eldric.nearest import meant
 
 #: The user's own short names, in the form of short_names.toml.
 USER_FILE = user_config_path("eldric") / "models.toml"
@@ -103,7 +104,9 @@ def to_pull(model: str, quantization: str, table: Mapping[str, ShortName]) -> El
         return Elsewhere(f"{model}:{quantization}", "")
     known = table.get(model)
     if known is None:
-        raise NotFound(f"{model!r} is no short name; pull one of {', '.join(sorted(table))}, or {FORMS}")
+        raise NotFound(
+            f"{model!r} is no short name; pull one of {', '.join(sorted(table))}, or {FORMS}{_meant(model, table)}"
+        )
     if not quantization or quantization.lower() == known.quantization.lower():
         return Elsewhere(known.source, model)
     return Elsewhere(f"hf://{known.repository}:{quantization}", f"{model}-{quantization.lower()}")
@@ -128,7 +131,7 @@ def resolve(
         there = ", ".join(sorted(stored)) or "none"
         raise NotFound(
             f"no model {model!r}: the store has {there}; `eldric-cli models add FILE --name NAME` adds a file, "
-            f"`eldric-cli models pull` gets {', '.join(sorted(table))}, or {FORMS}"
+            f"`eldric-cli models pull` gets {', '.join(sorted(table))}, or {FORMS}{_meant(model, {*stored, *table})}"
         )
     for name in sorted(stored):
         if known.is_called(name):
@@ -137,6 +140,11 @@ def resolve(
         if known.is_called(file.name):
             return OnDisk(file)
     return Elsewhere(known.source, model)
+
+
+def _meant(model: str, known: Collection[str]) -> str:
+    question = meant(model, sorted(known))
+    return f"; {question}" if question else ""
 
 
 def _gguf_files(folders: Collection[Path]) -> Iterator[Path]:

@@ -12,6 +12,7 @@ from eldric.client import convert, types
 from eldric.client.connections import Connections
 from eldric.client.copy_goals import CopyGoals
 from eldric.errors import AlreadyExists, EldricError, NotFound, Unavailable
+from eldric.nearest import known_names
 from eldric.replicas import is_same
 from eldric.v1 import model_store_pb2, model_store_pb2_grpc, registry_pb2
 
@@ -80,13 +81,15 @@ class Replicas:
         """Who lists a model of that name, also one that is damaged or of another program version. Raises NotFound."""
         stores = await self.stores()
 
-        async def ask(store: Store) -> bool:
+        async def ask(store: Store) -> list[str]:
             answer = await store.calls.List(model_store_pb2.ListModelsRequest(), timeout=self._timeout_s)
-            return any(info.id == model for info in answer.models)
+            return [info.id for info in answer.models]
 
-        found = [store for store, has_it in await self._ask_all(stores, ask) if has_it]
+        answers = await self._ask_all(stores, ask)
+        found = [store for store, names in answers if model in names]
         if not found:
-            raise NotFound(f"the model store has no model {model!r}")
+            known = sorted({name for _, names in answers for name in names})
+            raise NotFound(f"the model store has no model {model!r}; {known_names(model, known)}")
         return found
 
     async def copy_events(
@@ -105,8 +108,8 @@ class Replicas:
             raise AlreadyExists(f"{model!r} is another model on {', '.join(others)} than on {source.name}")
         target = next((store for store in stores if store.name == to), None)
         if target is None:
-            there = ", ".join(store.name for store in stores)
-            raise NotFound(f"there is no data worker {to!r} that is up; there are: {there}")
+            there = known_names(to, [store.name for store in stores])
+            raise NotFound(f"there is no data worker {to!r} that is up; {there}")
         names = {store.name for store, _ in holders}
         if target.name not in names:
             async for event in self._copy(model, source, target):

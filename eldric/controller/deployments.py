@@ -15,6 +15,7 @@ from eldric.controller.registry import Node
 from eldric.controller.reloads import Reloads
 from eldric.controller.trials import Trials
 from eldric.errors import AlreadyExists, NotFound
+from eldric.nearest import known_names
 
 #: Beats between two attempts to unload a stage that nobody wants.
 ORPHAN_BEATS = 5
@@ -137,8 +138,8 @@ class Deployments:
         for deployment in self:
             if name in (deployment.record.name, deployment.record.id):
                 return deployment
-        names = ", ".join(sorted(deployment.record.name for deployment in self)) or "none"
-        raise NotFound(f"there is no pipeline {name!r}; there are: {names}")
+        names = sorted(deployment.record.name for deployment in self)
+        raise NotFound(f"there is no pipeline {name!r}; {known_names(name, names)}")
 
     def get(self, pipeline_id: str) -> Deployment | None:
         return self._all.get(pipeline_id)

@@ -9,13 +9,12 @@ from eldric.controller.config import ControllerConfig
 from eldric.controller.nodes import NodeState
 from eldric.controller.registry import Node
 from eldric.errors import EldricError, NotFound, NotReady
+from eldric.nearest import known_names
 from eldric.replicas import is_same
 from eldric.v1 import model_store_pb2, model_store_pb2_grpc, stage_pb2
 
 log = logging.getLogger(__name__)
 
-#: Names of other models that an error lists.
-MAX_NAMES = 20
 #: Once one data worker has answered, how long the others are waited for, in seconds.
 REPLICAS_S = 1.0
 
@@ -47,10 +46,8 @@ class Models:
         for _, answer in answers:
             if isinstance(answer, EldricError) and not isinstance(answer, NotFound):
                 raise answer
-        names = await self._names(nodes)
-        listed = ", ".join(names[:MAX_NAMES]) + (", ..." if len(names) > MAX_NAMES else "")
         raise NotFound(
-            f"there is no model {model!r} in the store, which has: {listed or 'none'}; "
+            f"there is no model {model!r} in the store; {known_names(model, await self._names(nodes))}; "
             f"add it with `eldric-cli models add FILE --name {model}`"
         )
 

@@ -19,6 +19,7 @@ from eldric.controller.seating import (
     shared,
 )
 from eldric.errors import EldricError, InvalidRequest, NotEnoughMemory, NotReady, VersionMismatch
+from eldric.nearest import known_names
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +118,7 @@ def _usable(
     names = {worker.name for worker in cluster}
     for name in order.workers:
         if name not in names:
-            raise NotReady(f"there is no worker {name!r}; there are: {', '.join(sorted(names, key=natural)) or 'none'}")
+            raise NotReady(f"there is no worker {name!r}; {known_names(name, sorted(names, key=natural))}")
     usable: list[WorkerView] = []
     excluded: list[tuple[str, str]] = []
     refusals: list[EldricError] = []

@@ -25,6 +25,7 @@ from eldric.data.model import StoredFile, StoredModel
 from eldric.data.partials import Partials
 from eldric.data.sums import Sums
 from eldric.errors import AlreadyExists, DataLoss, EldricError, NotEnoughSpace, NotFound, NotReady
+from eldric.nearest import known_names
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +67,8 @@ class ModelStore:
         """A model by name. Raises NotFound, InvalidRequest for what is no name."""
         found = self._index.find(model)
         if found is None:
-            raise NotFound(f"the model store has no model {model!r}")
+            known = known_names(model, [each.id for each in self.list()])
+            raise NotFound(f"the model store has no model {model!r}; {known}")
         return found
 
     def free_bytes(self) -> int:

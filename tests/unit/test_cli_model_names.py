@@ -119,6 +119,13 @@ def test_an_unknown_name_says_what_there_is() -> None:
         resolve("lama", [], TABLE, [])
 
 
+def test_a_name_that_is_nearly_known_is_asked_after() -> None:
+    with pytest.raises(NotFound, match=r"did you mean 'llama-70b'\?$"):
+        to_pull("llama-70", "", TABLE)
+    with pytest.raises(NotFound, match=r"did you mean 'tale'\?$"):
+        resolve("tael", ["tale"], TABLE, [])
+
+
 @pytest.mark.parametrize("path", ["x.gguf", "some/where", "~/x.gguf"])
 def test_a_missing_file_is_a_missing_file(path: str) -> None:
     with pytest.raises(NotFound, match="no file"):
