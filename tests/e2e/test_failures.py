@@ -1,6 +1,7 @@
 """What dies, and what is left: every test breaks a running cluster of real processes in one way."""
 
 import asyncio
+import contextlib
 import os
 import signal
 import time
@@ -16,6 +17,7 @@ from eldric.client.types import Delta, Finished, PipelineInfo, StageProgress
 from eldric.errors import Unavailable
 from tests.e2e.clusters import (
     ENDLESS,
+    STORY,
     LiveCluster,
     listening,
     local_cluster,
@@ -267,6 +269,29 @@ async def test_a_deploy_that_its_controller_does_not_survive_is_undone(tmp_path:
         await cluster.deploy_endless(stages=2)
         await cluster.until_routed()
         assert len(await tokens_until(cluster.endless(), 5)) >= 5
+
+
+async def test_a_deploy_whose_controller_is_killed_at_any_line_is_done_or_undone_as_a_whole(tmp_path: Path) -> None:
+    workers = ("worker-1", "worker-2", "worker-3")
+    async with local_cluster(tmp_path) as cluster:
+        await cluster.add_story()
+        for phase in ("mapping", "loaded", "connected"):
+            with contextlib.suppress(Unavailable):
+                async for event in cluster.client.deploy_events(STORY, stages=3):
+                    told = isinstance(event, StageProgress) and event.phase == phase
+                    if told and cluster.node("controller").running:  # what it said before its end still comes
+                        await cluster.kill("controller")
+            await cluster.up()
+            if await cluster.client.status():  # it was kept as running before the kill
+                await cluster.until_state("ready", STORY)
+                await cluster.client.undeploy(STORY)
+            await cluster.until_empty(*workers)
+            await cluster.client.deploy(STORY, stages=3)
+            assert (await cluster.client.complete(STORY, "Once", max_tokens=2)).tokens
+            await cluster.client.undeploy(STORY)
+            async with asyncio.timeout(5):
+                while any(worker.memory_used_bytes for worker in await cluster.client.workers()):
+                    await asyncio.sleep(0.02)
 
 
 async def test_a_router_that_dies_gives_the_slots_back(tmp_path: Path) -> None:
