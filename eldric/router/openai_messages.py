@@ -37,7 +37,7 @@ def _as_text(value: Any) -> Any:
 
 def _refuse(value: Any) -> None:
     if value not in (None, []):
-        raise PydanticCustomError("unserved", "models here call no tools and hear nothing")
+        raise PydanticCustomError("unserved", "models here call no tools and read text only")
 
 
 #: What a message may only have where it says nothing.

@@ -31,6 +31,7 @@ _GENERATION: dict[str, tuple[tuple[Any, ...], str]] = {
     "bad_words": (([],), "logit_bias bans tokens"),
     "modalities": ((["text"],), "models here write text only"),
     "audio": ((), "models here write text only"),
+    "moderation": ((), "nothing here judges texts"),
     "suffix": (("",), "models here continue texts and fill no gaps"),
     "typical_p": ((1,), _SAMPLERS),
     "tfs_z": ((1,), _SAMPLERS),
