@@ -10,8 +10,8 @@ import time
 
 #: Time between two looks at the clock.
 _TICK_S = 0.25
-#: For how long after it woke what a stage finds may come from it.
-_RECENT_S = 2.0
+#: For how long after it woke what a stage finds may come from it. It finds closed links at once, or after its step.
+_RECENT_S = 1.0
 
 
 class Clock:
