@@ -11,7 +11,7 @@ import pytest
 from eldric.channels import call_errors, channel
 from eldric.errors import InvalidRequest, PermissionDenied
 from eldric.security import Identity, JoinToken, join, renew
-from eldric.v1 import membership_pb2, model_store_pb2, registry_pb2
+from eldric.v1 import membership_pb2, model_store_pb2, pipeline_pb2, registry_pb2
 from eldric.v1.model_store_pb2_grpc import ModelStoreStub
 from eldric.v1.registry_pb2_grpc import RegistryStub
 from tests.controllers import MODEL, World, controller_here
@@ -105,3 +105,15 @@ async def test_some_cannot_be_expelled(tmp_path: Path, node_id: str) -> None:
         with pytest.raises(InvalidRequest):
             await expel(world, node_id)
         assert await expel(world, "") == []
+
+
+async def test_a_pipeline_loses_the_stage_of_an_expelled_worker(tmp_path: Path) -> None:
+    async with controller_here(tmp_path) as (world, _):
+        await world.add_store()
+        await world.add_workers("w1", "w2")
+        await world.calls.deploy(stages=2)
+        await expel(world, "worker/w2")
+        info = await world.calls.wait_for(pipeline_pb2.DEGRADED)
+        assert "w2" in info.message
+        await world.calls.deploy(stages=2, name="again")
+        assert {stage.worker for stage in (await world.calls.status("again")).stages} == {"w1"}
