@@ -138,7 +138,7 @@ async def follow(client: AsyncClient, model: str, streams: int, tokens: int) -> 
 
 
 async def _generate(client: AsyncClient, model: str, tokens: int) -> None:
-    options: dict[str, Any] = {"temperature": 0.0, "max_tokens": tokens, "ignore_eos": True}
+    options: dict[str, Any] = {"temperature": 0.0, "max_tokens": tokens, "ignore_eos": True, "cache_prompt": False}
     async for event in client.generate(model, PROMPT, **options):
         if isinstance(event, Finished):
             return

@@ -59,7 +59,7 @@ def prompt(length: int, seed: int) -> list[int]:
 
 def eldric_generate(folder: Path, model: str) -> Generate:
     async def one(client: AsyncClient, tokens: Sequence[int], count: int) -> None:
-        options: dict[str, Any] = {"temperature": 0.0, "max_tokens": count, "ignore_eos": True}
+        options: dict[str, Any] = {"temperature": 0.0, "max_tokens": count, "ignore_eos": True, "cache_prompt": False}
         async for event in client.generate(model, tokens, **options):
             if isinstance(event, Finished):
                 return

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from eldric.cli.showing import shown
 from eldric.client import Delta, Event, Finished
 from eldric.errors import Unavailable
 
@@ -16,7 +17,7 @@ def stream(events: Iterator[Event], said: list[str] | None = None) -> Finished:
         for event in events:
             match event:
                 case Delta(text=text):
-                    sys.stdout.write(text)
+                    sys.stdout.write(shown(text, sys.stdout))
                     sys.stdout.flush()
                     column = len((" " * column + text).rpartition("\n")[2])
                     if said is not None:
@@ -47,6 +48,7 @@ def whole(events: Iterator[Event]) -> dict[str, Any]:
                     "usage": {
                         "prompt_tokens": event.prompt_tokens,
                         "completion_tokens": event.completion_tokens,
+                        "cached_tokens": event.cached_tokens,
                         "total_tokens": event.prompt_tokens + event.completion_tokens,
                     },
                     "timings": {

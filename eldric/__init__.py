@@ -3,4 +3,4 @@
 __version__ = "0.1.0"
 
 #: Version of the messages and frames that nodes exchange. Nodes of different versions do not work together.
-PROTOCOL = 1
+PROTOCOL = 2

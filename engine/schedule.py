@@ -9,6 +9,10 @@ that end at multiples of `chunk`, back to back: a chunk that makes no token is n
 chunk of one sequence or one token of each of several sequences, so the shapes in which a prompt is computed depend on
 that prompt alone. Where bits do not depend on them, a short prompt is cut into shorter chunks, so that more than one
 stage has some of it.
+
+What a slot holds when its sequence ends stays there: a prompt that begins alike is computed from where it differs. It
+is taken over only where that gives the bits that computing it anew would give: all of it where bits do not depend on
+chunks, else whole chunks of prompts.
 """
 
 import math
@@ -21,6 +25,7 @@ import numpy as np
 
 from eldric.engine.errors import EngineError
 from eldric.engine.lanes import Lanes
+from eldric.engine.slots import FreeSlots
 from eldric.engine.step import Run, Tokens
 
 #: What a step takes besides its rows, in rows: 3 to 7, as measured with weights of 4 to 6 bits.
@@ -93,11 +98,14 @@ class Sequence:
     prompt: Tokens  # [tokens] int32, at least one
     max_tokens: int
     stop_tokens: frozenset[int] = frozenset()
+    ignores_cache: bool = False  # whether all of the prompt is computed, whatever a slot holds
     state: SequenceState = SequenceState.WAITING
     slot: int = -1
-    position: int = 0  # tokens that were sent into the ring
+    reused: int = 0  # first tokens of the prompt that the slot held already
+    position: int = 0  # tokens that were sent into the ring, those included
     generated: int = 0
     last_token: int = -1
+    sent: list[int] = field(default_factory=list)  # of the generated tokens, those that were sent into the ring
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +156,7 @@ class Scheduler:
     """State of a head's schedule. Not thread-safe: the head's compute thread owns it."""
 
     config: ScheduleConfig
-    _free: list[int] = field(init=False)
+    _free: FreeSlots = field(init=False)
     _waiting: deque[Sequence] = field(default_factory=deque)
     _prefill: deque[Sequence] = field(default_factory=deque)
     _ready: deque[Sequence] = field(default_factory=deque)
@@ -162,7 +170,7 @@ class Scheduler:
 
     def __post_init__(self) -> None:
         self._lanes = Lanes(self.config.lanes, self.config.decode_rows)
-        self._free = list(range(self.config.slots - 1, -1, -1))
+        self._free = FreeSlots(self.config.slots)
 
     @property
     def running(self) -> int:
@@ -203,6 +211,11 @@ class Scheduler:
         elif sequence.state is not SequenceState.DONE:
             self._end(sequence)
 
+    def fail(self, sequence: Sequence) -> None:
+        """End a sequence that went astray: nothing that its slot holds is of use."""
+        if sequence.state is not SequenceState.DONE:
+            self._end(sequence, keeps=False)
+
     def cancel_waiting(self) -> list[Sequence]:
         """End every sequence that has no slot yet. Returns them."""
         ended = list(self._waiting)
@@ -218,6 +231,7 @@ class Scheduler:
         self._in_flight.clear()
         self._control.clear()
         self._chunks_in_flight = 0
+        self._free.forget_all()
         self._lanes.disturbed()
         return ended
 
@@ -264,8 +278,10 @@ class Scheduler:
         if step.is_chunk:
             self._chunks_in_flight -= 1
         failed = [sequence for sequence in step.sequences if sequence.state is not SequenceState.DONE]
+        for run in step.runs:
+            self._free.forget(run.slot)  # of a sequence that ended meanwhile
         for sequence in failed:
-            self._end(sequence)
+            self._end(sequence, keeps=False)
         return failed
 
     @property
@@ -280,27 +296,36 @@ class Scheduler:
     def _admit(self) -> None:
         while self._waiting and self._free:
             sequence = self._waiting.popleft()
-            sequence.slot = self._free.pop()
+            unit = 1 if self.config.cuts_freely else self.config.chunk
+            sequence.slot, held = self._free.take(sequence.prompt, unit)
+            sequence.position = sequence.reused = 0 if sequence.ignores_cache else held
             sequence.state = SequenceState.PREFILL
             self._slots[sequence.slot] = sequence
             self._control.append(Open(sequence))
             self._prefill.append(sequence)
 
-    def _end(self, sequence: Sequence) -> None:
+    def _end(self, sequence: Sequence, *, keeps: bool = True) -> None:
+        """keeps: whether what its slot holds is sound."""
         if sequence.state is SequenceState.PREFILL:
             self._prefill.remove(sequence)
         elif sequence.state is SequenceState.READY:
             self._ready.remove(sequence)
         sequence.state = SequenceState.DONE
         del self._slots[sequence.slot]
-        self._free.append(sequence.slot)
-        self._free.sort(reverse=True)
+        self._free.give_back(sequence.slot, self._held(sequence) if keeps else sequence.prompt[:0])
         opening = Open(sequence)
         if opening in self._control:
             self._control.remove(opening)  # no stage has heard of it
         else:
             self._control.append(Close(sequence.slot))
         self._admit()
+
+    def _held(self, sequence: Sequence) -> Tokens:
+        """What its slot holds that another sequence may go on from."""
+        prompt = sequence.prompt[: sequence.position]
+        if not self.config.cuts_freely:
+            return prompt[: len(prompt) // self.config.chunk * self.config.chunk]
+        return np.concatenate((prompt, np.array(sequence.sent, np.int32)))
 
     def _token(self, sequence: Sequence, token: int) -> Outcome:
         sequence.generated += 1
@@ -318,7 +343,7 @@ class Scheduler:
         return Outcome(sequence, sequence.slot, delivered=finish is not Finish.STOP, finish=finish)
 
     def _chunk_step(self, sequence: Sequence) -> Step:
-        begin, chunk = sequence.position, self.config.chunk_of(len(sequence.prompt))
+        begin, chunk = sequence.position, self.config.chunk_of(len(sequence.prompt) - sequence.reused)
         end = min(len(sequence.prompt), (begin // chunk + 1) * chunk)
         last = end == len(sequence.prompt)
         if last:
@@ -337,6 +362,7 @@ class Scheduler:
         tokens = np.fromiter((sequence.last_token for sequence in group), np.int32, count)
         for sequence in group:
             sequence.position += 1
+            sequence.sent.append(sequence.last_token)
             sequence.state = SequenceState.IN_FLIGHT
         return self._send(runs, tokens, tuple(group))
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from eldric.transport.errors import CorruptFrame
 from eldric.v1 import frame_pb2
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAX_HEADER_BYTES = 16 * 1024
 MAX_PAYLOAD_BYTES = 256 * 1024 * 1024  # default; TransportOptions may say otherwise
 MAX_PIPELINE_ID_BYTES = 64

@@ -158,15 +158,17 @@ class AsyncClient:
         max_tokens: int = 0,
         stop: str | Sequence[str] = (),
         ignore_eos: bool = False,
+        cache_prompt: bool = True,
         timeout_s: float | None = None,
         **sampling: Any,
     ) -> AsyncGenerator[types.Event, None]:
         """Continue a text (or token ids) as it is. Closing the iterator cancels; DeadlineExceeded after `timeout_s`.
 
+        cache_prompt: go on from the beginning of the prompt that was computed for an earlier one, if there is any.
         Sampling: temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty,
         penalty_last_n, logit_bias, seed, logprobs.
         """
-        request = convert.generate_request(model, max_tokens, stop, ignore_eos, sampling)
+        request = convert.generate_request(model, max_tokens, stop, ignore_eos, cache_prompt, sampling)
         if isinstance(prompt, str):
             request.prompt = prompt
         else:
@@ -183,11 +185,12 @@ class AsyncClient:
         max_tokens: int = 0,
         stop: str | Sequence[str] = (),
         ignore_eos: bool = False,
+        cache_prompt: bool = True,
         timeout_s: float | None = None,
         **sampling: Any,
     ) -> AsyncGenerator[types.Event, None]:
         """Answer a conversation of {"role", "content"} by the model's chat template; see `generate`."""
-        request = convert.generate_request(model, max_tokens, stop, ignore_eos, sampling)
+        request = convert.generate_request(model, max_tokens, stop, ignore_eos, cache_prompt, sampling)
         request.chat.CopyFrom(convert.chat_messages(messages))
         async with contextlib.aclosing(self._events(request, timeout_s)) as events:
             async for event in events:

@@ -250,6 +250,7 @@ def event(message: inference_pb2.GenerateEvent) -> types.Event | None:
                 prompt_ms=finished.timings.prompt_ms,
                 generation_ms=finished.timings.generation_ms,
                 stop=finished.stop,
+                cached_tokens=finished.usage.cached_tokens,
             )
     return None
 
@@ -270,12 +271,18 @@ def deploy_request(model: str, options: Mapping[str, Any]) -> pipeline_pb2.Deplo
 
 
 def generate_request(
-    model: str, max_tokens: int, stop: str | Sequence[str], ignore_eos: bool, sampling: Mapping[str, Any]
+    model: str,
+    max_tokens: int,
+    stop: str | Sequence[str],
+    ignore_eos: bool,
+    cache_prompt: bool,
+    sampling: Mapping[str, Any],
 ) -> inference_pb2.GenerateRequest:
     """Without the input. Raises InvalidRequest for a wrong option."""
     request = inference_pb2.GenerateRequest(model=model)
     texts = [stop] if isinstance(stop, str) else stop
     _fill(request, {"max_tokens": max_tokens, "stop": texts, "ignore_eos": ignore_eos})
+    request.ignore_cache = not cache_prompt
     _fill(request.sampling, sampling)
     return request
 

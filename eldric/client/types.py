@@ -222,6 +222,7 @@ class Finished:
     prompt_ms: float
     generation_ms: float
     stop: str = ""
+    cached_tokens: int = 0  # of the prompt, that were computed before: for a prompt that began alike
 
 
 Event = Started | Delta | Finished

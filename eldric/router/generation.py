@@ -37,6 +37,7 @@ class Job:
     stop: tuple[str, ...] = ()
     stop_tokens: tuple[int, ...] = ()
     ignore_eos: bool = False
+    ignore_cache: bool = False
     request_id: str = ""
     arrived: float = 0.0  # when the request came, time.perf_counter's seconds; 0: now
 
@@ -72,6 +73,7 @@ class Finished(NamedTuple):
     queue_ms: float
     prompt_ms: float
     generation_ms: float
+    cached_tokens: int = 0  # of the prompt's, as far as the head told
 
 
 Event = Started | Delta | Finished
@@ -221,6 +223,7 @@ class _Progress:
             queue_ms=timings.queue_ms,
             prompt_ms=timings.prompt_ms,
             generation_ms=timings.generation_ms,
+            cached_tokens=finished.usage.cached_tokens,
         )
 
     def _stopped(self) -> Finished:
@@ -253,6 +256,7 @@ def _request(route: Route, target: Target, job: Job) -> inference_pb2.GenerateRe
         max_tokens=job.max_tokens,
         stop_tokens=sorted({*ends, *job.stop_tokens}),
         ignore_eos=job.ignore_eos,
+        ignore_cache=job.ignore_cache,
         request_id=job.request_id,
     )
 

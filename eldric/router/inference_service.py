@@ -40,6 +40,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                 stop=stop,
                 stop_tokens=tuple(request.stop_tokens),
                 ignore_eos=request.ignore_eos,
+                ignore_cache=request.ignore_cache,
                 request_id=request.request_id,
                 arrived=arrived,
             )
@@ -114,7 +115,11 @@ def _token(token: Token, vocabulary: Vocabulary) -> inference_pb2.GeneratedToken
 def _finished(event: Finished) -> inference_pb2.Finished:
     return inference_pb2.Finished(
         reason=_REASONS[event.reason],
-        usage=inference_pb2.Usage(prompt_tokens=event.prompt_tokens, completion_tokens=event.completion_tokens),
+        usage=inference_pb2.Usage(
+            prompt_tokens=event.prompt_tokens,
+            completion_tokens=event.completion_tokens,
+            cached_tokens=event.cached_tokens,
+        ),
         timings=inference_pb2.Timings(
             queue_ms=event.queue_ms, prompt_ms=event.prompt_ms, generation_ms=event.generation_ms
         ),

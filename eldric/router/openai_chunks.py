@@ -28,15 +28,17 @@ class Choice:
     finished: Finished | None = None
 
 
-def total_usage(choices: Sequence[Choice]) -> dict[str, int]:
+def total_usage(choices: Sequence[Choice]) -> dict[str, Any]:
     """Each prompt counts once, however many choices continue it."""
     ended = [(choice.prompt, choice.finished) for choice in choices if choice.finished is not None]
     prompt_tokens = sum({prompt: finished.prompt_tokens for prompt, finished in ended}.values())
     completion_tokens = sum(finished.completion_tokens for _, finished in ended)
+    cached_tokens = sum({prompt: finished.cached_tokens for prompt, finished in ended}.values())
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
     }
 
 

@@ -91,6 +91,7 @@ class Completions:
             stop=tuple(body.stop or ()),
             stop_tokens=tuple(body.stop_token_ids or ()),
             ignore_eos=bool(body.ignore_eos),
+            ignore_cache=body.cache_prompt is False,
             arrived=arrived,
         )
         prompts = await _prompt_tokens(target, body)

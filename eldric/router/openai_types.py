@@ -94,6 +94,7 @@ class GenerationBody(StrictBody):
     n_predict: Limit | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKENS, fail_fast=True)] | None = None
     ignore_eos: bool | None = None
+    cache_prompt: bool | None = None
 
     @field_validator("stop")
     @classmethod

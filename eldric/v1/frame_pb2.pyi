@@ -111,7 +111,7 @@ class FrameHeader(_message.Message):
     RUNS_FIELD_NUMBER: _builtins.int
     EXTRAS_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
-    """Version of this protocol; now 1. A receiver drops frames of any other."""
+    """Version of this protocol; now 2. A receiver drops frames of any other."""
     pipeline_id: _builtins.str
     """Pipeline that the frame belongs to, 1 to 64 bytes of UTF-8. A receiver drops frames of other pipelines."""
     epoch: _builtins.int
@@ -448,7 +448,9 @@ Global___SequenceOpen: _TypeAlias = SequenceOpen  # noqa: Y015
 
 @_typing.final
 class SequenceClose(_message.Message):
-    """Payload of a CLOSE frame: a sequence gives its slot back. Not an error when the slot is free already."""
+    """Payload of a CLOSE frame: a sequence gives its slot back, which keeps its KV rows for the next OPEN. Not an error when
+    the slot is free already.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -25,15 +25,15 @@ _sym_db = _symbol_database.Default()
 from eldric.v1 import sampling_pb2 as eldric_dot_v1_dot_sampling__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x65ldric/v1/inference.proto\x12\teldric.v1\x1a\x18\x65ldric/v1/sampling.proto\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"8\n\x0c\x43hatMessages\x12(\n\x08messages\x18\x01 \x03(\x0b\x32\x16.eldric.v1.ChatMessage\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x05\"\x97\x02\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x06prompt\x18\x02 \x01(\tH\x00\x12\'\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x17.eldric.v1.ChatMessagesH\x00\x12%\n\x06tokens\x18\x04 \x01(\x0b\x32\x13.eldric.v1.TokenIdsH\x00\x12+\n\x08sampling\x18\x05 \x01(\x0b\x32\x19.eldric.v1.SamplingParams\x12\x12\n\nmax_tokens\x18\x06 \x01(\r\x12\x0c\n\x04stop\x18\x07 \x03(\t\x12\x13\n\x0bstop_tokens\x18\x08 \x03(\x05\x12\x12\n\nignore_eos\x18\t \x01(\x08\x12\x12\n\nrequest_id\x18\n \x01(\tB\x07\n\x05input\":\n\nTopLogprob\x12\r\n\x05token\x18\x01 \x01(\x05\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x0c\n\x04text\x18\x03 \x01(\x0c\"p\n\x0eGeneratedToken\x12\n\n\x02id\x18\x01 \x01(\x05\x12\x14\n\x07logprob\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12\"\n\x03top\x18\x03 \x03(\x0b\x32\x15.eldric.v1.TopLogprob\x12\x0c\n\x04text\x18\x04 \x01(\x0c\x42\n\n\x08_logprob\"9\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\"E\n\x07Timings\x12\x10\n\x08queue_ms\x18\x01 \x01(\x01\x12\x11\n\tprompt_ms\x18\x02 \x01(\x01\x12\x15\n\rgeneration_ms\x18\x03 \x01(\x01\"\x8b\x01\n\rGenerateEvent\x12%\n\x07started\x18\x01 \x01(\x0b\x32\x12.eldric.v1.StartedH\x00\x12!\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x10.eldric.v1.DeltaH\x00\x12\'\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x13.eldric.v1.FinishedH\x00\x42\x07\n\x05\x65vent\"4\n\x07Started\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\"@\n\x05\x44\x65lta\x12)\n\x06tokens\x18\x01 \x03(\x0b\x32\x19.eldric.v1.GeneratedToken\x12\x0c\n\x04text\x18\x02 \x01(\t\"\x87\x01\n\x08\x46inished\x12\'\n\x06reason\x18\x01 \x01(\x0e\x32\x17.eldric.v1.FinishReason\x12\x1f\n\x05usage\x18\x02 \x01(\x0b\x32\x10.eldric.v1.Usage\x12#\n\x07timings\x18\x03 \x01(\x0b\x32\x12.eldric.v1.Timings\x12\x0c\n\x04stop\x18\x04 \x01(\t\"]\n\x0c\x45mbedRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12%\n\x06tokens\x18\x03 \x01(\x0b\x32\x13.eldric.v1.TokenIdsH\x00\x42\x07\n\x05input\"9\n\rEmbedResponse\x12\x11\n\tembedding\x18\x01 \x03(\x02\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\"a\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x0f\n\x07special\x18\x03 \x01(\x08\x12\x14\n\x07\x61\x64\x64_bos\x18\x04 \x01(\x08H\x00\x88\x01\x01\x42\n\n\x08_add_bos\"\x1f\n\x10TokenizeResponse\x12\x0b\n\x03ids\x18\x01 \x03(\x05\"/\n\x11\x44\x65tokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0b\n\x03ids\x18\x02 \x03(\x05\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"#\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"#\n\x0e\x43\x61ncelResponse\x12\x11\n\tcancelled\x18\x01 \x01(\x08*R\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x08\n\x04STOP\x10\x01\x12\n\n\x06LENGTH\x10\x02\x12\r\n\tCANCELLED\x10\x03\x32\xda\x02\n\tInference\x12\x42\n\x08Generate\x12\x1a.eldric.v1.GenerateRequest\x1a\x18.eldric.v1.GenerateEvent0\x01\x12\x43\n\x08Tokenize\x12\x1a.eldric.v1.TokenizeRequest\x1a\x1b.eldric.v1.TokenizeResponse\x12I\n\nDetokenize\x12\x1c.eldric.v1.DetokenizeRequest\x1a\x1d.eldric.v1.DetokenizeResponse\x12:\n\x05\x45mbed\x12\x17.eldric.v1.EmbedRequest\x1a\x18.eldric.v1.EmbedResponse\x12=\n\x06\x43\x61ncel\x12\x18.eldric.v1.CancelRequest\x1a\x19.eldric.v1.CancelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x65ldric/v1/inference.proto\x12\teldric.v1\x1a\x18\x65ldric/v1/sampling.proto\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"8\n\x0c\x43hatMessages\x12(\n\x08messages\x18\x01 \x03(\x0b\x32\x16.eldric.v1.ChatMessage\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x05\"\xad\x02\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x06prompt\x18\x02 \x01(\tH\x00\x12\'\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x17.eldric.v1.ChatMessagesH\x00\x12%\n\x06tokens\x18\x04 \x01(\x0b\x32\x13.eldric.v1.TokenIdsH\x00\x12+\n\x08sampling\x18\x05 \x01(\x0b\x32\x19.eldric.v1.SamplingParams\x12\x12\n\nmax_tokens\x18\x06 \x01(\r\x12\x0c\n\x04stop\x18\x07 \x03(\t\x12\x13\n\x0bstop_tokens\x18\x08 \x03(\x05\x12\x12\n\nignore_eos\x18\t \x01(\x08\x12\x12\n\nrequest_id\x18\n \x01(\t\x12\x14\n\x0cignore_cache\x18\x0b \x01(\x08\x42\x07\n\x05input\":\n\nTopLogprob\x12\r\n\x05token\x18\x01 \x01(\x05\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x0c\n\x04text\x18\x03 \x01(\x0c\"p\n\x0eGeneratedToken\x12\n\n\x02id\x18\x01 \x01(\x05\x12\x14\n\x07logprob\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12\"\n\x03top\x18\x03 \x03(\x0b\x32\x15.eldric.v1.TopLogprob\x12\x0c\n\x04text\x18\x04 \x01(\x0c\x42\n\n\x08_logprob\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"E\n\x07Timings\x12\x10\n\x08queue_ms\x18\x01 \x01(\x01\x12\x11\n\tprompt_ms\x18\x02 \x01(\x01\x12\x15\n\rgeneration_ms\x18\x03 \x01(\x01\"\x8b\x01\n\rGenerateEvent\x12%\n\x07started\x18\x01 \x01(\x0b\x32\x12.eldric.v1.StartedH\x00\x12!\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x10.eldric.v1.DeltaH\x00\x12\'\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x13.eldric.v1.FinishedH\x00\x42\x07\n\x05\x65vent\"4\n\x07Started\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\"@\n\x05\x44\x65lta\x12)\n\x06tokens\x18\x01 \x03(\x0b\x32\x19.eldric.v1.GeneratedToken\x12\x0c\n\x04text\x18\x02 \x01(\t\"\x87\x01\n\x08\x46inished\x12\'\n\x06reason\x18\x01 \x01(\x0e\x32\x17.eldric.v1.FinishReason\x12\x1f\n\x05usage\x18\x02 \x01(\x0b\x32\x10.eldric.v1.Usage\x12#\n\x07timings\x18\x03 \x01(\x0b\x32\x12.eldric.v1.Timings\x12\x0c\n\x04stop\x18\x04 \x01(\t\"]\n\x0c\x45mbedRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12%\n\x06tokens\x18\x03 \x01(\x0b\x32\x13.eldric.v1.TokenIdsH\x00\x42\x07\n\x05input\"9\n\rEmbedResponse\x12\x11\n\tembedding\x18\x01 \x03(\x02\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\"a\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x0f\n\x07special\x18\x03 \x01(\x08\x12\x14\n\x07\x61\x64\x64_bos\x18\x04 \x01(\x08H\x00\x88\x01\x01\x42\n\n\x08_add_bos\"\x1f\n\x10TokenizeResponse\x12\x0b\n\x03ids\x18\x01 \x03(\x05\"/\n\x11\x44\x65tokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0b\n\x03ids\x18\x02 \x03(\x05\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"#\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"#\n\x0e\x43\x61ncelResponse\x12\x11\n\tcancelled\x18\x01 \x01(\x08*R\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x08\n\x04STOP\x10\x01\x12\n\n\x06LENGTH\x10\x02\x12\r\n\tCANCELLED\x10\x03\x32\xda\x02\n\tInference\x12\x42\n\x08Generate\x12\x1a.eldric.v1.GenerateRequest\x1a\x18.eldric.v1.GenerateEvent0\x01\x12\x43\n\x08Tokenize\x12\x1a.eldric.v1.TokenizeRequest\x1a\x1b.eldric.v1.TokenizeResponse\x12I\n\nDetokenize\x12\x1c.eldric.v1.DetokenizeRequest\x1a\x1d.eldric.v1.DetokenizeResponse\x12:\n\x05\x45mbed\x12\x17.eldric.v1.EmbedRequest\x1a\x18.eldric.v1.EmbedResponse\x12=\n\x06\x43\x61ncel\x12\x18.eldric.v1.CancelRequest\x1a\x19.eldric.v1.CancelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'eldric.v1.inference_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=1626
-  _globals['_FINISHREASON']._serialized_end=1708
+  _globals['_FINISHREASON']._serialized_start=1671
+  _globals['_FINISHREASON']._serialized_end=1753
   _globals['_CHATMESSAGE']._serialized_start=66
   _globals['_CHATMESSAGE']._serialized_end=110
   _globals['_CHATMESSAGES']._serialized_start=112
@@ -41,39 +41,39 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TOKENIDS']._serialized_start=170
   _globals['_TOKENIDS']._serialized_end=193
   _globals['_GENERATEREQUEST']._serialized_start=196
-  _globals['_GENERATEREQUEST']._serialized_end=475
-  _globals['_TOPLOGPROB']._serialized_start=477
-  _globals['_TOPLOGPROB']._serialized_end=535
-  _globals['_GENERATEDTOKEN']._serialized_start=537
-  _globals['_GENERATEDTOKEN']._serialized_end=649
-  _globals['_USAGE']._serialized_start=651
-  _globals['_USAGE']._serialized_end=708
-  _globals['_TIMINGS']._serialized_start=710
-  _globals['_TIMINGS']._serialized_end=779
-  _globals['_GENERATEEVENT']._serialized_start=782
-  _globals['_GENERATEEVENT']._serialized_end=921
-  _globals['_STARTED']._serialized_start=923
-  _globals['_STARTED']._serialized_end=975
-  _globals['_DELTA']._serialized_start=977
-  _globals['_DELTA']._serialized_end=1041
-  _globals['_FINISHED']._serialized_start=1044
-  _globals['_FINISHED']._serialized_end=1179
-  _globals['_EMBEDREQUEST']._serialized_start=1181
-  _globals['_EMBEDREQUEST']._serialized_end=1274
-  _globals['_EMBEDRESPONSE']._serialized_start=1276
-  _globals['_EMBEDRESPONSE']._serialized_end=1333
-  _globals['_TOKENIZEREQUEST']._serialized_start=1335
-  _globals['_TOKENIZEREQUEST']._serialized_end=1432
-  _globals['_TOKENIZERESPONSE']._serialized_start=1434
-  _globals['_TOKENIZERESPONSE']._serialized_end=1465
-  _globals['_DETOKENIZEREQUEST']._serialized_start=1467
-  _globals['_DETOKENIZEREQUEST']._serialized_end=1514
-  _globals['_DETOKENIZERESPONSE']._serialized_start=1516
-  _globals['_DETOKENIZERESPONSE']._serialized_end=1550
-  _globals['_CANCELREQUEST']._serialized_start=1552
-  _globals['_CANCELREQUEST']._serialized_end=1587
-  _globals['_CANCELRESPONSE']._serialized_start=1589
-  _globals['_CANCELRESPONSE']._serialized_end=1624
-  _globals['_INFERENCE']._serialized_start=1711
-  _globals['_INFERENCE']._serialized_end=2057
+  _globals['_GENERATEREQUEST']._serialized_end=497
+  _globals['_TOPLOGPROB']._serialized_start=499
+  _globals['_TOPLOGPROB']._serialized_end=557
+  _globals['_GENERATEDTOKEN']._serialized_start=559
+  _globals['_GENERATEDTOKEN']._serialized_end=671
+  _globals['_USAGE']._serialized_start=673
+  _globals['_USAGE']._serialized_end=753
+  _globals['_TIMINGS']._serialized_start=755
+  _globals['_TIMINGS']._serialized_end=824
+  _globals['_GENERATEEVENT']._serialized_start=827
+  _globals['_GENERATEEVENT']._serialized_end=966
+  _globals['_STARTED']._serialized_start=968
+  _globals['_STARTED']._serialized_end=1020
+  _globals['_DELTA']._serialized_start=1022
+  _globals['_DELTA']._serialized_end=1086
+  _globals['_FINISHED']._serialized_start=1089
+  _globals['_FINISHED']._serialized_end=1224
+  _globals['_EMBEDREQUEST']._serialized_start=1226
+  _globals['_EMBEDREQUEST']._serialized_end=1319
+  _globals['_EMBEDRESPONSE']._serialized_start=1321
+  _globals['_EMBEDRESPONSE']._serialized_end=1378
+  _globals['_TOKENIZEREQUEST']._serialized_start=1380
+  _globals['_TOKENIZEREQUEST']._serialized_end=1477
+  _globals['_TOKENIZERESPONSE']._serialized_start=1479
+  _globals['_TOKENIZERESPONSE']._serialized_end=1510
+  _globals['_DETOKENIZEREQUEST']._serialized_start=1512
+  _globals['_DETOKENIZEREQUEST']._serialized_end=1559
+  _globals['_DETOKENIZERESPONSE']._serialized_start=1561
+  _globals['_DETOKENIZERESPONSE']._serialized_end=1595
+  _globals['_CANCELREQUEST']._serialized_start=1597
+  _globals['_CANCELREQUEST']._serialized_end=1632
+  _globals['_CANCELRESPONSE']._serialized_start=1634
+  _globals['_CANCELRESPONSE']._serialized_end=1669
+  _globals['_INFERENCE']._serialized_start=1756
+  _globals['_INFERENCE']._serialized_end=2102
 # @@protoc_insertion_point(module_scope)

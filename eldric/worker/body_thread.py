@@ -77,7 +77,6 @@ class BodyThread(ComputeThread):
 
     def _close(self, frame: Frame) -> None:
         slot = frame_pb2.SequenceClose.FromString(bytes(frame.payload)).slot
-        self._stage.truncate(slot, 0)
         self._slots.discard(slot)
         if self._tail is None:
             self._ring.pass_on(frame)

@@ -107,11 +107,15 @@ class HeadThread(ComputeThread):
     def _open(self, generation: Generation) -> None:
         sequence = generation.sequence
         message = frame_pb2.SequenceOpen(
-            slot=sequence.slot, sequence_id=sequence.id, sampling=generation.sampling, embed=generation.embeds
+            slot=sequence.slot,
+            sequence_id=sequence.id,
+            sampling=generation.sampling,
+            first_position=sequence.reused,
+            embed=generation.embeds,
         )
         if _has_penalties(generation):
             message.prompt.extend(sequence.prompt.tolist())
-        self._stage.truncate(sequence.slot, 0)
+        self._stage.truncate(sequence.slot, sequence.reused)
         if self._tail is not None:
             self._tail.open(message)
         else:
@@ -119,7 +123,6 @@ class HeadThread(ComputeThread):
         self._deliver([(generation, Admitted(time.perf_counter_ns()))])
 
     def _close(self, slot: int) -> None:
-        self._stage.truncate(slot, 0)
         if self._tail is not None:
             self._tail.close(slot)
         else:
@@ -193,7 +196,7 @@ class HeadThread(ComputeThread):
         for sequence, run in zip(step.sequences, step.runs, strict=True):
             generation = self._generations.get(sequence.id)
             if run.slot in slots and generation is not None and generation.sequence is sequence:
-                self._scheduler.cancel(sequence)
+                self._scheduler.fail(sequence)
                 self._finish([(generation, Failed(StepFailed(error)))])
 
     def _end_sequences(self, reason: str) -> None:

@@ -107,6 +107,7 @@ def make_generation(request: inference_pb2.GenerateRequest, head: Head, *, embed
         prompt=prompt,
         max_tokens=request.max_tokens,
         stop_tokens=frozenset(request.stop_tokens),
+        ignores_cache=request.ignore_cache,
     )
     return Generation(sequence, sampling, embeds)
 
@@ -155,7 +156,9 @@ class Answer:
         return inference_pb2.Finished(
             reason=FINISH_REASONS[ended.reason],
             usage=inference_pb2.Usage(
-                prompt_tokens=len(self._generation.sequence.prompt), completion_tokens=self._tokens
+                prompt_tokens=len(self._generation.sequence.prompt),
+                completion_tokens=self._tokens,
+                cached_tokens=self._generation.sequence.reused,
             ),
             timings=inference_pb2.Timings(
                 queue_ms=(self._admitted_ns - self._generation.submitted_ns) / 1e6,

@@ -455,7 +455,7 @@ async def test_another_protocol_version_is_refused_with_both_named(here: tuple[W
     node = registry_pb2.Node(
         id="worker/new", name="new", kind=registry_pb2.WORKER, grpc_address="x:1", incarnation=1, protocol=99
     )
-    with pytest.raises(VersionMismatch, match="protocol version 99, this cluster speaks 1"), call_errors():
+    with pytest.raises(VersionMismatch, match="protocol version 99, this cluster speaks 2"), call_errors():
         await world.calls.registry.Register(registry_pb2.RegisterRequest(node=node))
 
 

@@ -164,6 +164,25 @@ async def test_sixteen_at_once_give_each_what_it_gives_alone() -> None:
     assert together == alone
 
 
+@pytest.mark.parametrize("weights", ["auto", "mapped"])  # bits depend on chunks, or they do not
+@pytest.mark.parametrize("stages", [1, 3])
+async def test_the_next_turn_of_a_conversation_is_not_computed_from_its_beginning(stages: int, weights: str) -> None:
+    first = prompt_of(150)
+    async with ring(storyteller(), even(storyteller(), stages), weights=weights) as pipeline:
+        said = await pipeline.generate(first, TOKENS, ignore_eos=True)
+        second = [*first, *said, *prompt_of(9)]
+        events = [event async for event in pipeline.events(second, TOKENS, ignore_eos=True)]
+        beside = await asyncio.gather(*(pipeline.generate(second, TOKENS, ignore_eos=True) for _ in range(4)))
+    async with ring(storyteller(), even(storyteller(), stages), weights=weights) as pipeline:
+        expected = await pipeline.generate(second, TOKENS, ignore_eos=True)
+    tokens = [token.id for event in events for token in event.delta.tokens]
+    usage = events[-1].finished.usage
+    assert tokens == expected and beside == [expected] * 4
+    assert usage.prompt_tokens == len(second)
+    whole_chunks, everything = 2 * 64, len(first) + len(said) - 1  # the last token was made and not sent
+    assert usage.cached_tokens in ([whole_chunks] if weights == "mapped" else [whole_chunks, everything])
+
+
 async def test_more_requests_than_slots_wait_their_turn() -> None:
     async with ring(storyteller(), even(storyteller(), 2), slots=2) as pipeline:
         answers = await asyncio.gather(*(pipeline.generate(prompt_of(8), 8) for _ in range(12)))

@@ -223,7 +223,7 @@ def test_a_generation_as_an_object() -> None:
         "text": "abc",
         "tokens": [0, 1, 2],
         "finish_reason": "stop",
-        "usage": {"prompt_tokens": 3, "completion_tokens": 3, "total_tokens": 6},
+        "usage": {"prompt_tokens": 3, "completion_tokens": 3, "cached_tokens": 0, "total_tokens": 6},
         "timings": {"queue_ms": 1.0, "prompt_ms": 2.0, "generation_ms": 100.0, "tokens_per_second": 20.0},
     }
 

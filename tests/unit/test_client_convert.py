@@ -38,5 +38,5 @@ def test_a_wrong_option_of_a_deployment_is_said_in_words(options: Mapping[str, A
 )
 def test_a_wrong_option_of_sampling_is_said_in_words(sampling: Mapping[str, Any], words: str) -> None:
     with pytest.raises(InvalidRequest) as wrong:
-        convert.generate_request("m", 0, (), False, sampling)
+        convert.generate_request("m", 0, (), False, True, sampling)
     assert str(wrong.value) == words

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from eldric.transport.codec import encode_header, stamp
 from eldric.transport.filter import FrameFilter, Sender
-from eldric.transport.frame import MAX_HEADER_BYTES, FrameKind, Header
+from eldric.transport.frame import MAX_HEADER_BYTES, PROTOCOL_VERSION, FrameKind, Header
 
 
 def header(serial: int, *, pipeline: str = "p", epoch: int = 2, stage: int = 1, payload_bytes: int = 0) -> bytes:
@@ -38,7 +38,7 @@ def test_every_drop_is_counted_by_its_reason() -> None:
         (b"\xff\xff", b""),
         (bytes(MAX_HEADER_BYTES + 1), b""),
         (header(1), b"bytes that the kind does not say"),
-        (header(1).replace(b"\x08\x01", b"\x08\x02", 1), b""),
+        (header(1).replace(bytes((8, PROTOCOL_VERSION)), bytes((8, PROTOCOL_VERSION + 1)), 1), b""),
         (header(1, pipeline="q"), b""),
         (header(1, stage=2), b""),
         (header(1, epoch=1), b""),

@@ -28,7 +28,7 @@ def vocabulary() -> Vocabulary:
 
 
 def finished(reason: str = "stop", stop: str = "", tokens: int = 2) -> Finished:
-    return Finished(reason, stop, 5, tokens, 0.0, 0.0, 0.0)
+    return Finished(reason, stop, 5, tokens, 0.0, 0.0, 0.0, cached_tokens=2)
 
 
 def parsed(event: bytes) -> Any:
@@ -70,13 +70,15 @@ def test_a_usage_chunk_has_no_choices_and_the_others_no_usage() -> None:
     assert parsed(format.delta(choices[0], Delta("x", (), 1)))["usage"] is None
     usage = parsed(format.usage(choices))
     assert usage["choices"] == []
-    assert usage["usage"] == {"prompt_tokens": 5, "completion_tokens": 7, "total_tokens": 12}
+    details = {"prompt_tokens_details": {"cached_tokens": 2}}
+    assert usage["usage"] == {"prompt_tokens": 5, "completion_tokens": 7, "total_tokens": 12, **details}
     ChatCompletionChunk.model_validate(usage)
 
 
 def test_each_prompt_counts_once_however_many_choices_continue_it() -> None:
     choices = [Choice(index, index // 2, finished=finished()) for index in range(4)]
-    assert total_usage(choices) == {"prompt_tokens": 10, "completion_tokens": 8, "total_tokens": 18}
+    details = {"prompt_tokens_details": {"cached_tokens": 4}}
+    assert total_usage(choices) == {"prompt_tokens": 10, "completion_tokens": 8, "total_tokens": 18, **details}
 
 
 def test_nothing_to_show_makes_no_chunk() -> None:

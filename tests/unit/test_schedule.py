@@ -227,7 +227,7 @@ def test_every_sequence_ends_with_its_tokens_in_order(
     for number, step in enumerate(_trips(scheduler, sequences, cancels)):
         assert number < 10_000
         for run, owner in zip(step.runs, step.sequences, strict=True):
-            assert held.get(owner.id, 0) == run.position
+            assert held.get(owner.id, owner.reused) == run.position
             held[owner.id] = run.position + run.count
     for index, each in enumerate(sequences):
         assert each.state is SequenceState.DONE
@@ -251,3 +251,150 @@ def _trips(scheduler: Scheduler, sequences: list[Sequence], cancels: set[int]) -
             return history
         if ring:
             answer(scheduler, ring.popleft())
+
+
+FREELY = ScheduleConfig(slots=2, context=64, chunk=8, lanes=2, decode_rows=4, queue=2, cuts_freely=True)
+
+
+def asked(name: str, prompt: list[int], tokens: int = 4) -> Sequence:
+    return Sequence(name, np.array(prompt, np.int32), tokens)
+
+
+def computed(scheduler: Scheduler, wanted: Sequence) -> list[tuple[int, int]]:
+    """Position and count of each run of the prompt, when it runs alone to its end."""
+    scheduler.submit(wanted)
+    steps = finish(scheduler)
+    return [(run.position, run.count) for step in steps if step.is_chunk for run in step.runs]
+
+
+def test_the_next_turn_of_a_conversation_goes_on_where_the_last_one_ended() -> None:
+    scheduler = Scheduler(FREELY)
+    assert computed(scheduler, asked("a", [1, 2, 3], tokens=4)) == [(0, 3)]
+    turn = asked("b", [1, 2, 3, 7, 7, 7, 9, 9])  # the last token that was made was not sent into the ring
+    assert computed(scheduler, turn) == [(6, 2)]
+    assert turn.reused == 6
+
+
+def test_a_sequence_may_ask_for_all_of_its_prompt_to_be_computed() -> None:
+    scheduler = Scheduler(FREELY)
+    computed(scheduler, asked("a", [1, 2, 3, 4]))
+    again = asked("b", [1, 2, 3, 4])
+    again.ignores_cache = True
+    assert computed(scheduler, again) == [(0, 4)] and again.reused == 0
+
+
+def test_the_last_token_of_a_prompt_is_computed_again_for_its_logits() -> None:
+    scheduler = Scheduler(FREELY)
+    computed(scheduler, asked("a", [1, 2, 3, 4], tokens=1))
+    assert computed(scheduler, asked("b", [1, 2, 3, 4], tokens=1)) == [(3, 1)]
+
+
+def test_where_bits_depend_on_chunks_whole_chunks_of_prompts_alone_are_taken_over() -> None:
+    scheduler = Scheduler(CONFIG)
+    prompt = list(range(20))
+    assert computed(scheduler, asked("a", prompt)) == [(0, 8), (8, 8), (16, 4)]
+    assert computed(scheduler, asked("b", [*prompt, 7, 7, 7, 7])) == [(16, 8)]
+    assert computed(scheduler, asked("c", prompt[:16])) == [(8, 8)]
+
+
+def test_a_conversation_is_not_given_up_for_a_few_tokens_that_another_has_in_common_with_it() -> None:
+    scheduler = Scheduler(FREELY)
+    computed(scheduler, asked("a", [1, 2, 3, 4, 5, 6, 8], tokens=1))
+    other = asked("b", [1, 2, 9], tokens=1)
+    assert computed(scheduler, other) == [(0, 3)] and other.slot == 1
+    assert computed(scheduler, asked("a again", [1, 2, 3, 4, 5, 6, 8, 8], tokens=1)) == [(7, 1)]
+    third = asked("c", [9, 9], tokens=1)
+    assert computed(scheduler, third) == [(0, 2)] and third.slot == 1  # the longest unused
+
+
+def test_a_slot_whose_sequence_failed_is_computed_anew() -> None:
+    scheduler = Scheduler(FREELY)
+    failing = asked("a", [1, 2, 3, 4], tokens=9)
+    scheduler.submit(failing)
+    [step] = steps_until_idle(scheduler)
+    answer(scheduler, step)
+    scheduler.fail(failing)
+    finish(scheduler)
+    assert computed(scheduler, asked("b", [1, 2, 3, 4])) == [(0, 4)]
+    lost = asked("c", [1, 2, 3, 4, 5])
+    scheduler.submit(lost)
+    [step] = steps_until_idle(scheduler)
+    assert scheduler.step_failed(step.number) == [lost]
+    assert computed(scheduler, asked("d", [1, 2, 3, 4, 5])) == [(0, 5)]
+
+
+def test_nothing_is_taken_over_that_a_ring_held_before_it_broke() -> None:
+    scheduler = Scheduler(FREELY)
+    computed(scheduler, asked("a", [1, 2, 3, 4]))
+    scheduler.cancel_all()
+    assert computed(scheduler, asked("b", [1, 2, 3, 4])) == [(0, 4)]
+
+
+def test_what_a_cancelled_sequence_has_sent_is_taken_over() -> None:
+    scheduler = Scheduler(FREELY)
+    cancelled = asked("a", list(range(40)))
+    scheduler.submit(cancelled)
+    ring = steps_until_idle(scheduler)
+    scheduler.cancel(cancelled)
+    for step in ring:
+        answer(scheduler, step)
+    sent = cancelled.position
+    assert 0 < sent < 40
+    assert computed(scheduler, asked("b", list(range(40))))[0][0] == sent
+
+
+@given(
+    requests=st.lists(
+        st.tuples(st.lists(st.integers(0, 1), min_size=1, max_size=40), st.integers(1, 12)), min_size=1, max_size=12
+    ),
+    lanes=st.integers(1, 3),
+    slots=st.integers(1, 4),
+    chunk=st.integers(1, 10),
+    cancels=st.sets(st.integers(0, 60)),
+    failures=st.sets(st.integers(0, 60)),
+    cuts_freely=st.booleans(),
+)
+def test_a_slot_always_holds_what_its_sequence_goes_on_from(
+    requests: list[tuple[list[int], int]],
+    lanes: int,
+    slots: int,
+    chunk: int,
+    cancels: set[int],
+    failures: set[int],
+    cuts_freely: bool,
+) -> None:
+    """Against a stage that keeps what each slot holds: tokens of few kinds, so that many prompts begin alike."""
+    config = ScheduleConfig(slots, 64, chunk, lanes, decode_rows=3, queue=12, cuts_freely=cuts_freely)
+    scheduler = Scheduler(config)
+    waiting = deque(asked(str(index), *request) for index, request in enumerate(requests))
+    running: list[Sequence] = []
+    held: dict[int, list[int]] = {slot: [] for slot in range(slots)}
+    ring: deque[Step] = deque()
+    for turn in range(10_000):
+        if waiting and turn % 2 == 0 and scheduler.waiting < config.queue:
+            running.append(waiting.popleft())
+            scheduler.submit(running[-1])
+        if turn in cancels and running:
+            scheduler.cancel(running[turn % len(running)])
+        match scheduler.next_action():
+            case Open(opened):
+                assert opened.reused <= len(held[opened.slot])
+                del held[opened.slot][opened.reused :]
+            case Step() as step:
+                ring.append(step)
+                offset = 0
+                for run, owner in zip(step.runs, step.sequences, strict=True):
+                    expected = [*owner.prompt.tolist(), *owner.sent]
+                    assert held[run.slot][: run.position] == expected[: run.position]
+                    del held[run.slot][run.position :]
+                    held[run.slot] += step.tokens[offset : offset + run.count].tolist()
+                    offset += run.count
+            case None if ring:
+                step = ring.popleft()
+                if turn in failures:
+                    scheduler.step_failed(step.number)
+                else:
+                    answer(scheduler, step, token=turn % 2)
+            case None if not waiting:
+                break
+    assert all(each.state is SequenceState.DONE for each in running)
