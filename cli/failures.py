@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import typer
 
+from eldric.cli.showing import shown
 from eldric.errors import EldricError
 
 #: Exit code of a command whose reader went away.
@@ -65,7 +66,7 @@ def report(failure: Failure, *, as_json: bool, verbose: bool) -> int:
     try:
         if verbose and failure.cause is not None:
             traceback.print_exception(failure.cause)
-        print(f"error: {failure.message}", file=sys.stderr)
+        print(f"error: {shown(failure.message, sys.stderr)}", file=sys.stderr)
     except BrokenPipeError:
         quiet_pipe()
     return report_json(failure) if as_json else failure.exit_code

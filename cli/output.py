@@ -8,6 +8,9 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+from eldric.cli.showing import shown
 
 #: Width of lines that go into a file or a pipe: whoever reads them there wants them whole.
 _WIDE = 1000
@@ -19,6 +22,9 @@ class _Console(Console):
     def __init__(self, *, stderr: bool = False) -> None:
         terminal = (sys.stderr if stderr else sys.stdout).isatty()
         super().__init__(stderr=stderr, highlight=False, markup=False, emoji=False, width=None if terminal else _WIDE)
+
+    def render_str(self, text: str, **settings: Any) -> Text:
+        return super().render_str(shown(text, sys.stderr if self.stderr else sys.stdout), **settings)
 
     def on_broken_pipe(self) -> None:
         raise  # what rich caught before it called this: the command ends quietly, see main.run
