@@ -3,12 +3,13 @@
 import datetime
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from eldric import PROTOCOL, __version__
 from eldric.cli.findings import Finding, ok, problem, warning
 from eldric.cli.output import human_bytes
-from eldric.client import NodeInfo, PipelineInfo, Plan, StageInfo, Worker
+from eldric.client import ModelInfo, NodeInfo, PipelineInfo, Plan, StageInfo, Worker
 
 #: Certificates live for 30 days and are renewed at two thirds: one that has less time left was not renewed.
 _RENEWAL_IS_LATE = datetime.timedelta(days=8)
@@ -20,6 +21,16 @@ _NEEDED = {
     "router": "`eldric-cli router`: without it there is no API",
     "worker": "`eldric-cli worker`: without one nothing can be deployed",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class StoreView:
+    """A model's files, with their sizes in bytes, in the data worker's folder; and their sizes as this machine sees
+    them, None if it is missing, or why none is seen."""
+
+    folder: str
+    files: tuple[tuple[str, int], ...]
+    sizes: Mapping[str, int | None] | str
 
 
 def check_controllers(answers: Mapping[str, str]) -> Iterator[Finding]:
@@ -145,28 +156,42 @@ def check_health(answers: Mapping[str, str]) -> Iterator[Finding]:
         yield ok("health", f"{len(answers)} nodes say that they are ready")
 
 
-def check_store(
-    folder: str, files: Iterable[tuple[str, int]], sizes: Mapping[str, int | None] | str
-) -> Iterator[Finding]:
-    """Whether this machine sees the model store where the data worker has it.
+def check_models(unusable: Iterable[ModelInfo]) -> Iterator[Finding]:
+    """unusable: the models of the store that cannot be deployed. Of a damaged one no architecture is known."""
+    for info in unusable:
+        why = info.problem.removeprefix(f"{info.name}: ")
+        if info.architecture:
+            yield warning("models", f"{info.name} cannot be deployed: {why}", f"`eldric-cli models rm {info.name}`")
+        else:
+            advice = f"`eldric-cli models rm {info.name}`, and add or pull it again"
+            yield problem("models", f"{info.name} cannot be used: {why}", advice)
 
-    files: what there is, with its size in bytes; sizes: what is seen here, None if it is missing; or why nothing is.
-    """
+
+def check_stores(views: Mapping[str, StoreView]) -> Iterator[Finding]:
+    """Whether this machine sees the models, by name, where the data worker has them. What is true of several is said
+    once."""
+    found: dict[Finding, list[str]] = {}
+    for model, view in views.items():
+        if view.files:
+            found.setdefault(_check_store(view), []).append(model)
+    for finding, models in found.items():
+        yield replace(finding, message=f"{', '.join(models)}: {finding.message}")
+
+
+def _check_store(view: StoreView) -> Finding:
+    sizes, wanted = view.sizes, dict(view.files)
     if isinstance(sizes, str):
         advice = "see to its file server; until then workers here fetch over HTTP, or do not load"
-        yield problem("model store", sizes, advice)
-        return
-    wanted = dict(files)
+        return problem("model store", sizes, advice)
     missing = [path for path in wanted if sizes.get(path) is None]
     wrong = [path for path in wanted if path not in missing and sizes[path] != wanted[path]]
     if wrong:
-        text = f"{wrong[0]} in {folder} has another size here than on the data worker"
-        yield problem("model store", text, "is the right export mounted there?")
-    elif missing:
-        text = f"{missing[0]} is not in {folder} on this machine"
-        yield warning("model store", text, "a worker here needs the store mounted, and --models where it is")
-    elif wanted:
-        yield ok("model store", f"{len(wanted)} files in {folder}, seen from here")
+        text = f"{', '.join(wrong)} in {view.folder} has another size here than on the data worker"
+        return problem("model store", text, "is the right export mounted there?")
+    if missing:
+        text = f"{', '.join(missing)} is not in {view.folder} on this machine"
+        return warning("model store", text, "a worker here needs the store mounted, and --models where it is")
+    return ok("model store", f"in {view.folder}, seen from here")
 
 
 def check_certificates(

@@ -5,7 +5,6 @@ import contextlib
 import datetime
 import email.utils
 import http.client
-import json
 import ssl
 import time
 from collections.abc import Awaitable, Iterable
@@ -16,11 +15,12 @@ from urllib.parse import urlsplit
 
 import psutil
 
+from eldric.cli.health_words import health_words
 from eldric.cli.local import LocalCluster
 from eldric.cli.log_files import last_lines
 from eldric.cli.processes import OUTPUT
 from eldric.cli.units import parse_memory
-from eldric.client import AsyncClient, Cluster, ModelDetails, NodeInfo, PipelineInfo, Plan, Worker
+from eldric.client import AsyncClient, Cluster, ModelDetails, ModelInfo, NodeInfo, PipelineInfo, Plan, Worker
 from eldric.errors import EldricError
 from eldric.nfs.mountinfo import remote_mount
 from eldric.security import Identity
@@ -43,6 +43,7 @@ class ClusterFacts:
     workers: list[Worker] = field(default_factory=list)
     pipelines: list[PipelineInfo] = field(default_factory=list)
     models: list[ModelDetails] = field(default_factory=list)
+    unusable: list[ModelInfo] = field(default_factory=list)
     plans: dict[str, Plan | str] = field(default_factory=dict)
     health: dict[str, str] = field(default_factory=dict)
     skews_s: dict[str, float] = field(default_factory=dict)
@@ -60,7 +61,9 @@ async def look_at(cluster: Cluster) -> ClusterFacts:
         facts.nodes = await _or(client.nodes(), [])
         facts.workers = await _or(client.workers(), [])
         facts.pipelines = await _or(client.status(), [])
-        stored = [info for info in await _or(client.models.list(), []) if not info.problem]
+        listed = await _or(client.models.list(), [])
+        facts.unusable = [info for info in listed if info.problem]
+        stored = [info for info in listed if not info.problem]
         facts.models = [found for info in stored if (found := await _or(client.models.show(info.name), None))]
         if any(worker.state == "up" for worker in facts.workers):
             for info in stored[:_PLANS]:
@@ -122,10 +125,7 @@ def _get_health(url: str, identity: Identity) -> tuple[int, str, str]:
         connection.request("GET", "/health")
         answer = connection.getresponse()
         body = answer.read(64 * 1024).decode(errors="replace")
-        with contextlib.suppress(ValueError, AttributeError):
-            told = {key: value for key, value in json.loads(body).items() if key not in ("ready", "kind", "name")}
-            body = ", ".join(f"{key} {value}" for key, value in told.items())
-        return answer.status, body, answer.getheader("date", "")
+        return answer.status, health_words(body), answer.getheader("date", "")
 
 
 def promises(local: LocalCluster) -> tuple[int, int]:

@@ -27,10 +27,11 @@ def cluster_of(folder: Path | None, controller: str | None) -> Cluster:
     order. Raises NotFound when none of them names one."""
     if folder is None and controller is not None:
         return find_cluster(None, controller, {})
-    named = folder or os.environ.get("ELDRIC_DIR") or os.environ.get("ELDRIC_CONTROLLER")
-    if not named and (HERE / CLUSTER_FILE).exists():
-        folder = HERE
-    return find_cluster(folder, None, os.environ)
+    if folder is not None or os.environ.get("ELDRIC_DIR"):
+        return find_cluster(local_folder(folder))
+    if not os.environ.get("ELDRIC_CONTROLLER") and (HERE / CLUSTER_FILE).exists():
+        return find_cluster(local_folder(None))
+    return find_cluster(None, None, os.environ)
 
 
 @contextlib.contextmanager

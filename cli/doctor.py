@@ -14,6 +14,7 @@ from platformdirs import user_cache_path
 from rich.text import Text
 
 from eldric.cli import cluster_checks, cluster_facts, machine_checks, machine_facts, options, processes
+from eldric.cli.cluster_checks import StoreView
 from eldric.cli.connect import check_operator, cluster_of
 from eldric.cli.findings import Finding, Level, ok, problem
 from eldric.cli.local import LocalCluster
@@ -130,8 +131,11 @@ def _cluster(cluster: Cluster) -> Iterator[Finding]:
     yield from cluster_checks.check_pipelines(facts.pipelines)
     yield from cluster_checks.check_engines(facts.workers, facts.pipelines)
     yield from cluster_checks.check_plans(facts.plans)
-    for model in facts.models:
-        yield from cluster_checks.check_store(model.folder, model.files, cluster_facts.store_sizes(model))
+    yield from cluster_checks.check_models(facts.unusable)
+    views = {
+        each.info.name: StoreView(each.folder, each.files, cluster_facts.store_sizes(each)) for each in facts.models
+    }
+    yield from cluster_checks.check_stores(views)
 
 
 async def _look(cluster: Cluster) -> cluster_facts.ClusterFacts | str:

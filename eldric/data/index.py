@@ -41,9 +41,10 @@ _Files = Sequence[tuple[StoredFile, os.stat_result | None]]
 class Index:
     """Finds the models of a folder. Thread-safe; everything blocks."""
 
-    def __init__(self, folder: Path, sums: Sums) -> None:
+    def __init__(self, folder: Path, sums: Sums, wrong_sums: Sums) -> None:
+        """wrong_sums: those that a check found, of files that should have others; by path below the folder."""
         self._folder = folder  # without links
-        self._sums = sums
+        self._sums, self._wrong_sums = sums, wrong_sums
         self._headers: dict[str, tuple[object, ModelHeader | InvalidModel]] = {}
         self._manifests: dict[str, tuple[object, Manifest]] = {}
         self._lock = threading.Lock()
@@ -112,6 +113,7 @@ class Index:
             found = self._header(model, files)
             if manifest and manifest.header_sha256 not in ("", found.sha256):
                 raise DataLoss(f"its header changed since it was referenced: {_AGAIN}")
+            self._check_sums(model, files)
             header = found
         except FileNotFoundError:
             return None
@@ -122,6 +124,13 @@ class Index:
         except OSError as reason:
             error = DataLoss(f"{model}: {reason.filename or place.name} cannot be read: {reason.strerror}")
         return StoredModel(model, self._folder, tuple(file for file, _ in files), place.imported, header, error, origin)
+
+    def _check_sums(self, model: str, files: _Files) -> None:
+        """Raises DataLoss when a file, as it is now, was found to be damaged."""
+        for file, status in files:
+            wrong = self._wrong_sums.get(str(file.path), status) if status else FileSums()
+            if wrong.sha256 not in ("", file.sha256):
+                raise DataLoss(f"{file.path} is damaged: `eldric-cli models verify {model}` says where")
 
     def _manifest(self, name: str) -> Manifest:
         """The manifest of a folder, from the cache while it has not changed: that of a large model takes time."""

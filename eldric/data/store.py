@@ -3,7 +3,7 @@
     FOLDER/ID/         an imported model: ID.gguf (or the parts of a split set) and manifest.json
     FOLDER/*.gguf      models that somebody put there by hand; a split set counts as one
     FOLDER/.eldric/    imports in progress, downloads that go on when they are asked for again (partial/), what is being
-                       removed, sums of files that were put there by hand
+                       removed, sums of files that were put there by hand, and of those that were found damaged
 
 An import appears by one rename, so what is listed is whole. Everything here blocks: call it from a thread.
 """
@@ -50,8 +50,8 @@ class ModelStore:
             raise NotReady(f"the model store {folder} cannot be used: {error.strerror}") from None
         own = self.folder / ".eldric"
         self._incoming, self._removed, self._lock_path = own / "incoming", own / "removed", own / "lock"
-        self._sums = Sums(own / "sums.json")
-        self._index = Index(self.folder, self._sums)
+        self._sums, self._wrong_sums = Sums(own / "sums.json"), Sums(own / "wrong_sums.json")
+        self._index = Index(self.folder, self._sums, self._wrong_sums)
         #: Names that imports of this process hold, and downloads that are not complete.
         self.claims, self.partials = Claims(), Partials(own / "partial")
 
@@ -92,6 +92,8 @@ class ModelStore:
                 return
         found = self.get(model)
         with self.write_errors():
+            for file in found.files:
+                self._wrong_sums.drop(str(file.path))
             if found.imported:
                 self._remove_folder(self.folder / model)
             else:
@@ -103,7 +105,8 @@ class ModelStore:
     def verify(self, model: str, report: Report) -> None:
         """Compares the sums of each file and of its blocks with those that were kept.
 
-        A file that was put there by hand has none at first: then its sums are kept. Raises DataLoss, which names every
+        A file that was put there by hand has none at first: then its sums are kept. One that differs is remembered, and
+        its model is damaged for everybody, until the file changes or is found sound. Raises DataLoss, which names every
         file that differs and its damaged blocks, NotFound, NotReady.
         """
         found = self.get(model)
@@ -119,8 +122,8 @@ class ModelStore:
         damage = [problem for file in found.files if (problem := self._damage(file, progress))]
         if damage:
             raise DataLoss(f"{model} is damaged: {'; '.join(damage)}")
-        if found.error:
-            raise found.error
+        if error := self.get(model).error:  # what a check before this one found is mended by now
+            raise error
 
     def clean(self) -> None:
         """Deletes what killed imports and removals left behind, unless another process is importing right now."""
@@ -186,7 +189,10 @@ class ModelStore:
             return f"{file.path} cannot be read: {error.strerror}"
         if not file.sha256:
             self._sums.put(file.path.name, status, sums)
-        elif sums.sha256 != file.sha256:
+        elif sums.sha256 == file.sha256:
+            self._wrong_sums.drop(str(file.path))
+        else:
+            self._wrong_sums.put(str(file.path), status, sums)
             blocks = _named_blocks(file.sums.damaged_blocks(sums), status.st_size)
             return f"{file.path} has the SHA-256 {sums.sha256}, it had {file.sha256}{blocks}"
         return ""

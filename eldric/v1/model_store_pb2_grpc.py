@@ -147,7 +147,8 @@ class ModelStoreServicer:
 
     def Verify(self, request, context):
         """Compares every file's SHA-256, and that of each of its blocks, with those that were kept at import. DATA_LOSS: they
-        differ (the file and its damaged blocks are named). Of a file that was dropped into the folder by hand, the first
+        differ (the file and its damaged blocks are named); from then on the model is DATA_LOSS for everybody, until its
+        files change or a check finds them sound. Of a file that was dropped into the folder by hand, the first
         call keeps the sums and later ones compare.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

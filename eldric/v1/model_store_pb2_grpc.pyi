@@ -68,7 +68,8 @@ class ModelStoreStub:
     """
     Verify: _grpc.UnaryStreamMultiCallable[_model_store_pb2.ModelRequest, _model_store_pb2.VerifyEvent]
     """Compares every file's SHA-256, and that of each of its blocks, with those that were kept at import. DATA_LOSS: they
-    differ (the file and its damaged blocks are named). Of a file that was dropped into the folder by hand, the first
+    differ (the file and its damaged blocks are named); from then on the model is DATA_LOSS for everybody, until its
+    files change or a check finds them sound. Of a file that was dropped into the folder by hand, the first
     call keeps the sums and later ones compare.
     """
 
@@ -112,7 +113,8 @@ class ModelStoreAsyncStub(ModelStoreStub):
     """
     Verify: _aio.UnaryStreamMultiCallable[_model_store_pb2.ModelRequest, _model_store_pb2.VerifyEvent]  # type: ignore[assignment]
     """Compares every file's SHA-256, and that of each of its blocks, with those that were kept at import. DATA_LOSS: they
-    differ (the file and its damaged blocks are named). Of a file that was dropped into the folder by hand, the first
+    differ (the file and its damaged blocks are named); from then on the model is DATA_LOSS for everybody, until its
+    files change or a check finds them sound. Of a file that was dropped into the folder by hand, the first
     call keeps the sums and later ones compare.
     """
 
@@ -201,7 +203,8 @@ class ModelStoreServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_model_store_pb2.VerifyEvent], _abc.AsyncIterator[_model_store_pb2.VerifyEvent]]:
         """Compares every file's SHA-256, and that of each of its blocks, with those that were kept at import. DATA_LOSS: they
-        differ (the file and its damaged blocks are named). Of a file that was dropped into the folder by hand, the first
+        differ (the file and its damaged blocks are named); from then on the model is DATA_LOSS for everybody, until its
+        files change or a check finds them sound. Of a file that was dropped into the folder by hand, the first
         call keeps the sums and later ones compare.
         """
 

@@ -1,6 +1,7 @@
 """Bad input everywhere a person can give some: one line that says what to do, and nothing left behind."""
 
 import json
+import os
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from eldric.cli.roster import Shape
 from tests.e2e.cli import Cli
 from tests.e2e.conftest import STORY
 from tests.models import SmallLlama, storyteller, write_small_llama
-from tests.stores import as_unknown_architecture
+from tests.stores import as_unknown_architecture, damage
 
 
 @pytest.mark.parametrize("command", [("undeploy",), ("status",), ("rebalance",), ("chat",), ("run", "hello")])
@@ -195,3 +196,27 @@ def test_a_broken_table_of_short_names(cli: Cli, tmp_path: Path) -> None:
     broken = replace(cli, inside=False, environment={**cli.environment, "XDG_CONFIG_HOME": str(tmp_path)})
     assert "models.toml" in broken("deploy", "whatever", code=1).error
     assert broken("status").code == 0
+
+
+def test_doctor_and_the_list_show_the_damage_that_verify_found(cli: Cli, tmp_path: Path) -> None:
+    path = write_small_llama(tmp_path / "bad.gguf", SmallLlama())
+    cli("models", "add", path)
+    try:
+        damage(Path(cli("models", "show", "bad", "--json").json["folder"]) / "bad" / "bad.gguf")
+        assert "has the SHA-256" in cli("models", "verify", "bad", code=1).error
+        (listed,) = [each for each in cli("models", "ls", "--json").json["models"] if each["name"] == "bad"]
+        assert "bad.gguf is damaged" in listed["problem"]
+        checks = cli("doctor", "--json", code=1).json["checks"]
+        (found,) = [each for each in checks if each["check"] == "models"]
+        assert "bad cannot be used: bad/bad.gguf is damaged" in found["message"]
+        assert "is damaged" in cli("deploy", "bad", code=1).error
+    finally:
+        cli("models", "rm", "bad")
+
+
+def test_a_cluster_of_this_folder_is_the_same_by_a_relative_path(cli: Cli) -> None:
+    """Doctor looks for its processes by their folders."""
+    folder = Path(cli.environment["ELDRIC_DIR"])
+    relative = os.path.relpath(folder, cli.home.resolve())
+    checks = cli("doctor", "--dir", relative, "--json", code=None).json["checks"]
+    assert [each["level"] for each in checks if each["check"] == "processes"] == ["ok"]

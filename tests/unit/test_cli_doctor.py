@@ -9,9 +9,11 @@ import pytest
 
 from eldric import PROTOCOL, __version__
 from eldric.cli import cluster_checks, machine_checks, machine_facts
+from eldric.cli.cluster_checks import StoreView
 from eldric.cli.findings import Finding, Level
+from eldric.cli.health_words import health_words
 from eldric.cli.machine_facts import Disk, Engine, Listener
-from eldric.client import LinkInfo, NodeInfo, PipelineInfo, Plan, StageInfo, Worker
+from eldric.client import LinkInfo, ModelInfo, NodeInfo, PipelineInfo, Plan, StageInfo, Worker
 
 GIB = 1024**3
 OK, WARNING, PROBLEM = Level.OK, Level.WARNING, Level.PROBLEM
@@ -263,12 +265,57 @@ def test_health() -> None:
     [({"a": 3, "b": 4}, [OK]), ({"a": 3, "b": None}, [WARNING]), ({}, [WARNING]), ({"a": 3, "b": 5}, [PROBLEM])],
 )
 def test_model_store(seen: dict[str, int | None], expected: list[Level]) -> None:
-    assert levels(cluster_checks.check_store("store", [("a", 3), ("b", 4)], seen)) == expected
+    view = StoreView("store", (("a", 3), ("b", 4)), seen)
+    assert levels(cluster_checks.check_stores({"m": view})) == expected
 
 
-def test_a_store_on_a_mount_that_hangs_is_a_problem() -> None:
-    (found,) = cluster_checks.check_store("/mnt/m", [("a", 3)], "/mnt/m is on the mount /mnt, which does not answer")
-    assert found.level is PROBLEM and "does not answer" in found.message
+def test_a_store_on_a_mount_that_hangs_is_said_once_and_names_its_models() -> None:
+    view = StoreView("/mnt/m", (("a", 3),), "/mnt/m is on the mount /mnt, which does not answer")
+    (found,) = cluster_checks.check_stores({"tale": view, "smol": view})
+    assert found.level is PROBLEM
+    assert found.message == "tale, smol: /mnt/m is on the mount /mnt, which does not answer"
+
+
+def test_models_that_are_wrong_in_different_ways_are_told_apart() -> None:
+    views = {name: StoreView("store", ((f"{name}.gguf", 3),), {f"{name}.gguf": 4}) for name in ("tale", "smol")}
+    assert [found.message.partition(" in ")[0] for found in cluster_checks.check_stores(views)] == [
+        "tale: tale.gguf",
+        "smol: smol.gguf",
+    ]
+
+
+def test_each_model_that_cannot_be_used_is_named() -> None:
+    damaged = ModelInfo("tale", 0, 5, "gguf", "", "", 0, 0, "tale: tale/tale.gguf is damaged")
+    unknown = ModelInfo("snake", 4, 5, "gguf", "mamba", "F16", 1, 1, "architecture 'mamba' is not supported")
+    found = list(cluster_checks.check_models([damaged, unknown]))
+    assert levels(found) == [PROBLEM, WARNING]
+    assert found[0].message == "tale cannot be used: tale/tale.gguf is damaged"
+    assert "`eldric-cli models rm tale`" in found[0].advice
+    assert found[1].message == "snake cannot be deployed: architecture 'mamba' is not supported"
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (
+            '{"status": "not ready", "synchronised": true, "registered": true, "pipelines": '
+            '[{"name": "a", "state": "degraded", "progress": 1.0}, {"name": "b", "state": "ready"}]}',
+            "a is degraded",
+        ),
+        (
+            '{"status": "not ready", "problem": "the store is gone", "registered": false}',
+            "the store is gone, no controller takes it",
+        ),
+        ('{"status": "draining"}', "it is about to end"),
+        ('{"status": "not ready", "synchronised": false}', "it has not heard of the pipelines yet"),
+        ('{"status": "not ready"}', "not ready"),
+        ("<html>\nBad gateway", "<html>"),
+        ("[1]", "[1]"),
+        ('{"status": "x", "pipelines": [1]}', '{"status": "x", "pipelines": [1]}'),
+    ],
+)
+def test_what_health_says_is_told_in_words(body: str, words: str) -> None:
+    assert health_words(body) == words
 
 
 def test_certificates() -> None:

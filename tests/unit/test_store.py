@@ -135,6 +135,55 @@ def test_verify_names_the_damaged_blocks_of_a_file(store: ModelStore, tmp_path: 
         store.verify("big", ignore)
 
 
+def test_what_verify_finds_damaged_is_so_for_everybody_until_it_is_mended(store: ModelStore) -> None:
+    import_storyteller(store)
+    (file,) = store.get("storyteller").files
+    path = store.folder / file.path
+    whole = path.read_bytes()
+    damage(path)
+    assert not store.get("storyteller").problem, "nobody has looked"
+    with pytest.raises(DataLoss, match="has the SHA-256"):
+        store.verify("storyteller", ignore)
+    for each in (store, ModelStore(store.folder)):
+        (listed,) = each.list()
+        assert listed.problem == (
+            "storyteller: storyteller/storyteller.gguf is damaged: `eldric-cli models verify storyteller` says where"
+        )
+        with pytest.raises(DataLoss, match="is damaged"):
+            _ = each.get("storyteller").sound_header
+    path.write_bytes(whole)
+    assert not store.get("storyteller").problem
+    store.verify("storyteller", ignore)
+
+
+def test_a_file_that_is_found_sound_again_is_sound(store: ModelStore) -> None:
+    """A reading that failed once, say: the file is as old as it was."""
+    import_storyteller(store)
+    (file,) = store.get("storyteller").files
+    path = store.folder / file.path
+    whole, changed_ns = path.read_bytes(), path.stat().st_mtime_ns
+    damage(path)
+    os.utime(path, ns=(changed_ns, changed_ns))
+    with pytest.raises(DataLoss):
+        store.verify("storyteller", ignore)
+    path.write_bytes(whole)
+    os.utime(path, ns=(changed_ns, changed_ns))
+    assert store.get("storyteller").problem
+    store.verify("storyteller", ignore)
+    assert not store.get("storyteller").problem
+
+
+def test_a_model_that_is_added_again_is_not_damaged(store: ModelStore) -> None:
+    import_storyteller(store)
+    (file,) = store.get("storyteller").files
+    damage(store.folder / file.path)
+    with pytest.raises(DataLoss):
+        store.verify("storyteller", ignore)
+    store.remove("storyteller")
+    import_storyteller(store)
+    assert not store.get("storyteller").problem
+
+
 def test_a_model_of_a_manifest_without_block_sums_is_served_and_verified(store: ModelStore) -> None:
     import_storyteller(store)
     whole = json.loads((store.folder / "storyteller" / "manifest.json").read_text())
