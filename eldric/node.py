@@ -7,8 +7,10 @@ import os
 import resource
 import secrets
 import signal
+import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from google.protobuf.descriptor import ServiceDescriptor
@@ -42,7 +44,7 @@ STOP_SERVERS_S = 0.2
 #: Open files that a node asks for. Programs that it starts may close them one by one, so it is no higher.
 MAX_FILES = 65536
 #: What a node needs to start and to serve a few callers.
-LEAST_FILES = 64
+LEAST_FILES, LEAST_THREADS = 64, 16
 
 
 class Node:
@@ -242,6 +244,7 @@ class Node:
     async def run(self) -> None:
         """Starts, waits for SIGTERM, SIGINT or `end`, then stops. A second signal ends the process at once."""
         _allow_files()
+        _check_threads()
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(LoopErrors())
         signals = (signal.SIGTERM, signal.SIGINT)
@@ -282,6 +285,18 @@ def _allow_files() -> None:
     wanted = MAX_FILES if most == resource.RLIM_INFINITY else min(most, MAX_FILES)
     if now != resource.RLIM_INFINITY and now < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
+
+
+def _check_threads() -> None:
+    """Raises NotReady where there are too few: gRPC would end the process, or wait for ever."""
+    together = threading.Barrier(LEAST_THREADS)
+    with ThreadPoolExecutor(LEAST_THREADS) as pool:
+        try:
+            for _ in range(LEAST_THREADS):
+                pool.submit(together.wait)
+        except RuntimeError as error:
+            together.abort()
+            raise NotReady(f"{error}: a node needs {LEAST_THREADS}; raise the limit (ulimit -u, TasksMax=)") from error
 
 
 async def _bounded(callback: Callback, seconds: float) -> None:

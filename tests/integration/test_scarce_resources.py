@@ -1,4 +1,4 @@
-"""A node that has no open files left: it waits for some, at rest, and says so."""
+"""A node that has no open files or threads left: it waits for some, at rest, and says so."""
 
 import asyncio
 import json
@@ -6,13 +6,16 @@ import resource
 import socket
 import ssl
 import sys
+import threading
 from contextlib import ExitStack
 from pathlib import Path
 
 import psutil
 import pytest
 
+from eldric.errors import NotReady
 from eldric.security import Authority, Identity
+from tests.nodes import make_node
 from tests.workers import until
 
 pytestmark = [
@@ -64,6 +67,25 @@ async def test_a_node_that_may_open_too_few_files_says_so_at_its_start(tmp_path:
     _, said = await asyncio.wait_for(process.communicate(), 20)
     assert b"NotReady: a node needs 64 open files, it may have 20: raise the limit" in said
     assert process.returncode == 1 and not (tmp_path / "node.json").exists()
+
+
+async def test_a_node_that_may_have_too_few_threads_says_so_at_its_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[threading.Thread] = []
+    start = threading.Thread.start
+
+    def start_few(thread: threading.Thread) -> None:
+        if len(started) == 5:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    node = make_node(tmp_path, Authority.create("test"))
+    monkeypatch.setattr(threading.Thread, "start", start_few)
+    with pytest.raises(NotReady, match="can't start new thread: a node needs 16; raise the limit"):
+        await node.run()
+    assert len(started) == 5 and not any(thread.is_alive() for thread in started)
 
 
 def _get(host: str, port: int, identity: Identity) -> bytes:
