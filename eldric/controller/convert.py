@@ -27,6 +27,9 @@ from eldric.v1 import common_pb2, heartbeat_pb2, model_store_pb2, pipeline_pb2, 
 
 FindNode = Callable[[str], Node | None]
 
+#: Largest description of a node: a hundred devices.
+MAX_NODE_BYTES = 64 * 1024
+
 
 def kind_name(kind: "registry_pb2.NodeKind.ValueType") -> str:
     """ "worker" for WORKER. Raises InvalidRequest for a kind that this version does not know."""
@@ -36,7 +39,12 @@ def kind_name(kind: "registry_pb2.NodeKind.ValueType") -> str:
 
 
 def node_info(message: registry_pb2.Node) -> NodeInfo:
-    """Raises InvalidRequest when the parts of the message do not agree or something is missing."""
+    """Raises InvalidRequest when the parts of the message do not agree, something is missing, or it is out of all
+    proportion: everybody who watches the registry gets it."""
+    if message.ByteSize() > MAX_NODE_BYTES:
+        raise InvalidRequest(
+            f"a node that needs {message.ByteSize()} bytes to describe itself, {MAX_NODE_BYTES} may be"
+        )
     kind = kind_name(message.kind)
     if message.id != f"{kind}/{message.name}" or not message.name:
         raise InvalidRequest(f"the node's id is {message.id!r}, of kind {kind} and name {message.name!r}")

@@ -9,6 +9,9 @@ from eldric.errors import InvalidRequest
 from eldric.security.expelled import Expelled
 from eldric.v1 import heartbeat_pb2, heartbeat_pb2_grpc
 
+#: Largest beat of a node: the state of some thousand stages.
+MAX_BEAT_BYTES = 1 << 20
+
 
 class HeartbeatService(heartbeat_pb2_grpc.HeartbeatServicer):
     def __init__(self, cluster: Cluster, metrics: ControllerMetrics, expelled: Expelled) -> None:
@@ -52,6 +55,8 @@ class _Link:
     async def read(self, requests: AsyncIterator[heartbeat_pb2.BeatRequest]) -> None:
         """Takes beats until the node ends the stream. Raises NotFound when it must register first."""
         async for request in requests:
+            if request.ByteSize() > MAX_BEAT_BYTES:
+                raise InvalidRequest(f"a beat of {request.ByteSize()} bytes, {MAX_BEAT_BYTES} may be")
             if not self._link:
                 self._node_id = request.node_id
                 self._link = self._cluster.open_link(request.node_id, request.incarnation, self.wake)
