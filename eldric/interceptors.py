@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import inspect
 import logging
 import secrets
@@ -17,7 +18,7 @@ from typing import Any
 import grpc
 
 from eldric.channels import ERROR_KEY, RETRY_KEY, error_from_rpc
-from eldric.errors import EldricError
+from eldric.errors import EldricError, NotEnoughMemory
 from eldric.metrics import CallMetrics
 from eldric.security.access import Caller, Rule, authorise, find_caller
 from eldric.security.expelled import Expelled
@@ -26,6 +27,9 @@ log = logging.getLogger(__name__)
 
 #: Bytes of an error's message: it travels in HTTP/2 headers, which are bounded.
 MAX_MESSAGE_BYTES = 3000
+
+#: Errors of a system that has no more memory, open files or room on a disk.
+_EXHAUSTED = (errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT)
 
 #: Streams that last as long as their caller wants: a node that ends does not wait for them.
 _ENDLESS = ("/Watch", "/Beat", "/Open", "/ServerReflectionInfo")
@@ -69,6 +73,10 @@ def failure_of(error: BaseException, method: str) -> Failure:
         return Failure(grpc.StatusCode.DEADLINE_EXCEEDED, "a part of this call took too long", "DeadlineExceeded")
     incident = secrets.token_hex(4)
     log.error("event=internal_error incident=%s method=%s", incident, method, exc_info=error)
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) in _EXHAUSTED:
+        lacking = getattr(error, "strerror", None) or "no memory is left"
+        message = f"this node lacks a resource: {lacking}; incident {incident} in its log"
+        return Failure(grpc.StatusCode.RESOURCE_EXHAUSTED, message, NotEnoughMemory.__name__)
     return Failure(grpc.StatusCode.INTERNAL, f"internal error; incident {incident} in this node's log")
 
 

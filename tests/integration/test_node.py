@@ -1,6 +1,7 @@
 """A node's servers on real sockets: errors, deadlines, health, REST, ports, draining, ending."""
 
 import asyncio
+import errno
 import json
 import signal
 import socket
@@ -25,6 +26,7 @@ from eldric.errors import (
     DeadlineExceeded,
     EldricError,
     InvalidRequest,
+    NotEnoughMemory,
     QueueIsFull,
     Unavailable,
 )
@@ -95,6 +97,25 @@ async def test_unexpected_error_tells_its_incident_alone(
     assert type(caught.value) is EldricError
     assert "secret" not in caught.value.message
     assert caught.value.message.split()[3] in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("error", "lacking"),
+    [
+        (MemoryError(), "no memory is left"),
+        (OSError(errno.EMFILE, "Too many open files", "/a/secret"), "Too many open files"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "Cannot allocate memory"),
+    ],
+)
+async def test_a_node_that_lacks_a_resource_says_which(
+    tmp_path: Path, authority: Authority, admin: Identity, error: Exception, lacking: str
+) -> None:
+    node = make_node(tmp_path, authority)
+    serve_pipelines(node).error = error
+    async with running(node), channel(node.grpc_address, admin, "controller") as connection:
+        with pytest.raises(NotEnoughMemory, match=f"this node lacks a resource: {lacking}; incident") as caught:
+            await status(connection)
+    assert "secret" not in caught.value.message
 
 
 async def test_calls_to_nobody_say_whom_they_miss(admin: Identity) -> None:
