@@ -87,7 +87,7 @@ class GgmlModel:
             self._likeliest: NDArray[np.int32] | None = None
             self._final: Hidden | None = None
             self._take_memory(spec, shard, options, resources)
-            in_panels = all(layout == PANELS for _, layout in self._matrices)
+            in_panels = all(self._weights[name].layout == PANELS for name in _many_rows(spec, shard))
             self.cuts_freely = self._attention is not None and in_panels and _can_all_be_panels(model, spec)
             # All memory is taken by now: what does not fit is known before anything was read.
             self._weights.bring_in(progress, cancelled)
@@ -275,9 +275,9 @@ class GgmlModel:
 
 
 def _can_all_be_panels(model: ModelFile, spec: ModelSpec) -> bool:
-    """Whether the engine's own kernels can take every matrix of a model."""
+    """Whether the engine's own kernels can take every matrix of a model that a chunk is multiplied with."""
     whole = shard_of(model, spec, LayerRange(0, spec.layers))
-    return all(panel_bytes(whole.tensors[name]) is not None for name in _matrices(spec, whole))
+    return all(panel_bytes(whole.tensors[name]) is not None for name in _many_rows(spec, whole))
 
 
 def _matrices(spec: ModelSpec, shard: Shard) -> frozenset[str]:
@@ -287,3 +287,8 @@ def _matrices(spec: ModelSpec, shard: Shard) -> frozenset[str]:
     if shard.is_tail and spec.tied_output:
         names.add(embedding)
     return frozenset(names)
+
+
+def _many_rows(spec: ModelSpec, shard: Shard) -> frozenset[str]:
+    """Of these, those that all rows of a chunk are multiplied with: not the output matrix, which takes the last one."""
+    return _matrices(spec, shard) - {spec.family.tensors["token_embd" if spec.tied_output else "output"].name}

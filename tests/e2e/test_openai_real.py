@@ -70,6 +70,17 @@ def test_a_chat_says_what_the_command_line_says(client: openai.OpenAI, cli: Cli)
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
 
 
+def test_the_next_turn_of_a_chat_goes_on_from_the_last_one(client: openai.OpenAI) -> None:
+    tell = [{"role": "user", "content": "Tell me of a fox, a crow, a piece of cheese and how the three of them met."}]
+    first = chat(client, messages=tell)
+    turns = [*tell, {"role": "assistant", "content": first.choices[0].message.content}]
+    turns.append({"role": "user", "content": "And then?"})
+    second, anew = chat(client, messages=turns), chat(client, messages=turns, extra_body={"cache_prompt": False})
+    assert second.usage.prompt_tokens_details.cached_tokens >= first.usage.prompt_tokens // 2
+    assert anew.usage.prompt_tokens_details.cached_tokens == 0
+    assert second.choices[0].message.content == anew.choices[0].message.content
+
+
 def test_a_stream_joins_to_the_whole_answer(client: openai.OpenAI) -> None:
     whole = chat(client)
     chunks = list(chat(client, stream=True, stream_options={"include_usage": True}))
