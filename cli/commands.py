@@ -15,7 +15,7 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
         "logs": ("logs", "Show the logs of a local cluster's nodes."),
     },
     "Models and pipelines": {
-        "models": ("models", "The model store: list, show, pull, add, remove, replicate and verify."),
+        "models": ("models", "The model store: list, show, pull, add, remove, verify and replicate."),
         "deploy": ("deployments", "Deploy a model over the cluster's workers and wait until it is ready."),
         "undeploy": ("deployments", "End a pipeline: its sequences end, its workers give their memory back."),
         "rebalance": ("deployments", "Plan a pipeline again over the workers there are now, and move to the new plan."),

@@ -40,6 +40,23 @@ def workers(ctx: typer.Context, incomplete: str) -> list[str]:
     return [f"{before}{comma}{name}" for name in found if name not in before.split(",")]
 
 
+def data_workers(ctx: typer.Context, incomplete: str) -> list[str]:
+    return _names(ctx, incomplete, lambda client: [node.name for node in client.nodes() if node.kind == "data"])
+
+
+def local_nodes(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Of a local cluster, whether it runs or not."""
+    try:
+        from eldric.cli.connect import local_folder
+        from eldric.cli.local import LocalCluster
+
+        folder = ctx.params.get("folder")
+        nodes = LocalCluster.load(local_folder(Path(folder) if folder else None)).nodes
+        return sorted(node.name for node in nodes if node.name.startswith(incomplete))
+    except Exception:
+        return []
+
+
 def pullable(incomplete: str) -> list[str]:
     """Short names."""
     try:

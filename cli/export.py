@@ -47,7 +47,9 @@ def export(
         bool, typer.Option("--json", help="Print one JSON object on stdout when the server is ready.")
     ] = False,
 ) -> None:
-    """Export the model store's folder read-only over NFS 4, in user space, until Ctrl-C.
+    """Export the model store's folder over NFS, until Ctrl-C.
+
+    Read-only, as NFS 4, in user space.
 
     Workers find or make the mount by themselves: the data worker of that folder tells them where it is. Needs
     nfs-ganesha, and root.

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from eldric.cli import options
+from eldric.cli import completion, options
 from eldric.cli.connect import local_folder
 from eldric.cli.local import LocalCluster
 from eldric.cli.log_files import Follower, last_lines
@@ -20,7 +20,12 @@ _FOLLOW_S = 0.2
 
 @app.command()
 def logs(
-    node: Annotated[str, typer.Argument(help="Name of a node, as in `ps`. Default: all.")] = "",
+    node: Annotated[
+        str,
+        typer.Argument(
+            metavar="NODE", help="Name of a node, as in `ps`. Default: all.", autocompletion=completion.local_nodes
+        ),
+    ] = "",
     lines: Annotated[int, typer.Option("--lines", "-n", min=0, help="Lines of each log.")] = 20,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until Ctrl-C.")] = False,
     folder: options.Dir = None,

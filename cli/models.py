@@ -17,8 +17,7 @@ from eldric.client import ModelInfo
 from eldric.data.names import id_of
 from eldric.errors import InvalidRequest, NotFound
 
-app = options.new_app(name="models", help="The model store: list, show, pull, add, remove, replicate and verify.")
-replicate.register(app)
+app = options.new_app(name="models", help="The model store: list, show, pull, add, remove, verify and replicate.")
 
 
 @app.command("ls")
@@ -174,7 +173,10 @@ def remove(
     controller: options.Controller = None,
     as_json: options.Json = False,
 ) -> None:
-    """Remove a model from the store, or what an interrupted pull left of it. A model that is deployed stays."""
+    """Remove a model, or what an interrupted pull left of it.
+
+    A model that is deployed stays.
+    """
     with client_of(folder, controller) as client:
         client.models.remove(name, force=force)
     if as_json:
@@ -190,7 +192,10 @@ def verify(
     controller: options.Controller = None,
     as_json: options.Json = False,
 ) -> None:
-    """Compare a model's files with the checksums that were kept when it was added."""
+    """Compare a model's files with the checksums kept for them.
+
+    They were made when it was added. What is found damaged is not deployed any more.
+    """
     with client_of(folder, controller) as client, Tracker(quiet=as_json) as tracker:
         with contextlib.closing(client.models.verify_events(name)) as events:
             for event in events:
@@ -200,6 +205,9 @@ def verify(
         print_json({"model": name, "sound": True})
     else:
         out.print(f"{name} is sound")
+
+
+replicate.register(app)  # after the others, as help lists them
 
 
 def say_what_came(model: ModelInfo) -> None:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from eldric.cli import options
+from eldric.cli import completion, options
 from eldric.cli.connect import client_of
 from eldric.cli.options import option
 from eldric.cli.output import out, print_json
@@ -16,7 +16,15 @@ from eldric.errors import InvalidRequest, Unavailable
 
 def replicate(
     name: options.Model,
-    to: Annotated[str, option("--to", metavar="DATA-WORKER", help="The data worker that gets a copy.")] = "",
+    to: Annotated[
+        str,
+        option(
+            "--to",
+            metavar="DATA-WORKER",
+            help="The data worker that gets a copy.",
+            autocompletion=completion.data_workers,
+        ),
+    ] = "",
     copies: Annotated[
         int | None,
         option("--copies", metavar="N", help="Data workers that should hold it.", default="2", min=1),
@@ -25,10 +33,10 @@ def replicate(
     controller: options.Controller = None,
     as_json: options.Json = False,
 ) -> None:
-    """Have several data workers hold a model: workers read from all, and one may fail.
+    """Have several data workers hold a model.
 
-    The controller keeps the number up: a copy that is gone for ten minutes (its --replicate-after) is made anew on
-    another data worker. With --to one copy is made, once.
+    Workers read from all of them, and one may fail. The controller keeps the number up: a copy that is gone for ten
+    minutes (its --replicate-after) is made anew on another data worker. With --to one copy is made, once.
     """
     if to and copies is not None:
         raise InvalidRequest("--to and --copies exclude each other: name a data worker, or say how many copies")

@@ -98,6 +98,9 @@ def test_errors_are_one_line_on_a_terminal_too(person: Cli) -> None:
         ("eldric-cli deploy llama-7", ["llama-70b"]),
         ("eldric-cli deploy x --workers worker-1,worker-", ["worker-1,worker-2", "worker-1,worker-3"]),
         ("eldric-cli run --dir nowhere s", []),
+        ("eldric-cli logs r", ["router"]),
+        (f"eldric-cli models replicate {STORY} --to d", ["data"]),
+        ("eldric-cli models repl", ["replicate"]),
     ],
 )
 def test_the_shell_completes_names(cluster: Cluster, line: str, expected: list[str]) -> None:
@@ -105,4 +108,13 @@ def test_the_shell_completes_names(cluster: Cluster, line: str, expected: list[s
     asking = {"_ELDRIC_CLI_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1)}
     done = replace(cluster.cli, environment={**cluster.cli.environment, **asking})()
     assert done.out.split() == expected
+    assert done.err == ""
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_other_shells_complete_too(cluster: Cluster, shell: str) -> None:
+    line = {"_TYPER_COMPLETE_ARGS": f"eldric-cli run {STORY[:2]}", "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
+    asking = {"_ELDRIC_CLI_COMPLETE": f"complete_{shell}", **line}
+    done = replace(cluster.cli, environment={**cluster.cli.environment, **asking})()
+    assert STORY in done.out
     assert done.err == ""
