@@ -21,6 +21,7 @@ from eldric.engine.errors import InvalidPrompt
 MAX_STEPS = 1_000_000  # of one rendering; long chats with tools take some ten thousand
 _PER_STEP = 64  # characters, items or digits
 _MAX_SIZE = 1 << 24  # characters, items or digits of one result
+_AT_ONCE = 1000  # pairs of digits of two numbers that are multiplied
 _WIDENING = frozenset(("batch", "center", "indent", "round", "slice", "wordwrap"))  # filters with numbers for sizes
 _WIDTH = re.compile(r"\d{6,}")  # in a format: no table is so wide
 
@@ -117,11 +118,13 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         if operator == "**":
-            _take(_size(left) * abs(right) if isinstance(left, int) and isinstance(right, int) else 1)
+            digits = _size(left) * abs(right) if isinstance(left, int) and isinstance(right, int) else 1
+            _take(digits + digits**2 // _AT_ONCE)
         elif operator == "*":
             many = [value for value in (left, right) if isinstance(value, int)]
             sized = [value for value in (left, right) if not isinstance(value, int)]
-            _take(max(0, many[0]) * _size(sized[0]) if many and sized else _size(left) + _size(right))
+            each_by_each = _size(left) * _size(right) // _AT_ONCE
+            _take(max(0, many[0]) * _size(sized[0]) if many and sized else _size(left) + _size(right) + each_by_each)
         elif operator == "%" and isinstance(left, str):
             _check_format(left, right if isinstance(right, tuple) else (right,))
         else:

@@ -212,6 +212,7 @@ def test_endless_templates_end(source: str, tokenizer: Tokenizer, monkeypatch: p
         "{% set n = namespace(s=[1]) %}{% for a in range(60) %}{% set n.s = n.s + n.s %}{% endfor %}",
         "{% set n = namespace(k=[]) %}{% for a in range(9999) %}{% set n.k = n.k + ['x' * 999999] %}{% endfor %}",
         "{{ 10 ** 30000000 }}",
+        "{% for a in range(99999) %}{{ 9 ** 4000000 > a }}{% endfor %}",
         "{% set n = namespace(k=9) %}{% for a in range(60) %}{% set n.k = n.k * n.k %}{% endfor %}",
     ],
 )
