@@ -11,13 +11,14 @@ from eldric.transport.base import Transport
 from eldric.transport.codec import encode_header, stamp
 from eldric.transport.errors import PeerLost
 from eldric.transport.filter import DropReason
+from eldric.transport.frame import PROTOCOL_VERSION
 from eldric.transport.identity import Identity
 from eldric.transport.opening import Conversation
 from eldric.v1 import frame_pb2
 from tests.transports import PIPELINE, QUICK, linked, numbered, receive
 
 OPTIONS = replace(QUICK, max_payload_bytes=100_000, queue_bytes=1_000_000)
-GOOD_HELLO = frame_pb2.LinkHello(protocol_version=1, pipeline_id=PIPELINE, from_stage=0, epoch=1)
+GOOD_HELLO = frame_pb2.LinkHello(protocol_version=PROTOCOL_VERSION, pipeline_id=PIPELINE, from_stage=0, epoch=1)
 
 
 def header(serial: int = 1, *, pipeline: str = PIPELINE, epoch: int = 1, stage: int = 0) -> bytes:

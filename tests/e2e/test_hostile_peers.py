@@ -10,6 +10,7 @@ import pytest
 import zmq
 
 from eldric.names import split_address
+from eldric.transport.frame import PROTOCOL_VERSION
 from eldric.v1 import common_pb2, frame_pb2
 from tests.e2e.clusters import ENDLESS, LiveCluster, endless_on, tokens_until
 from tests.e2e.conftest import Cluster
@@ -45,7 +46,7 @@ async def refused(live: LiveCluster, worker: str, index: int) -> float:
 
 
 def hostile_messages() -> Iterator[list[bytes]]:
-    hello = frame_pb2.LinkHello(protocol_version=1, pipeline_id="any", from_stage=0)
+    hello = frame_pb2.LinkHello(protocol_version=PROTOCOL_VERSION, pipeline_id="any", from_stage=0)
     yield [hello.SerializeToString()]
     yield [b"header", bytes(100_000)]
     yield [b"", b"", b"", b""]

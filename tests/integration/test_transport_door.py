@@ -11,6 +11,7 @@ from contextlib import suppress
 import pytest
 
 from eldric.transport.errors import ConnectFailed, PeerLost
+from eldric.transport.frame import PROTOCOL_VERSION
 from eldric.transport.identity import Identity
 from eldric.transport.opening import open_outbound
 from eldric.v1 import frame_pb2
@@ -116,7 +117,9 @@ def test_proof_cannot_be_used_again(target: Target) -> None:
         assert "does not allow" in again.hear(frame_pb2.LinkGrant).refused
 
 
-@pytest.mark.parametrize("fields", [{"protocol_version": 2}, {"pipeline_id": "x"}, {"from_stage": 9999}])
+@pytest.mark.parametrize(
+    "fields", [{"protocol_version": PROTOCOL_VERSION + 1}, {"pipeline_id": "x"}, {"from_stage": 9999}]
+)
 def test_hello_that_does_not_fit_is_refused(target: Target, fields: dict[str, object]) -> None:
     identity = target.insider()
     hello = frame_pb2.LinkHello()

@@ -10,6 +10,7 @@ import pytest
 from eldric.transport.base import Peer
 from eldric.transport.errors import ConnectFailed
 from eldric.transport.filter import DropReason
+from eldric.transport.frame import PROTOCOL_VERSION
 from eldric.transport.mailbox import FRAME, HELLO
 from eldric.transport.opening import open_outbound
 from eldric.transport.shm_mailbox import PACKET
@@ -73,7 +74,8 @@ def test_malformed_packets_are_dropped_and_counted(target: Target) -> None:
             PACKET.pack(FRAME, 2**63, 10) + HEADER,
             PACKET.pack(FRAME, 0, 2**63) + HEADER,
             bytes((HELLO,)) + b"\xff\xff",
-            bytes((HELLO,)) + frame_pb2.LinkHello(protocol_version=1, pipeline_id="x").SerializeToString(),
+            bytes((HELLO,))
+            + frame_pb2.LinkHello(protocol_version=PROTOCOL_VERSION, pipeline_id="x").SerializeToString(),
             PACKET.pack(FRAME, 0, 0) + b"\xff\xff",
             PACKET.pack(FRAME, 0, 0) + bytes(20_000),
         ]

@@ -17,6 +17,7 @@ from eldric.transport.base import Transport
 from eldric.transport.codec import encode_header, stamp
 from eldric.transport.errors import PeerLost
 from eldric.transport.filter import DropReason
+from eldric.transport.frame import PROTOCOL_VERSION
 from eldric.v1 import frame_pb2
 from tests.transports import PIPELINE, QUICK, linked, make_transport, numbered, peer_of, receive
 
@@ -126,8 +127,12 @@ def curve(receiver_key: str, public: bytes, secret: bytes) -> dict[str, bytes]:
     return {"curve_publickey": public, "curve_secretkey": secret, "curve_serverkey": receiver_key.encode()}
 
 
-HELLO = frame_pb2.LinkHello(protocol_version=1, pipeline_id=PIPELINE, from_stage=0, epoch=1).SerializeToString()
-OTHER_HELLO = frame_pb2.LinkHello(protocol_version=1, pipeline_id=PIPELINE, from_stage=9).SerializeToString()
+HELLO = frame_pb2.LinkHello(
+    protocol_version=PROTOCOL_VERSION, pipeline_id=PIPELINE, from_stage=0, epoch=1
+).SerializeToString()
+OTHER_HELLO = frame_pb2.LinkHello(
+    protocol_version=PROTOCOL_VERSION, pipeline_id=PIPELINE, from_stage=9
+).SerializeToString()
 FRAME = encode_header(numbered(1), stamp(PIPELINE, 1, 0), 1, 0)
 
 
@@ -190,14 +195,14 @@ def test_frames_before_a_hello_are_dropped_and_counted() -> None:
 @pytest.mark.parametrize(
     ("fields", "problem"),
     [
-        ({"protocol_version": 2}, "protocol version 2"),
+        ({"protocol_version": PROTOCOL_VERSION + 1}, f"protocol version {PROTOCOL_VERSION + 1}"),
         ({"pipeline_id": "x"}, "pipeline 'x'"),
         ({"from_stage": 9999}, "stage 9999"),
     ],
 )
 def test_hello_that_does_not_fit_is_refused_with_a_reason(fields: dict[str, object], problem: str) -> None:
     with under_attack() as (receiver, place), insider(receiver, place, hello=False) as peer:
-        hello = {"protocol_version": 1, "pipeline_id": PIPELINE, "from_stage": 0} | fields
+        hello = {"protocol_version": PROTOCOL_VERSION, "pipeline_id": PIPELINE, "from_stage": 0} | fields
         peer.send(frame_pb2.LinkHello(**hello).SerializeToString())  # type: ignore[arg-type]
         assert receiver.recv(0.2) is None
         assert problem in frame_pb2.LinkGrant.FromString(peer.recv()).refused

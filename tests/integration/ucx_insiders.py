@@ -14,6 +14,7 @@ from eldric.transport import ucx_worker
 from eldric.transport.base import Peer, TransportOptions
 from eldric.transport.errors import ConnectFailed, PeerLost, QueueFull
 from eldric.transport.filter import DropReason
+from eldric.transport.frame import PROTOCOL_VERSION
 from eldric.transport.identity import Identity
 from eldric.transport.mailbox import END, FRAME, HELLO, NOTHING
 from eldric.transport.opening import open_outbound
@@ -109,8 +110,8 @@ def test_malformed_messages_are_dropped_and_counted(target: Target) -> None:
         for message in messages:
             peer.say_raw(message)
         peer.say(HELLO, b"\xff\xff")
-        peer.say(HELLO, frame_pb2.LinkHello(protocol_version=1, pipeline_id="x").SerializeToString())
-        peer.say(HELLO, frame_pb2.LinkHello(protocol_version=1, from_stage=1).SerializeToString())
+        peer.say(HELLO, frame_pb2.LinkHello(protocol_version=PROTOCOL_VERSION, pipeline_id="x").SerializeToString())
+        peer.say(HELLO, frame_pb2.LinkHello(protocol_version=PROTOCOL_VERSION, from_stage=1).SerializeToString())
         peer.say(FRAME, b"\xff\xff")
         peer.say(FRAME, bytes(20_000))
         target.dropped(DropReason.CORRUPT, len(messages) + 5)
