@@ -202,7 +202,7 @@ def show_plan(plan: Plan, as_json: bool) -> None:
         print_json({"plan": plan})
         return
     sizes = ("right:weights", "right:KV cache", "right:compute", "right:available")
-    listing = table("stage", "worker", "layers", *sizes, "links by")
+    listing = table("stage", "worker", "layers", *sizes, "text:links by")
     for stage in plan.stages:
         bytes_of = (stage.weights_bytes, stage.kv_bytes, stage.compute_bytes, stage.available_bytes)
         row = str(stage.index), stage.worker, layer_range(stage.layers), *map(human_bytes, bytes_of)

@@ -11,6 +11,7 @@ from typing import Annotated
 import psutil
 import typer
 from platformdirs import user_cache_path
+from rich.table import Table
 from rich.text import Text
 
 from eldric.cli import cluster_checks, cluster_facts, machine_checks, machine_facts, options, processes
@@ -24,6 +25,9 @@ from eldric.client import Cluster
 from eldric.errors import EldricError, NotFound
 
 app = options.new_app()
+
+#: Columns of a terminal where the check stands beside what is said of it.
+_WIDE_ENOUGH = 72
 
 _STYLES = {Level.OK: "green", Level.WARNING: "yellow", Level.PROBLEM: "red"}
 
@@ -60,9 +64,23 @@ def _count(number: int, noun: str) -> str:
 
 
 def _show(found: Finding) -> None:
-    out.print(Text.assemble((f"{found.level:<8}", _STYLES[found.level]), f" {found.check:<18} ", found.message))
+    """One line and one of advice; on a terminal they wrap within their column."""
+    level, check = (f"{found.level:<8}", _STYLES[found.level]), f"{found.check:<18} "
+    if not out.is_terminal:
+        out.print(Text.assemble(level, f" {check}", found.message))
+        if found.advice:
+            out.print(Text(f"{'':<28}{found.advice}", "dim"))
+        return
+    beside = out.width >= _WIDE_ENOUGH
+    message = Text.assemble("" if beside else f"{found.check}: ", found.message)
     if found.advice:
-        out.print(Text(f"{'':<28}{found.advice}", "dim"))
+        message.append(f"\n{found.advice}", "dim")
+    grid = Table.grid(padding=(0, 1, 0, 0))
+    for _ in range(2 if beside else 1):
+        grid.add_column(no_wrap=True)
+    grid.add_column(overflow="fold")
+    grid.add_row(Text.assemble(level), *([Text(check)] if beside else []), message)
+    out.print(grid)
 
 
 def _examine(folder: Path | None, controller: str | None, node: Path | None) -> Iterator[Finding]:

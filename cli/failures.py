@@ -5,12 +5,13 @@ import json
 import os
 import sys
 import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import typer
 
 from eldric.cli.showing import shown
-from eldric.errors import EldricError
+from eldric.errors import EldricError, InvalidRequest
 
 #: Exit code of a command whose reader went away.
 BROKEN_PIPE = 1
@@ -35,6 +36,19 @@ _OS_CODES = {
     errno.ENOSPC: "RESOURCE_EXHAUSTED",
     errno.EDQUOT: "RESOURCE_EXHAUSTED",
 }
+
+
+def check_text(arguments: Sequence[str]) -> None:
+    """Raises InvalidRequest for what is not text in the encoding of the locale: everything is sent, or shown, as
+    UTF-8."""
+    for each in arguments:
+        try:
+            each.encode()
+        except UnicodeEncodeError:
+            raise InvalidRequest(
+                f"{each!a} is no text in this locale's encoding, {sys.getfilesystemencoding()}: write UTF-8, and use a "
+                "locale of that, such as LC_ALL=C.UTF-8"
+            ) from None
 
 
 def failure_of(error: Exception) -> Failure:

@@ -75,5 +75,6 @@ def ps(folder: options.Dir = None, controller: options.Controller = None, as_jso
         return
     out.print(nodes_view(nodes))
     for info in pipelines:
+        stages = "1 stage" if len(info.stages) == 1 else f"{len(info.stages)} stages"
         slots = f"{info.slots_used}/{info.slots} slots"
-        out.print(f"{info.name}  {info.state}  {len(info.stages)} stages, {slots}, {info.queued} waiting")
+        out.print(f"{info.name}  {info.state}  {stages}, {slots}, {info.queued} waiting")

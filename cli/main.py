@@ -9,7 +9,7 @@ import typer
 from eldric import __version__
 from eldric.cli import interrupts
 from eldric.cli.commands import Commands
-from eldric.cli.failures import BROKEN_PIPE, Failure, failure_of, quiet_pipe, report, report_json
+from eldric.cli.failures import BROKEN_PIPE, Failure, check_text, failure_of, quiet_pipe, report, report_json
 
 app = typer.Typer(cls=Commands, add_completion=True, rich_markup_mode=None, context_settings={"max_content_width": 100})
 
@@ -48,6 +48,7 @@ def run(arguments: list[str]) -> int:
     kept = [each for each in options if each not in ("-v", "--verbose")]
     command = typer.main.get_command(app)
     try:
+        check_text(kept + rest)
         with interrupts.as_exceptions():
             code = command.main(args=[*kept, *rest], prog_name="eldric-cli", standalone_mode=False)
             sys.stdout.flush()

@@ -42,7 +42,7 @@ def list_models(
         "right:context",
         "right:size",
         "right:copies",
-        "problem",
+        "text:problem",
     )
     for model in models:
         listing.add_row(
@@ -50,11 +50,11 @@ def list_models(
             model.architecture,
             count(model.parameters),
             model.quantization,
-            str(model.layers),
-            str(model.context),
+            str(model.layers or ""),
+            str(model.context or ""),
             human_bytes(model.size_bytes),
             copies(model),
-            model.problem,
+            model.problem.removeprefix(f"{model.name}: "),
         )
     out.print(listing)
 
@@ -72,7 +72,7 @@ def show(
     if as_json:
         print_json(details)
         return
-    listing = table("field", "value")
+    listing = table("field", "text:value")
     info = details.info
     for field, value in (
         ("name", info.name),
@@ -227,4 +227,4 @@ def count(number: float) -> str:
     for divisor, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if number >= divisor:
             return f"{number / divisor:.3g} {unit}"
-    return f"{number:.0f}"
+    return f"{number:.0f}" if number else ""

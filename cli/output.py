@@ -6,7 +6,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from rich.console import Console
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
@@ -14,6 +15,8 @@ from eldric.cli.showing import shown
 
 #: Width of lines that go into a file or a pipe: whoever reads them there wants them whole.
 _WIDE = 1000
+#: Least width of a column whose text wraps.
+_LEAST_TEXT = 24
 
 
 class _Console(Console):
@@ -25,6 +28,9 @@ class _Console(Console):
 
     def render_str(self, text: str, **settings: Any) -> Text:
         return super().render_str(shown(text, sys.stderr if self.stderr else sys.stdout), **settings)
+
+    def print(self, *objects: Any, **settings: Any) -> None:
+        super().print(*objects, **{"crop": False, **settings})
 
     def on_broken_pipe(self) -> None:
         raise  # what rich caught before it called this: the command ends quietly, see main.run
@@ -55,12 +61,35 @@ def print_json(value: Any) -> None:
     sys.stdout.flush()
 
 
+class _Listing(Table):
+    """A table that is as wide as it must be: on a narrow terminal its lines wrap, and no name or address is cut."""
+
+    def __init__(self) -> None:
+        super().__init__(box=None, pad_edge=False, header_style="bold")
+        self._least: list[int] = []
+
+    def add_row(self, *cells: Any, **settings: Any) -> None:
+        super().add_row(*cells, **settings)
+        for index, (column, cell) in enumerate(zip(self.columns, cells, strict=False)):
+            width = max(map(cell_len, str(cell).splitlines()), default=0)
+            self._least[index] = max(self._least[index], width if column.no_wrap else min(width, _LEAST_TEXT))
+
+    def add_column(self, *names: Any, **settings: Any) -> None:
+        super().add_column(*names, **settings)
+        self._least.append(cell_len(str(names[0])))
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        least = sum(self._least) + 2 * len(self._least)
+        yield from super().__rich_console__(console, options.update(max_width=max(options.max_width, least)))
+
+
 def table(*columns: str) -> Table:
-    """A plain table; numbers are aligned by the caller's choice of `right:` before a column's name."""
-    made = Table(box=None, pad_edge=False, header_style="bold")
+    """A plain table. Before a column's name, `right:` aligns its numbers, and `text:` lets it wrap within itself."""
+    made = _Listing()
     for column in columns:
-        name = column.removeprefix("right:")
-        made.add_column(name, justify="right" if name != column else "left")
+        kind, _, name = column.rpartition(":")
+        wraps = kind == "text"
+        made.add_column(name, justify="right" if kind == "right" else "left", no_wrap=not wraps, overflow="fold")
     return made
 
 

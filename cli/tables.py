@@ -78,7 +78,9 @@ def _headline(info: PipelineInfo) -> Text:
 
 
 def _stages(stages: Sequence[StageInfo]) -> Table:
-    listing = table("stage", "worker", "right:pid", "layers", "right:memory", "right:step ms", "right:steps", "state")
+    listing = table(
+        "stage", "worker", "right:pid", "layers", "right:memory", "right:step ms", "right:steps", "text:state"
+    )
     for stage in stages:
         listing.add_row(
             str(stage.index),
@@ -96,7 +98,9 @@ def _stages(stages: Sequence[StageInfo]) -> Table:
 def _links(stages: Sequence[StageInfo]) -> Table:
     """The ring's links, each as its sending stage sees it."""
     workers = {stage.index: stage.worker for stage in stages}
-    listing = table("link", "to", "transport", "encryption", "right:round trip", "right:sent", "right:under way", "")
+    listing = table(
+        "link", "to", "transport", "encryption", "right:round trip", "right:sent", "right:under way", "text:"
+    )
     for stage in stages:
         if (link := stage.link) is None:
             continue
@@ -119,7 +123,9 @@ def _links(stages: Sequence[StageInfo]) -> Table:
 def workers_view(workers: Sequence[Worker]) -> RenderableType:
     if not workers:
         return Text("no worker has joined; `eldric-cli join` makes this machine one")
-    listing = table("name", "state", "right:pid", "right:threads", "right:memory", "right:used", "engine", "device")
+    listing = table(
+        "name", "state", "right:pid", "right:threads", "right:memory", "right:used", "engine", "text:device"
+    )
     for worker in sorted(workers, key=lambda worker: natural(worker.name)):
         listing.add_row(
             worker.name,

@@ -120,6 +120,12 @@ def test_wrong_usage_is_one_line(arguments: list[str], words: str, capsys: pytes
     assert "--help`" in said.err
 
 
+def test_what_is_no_text_is_refused_in_words(capsys: pytest.CaptureFixture[str]) -> None:
+    """As Python gives an argument that its locale's encoding does not know."""
+    assert main.run(["run", "m", "caf\udcc3\udca9"]) == 1
+    assert capsys.readouterr().err.startswith(r"error: 'caf\udcc3\udca9' is no text in this locale's encoding")
+
+
 def test_wrong_usage_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert main.run(["deploy", "--json"]) == 2
     error = json.loads(capsys.readouterr().out)["error"]

@@ -43,6 +43,39 @@ def text_of(view: object) -> str:
     return console.file.getvalue()
 
 
+def on_terminal(view: object, width: int) -> str:
+    console = output._Console()
+    console.file, console.width = io.StringIO(), width
+    console.print(view)
+    return console.file.getvalue()
+
+
+@pytest.mark.parametrize("width", [20, 40, 80])
+def test_a_narrow_terminal_cuts_no_name_and_no_address(width: int) -> None:
+    addresses = "10.11.12.13:9880", "https://10.11.12.13:8880"
+    node = NodeInfo("controller-of-them-all", "controller", "up", 7, *addresses, "1", 1)
+    text = on_terminal(tables.nodes_view([node]), width)
+    assert {"controller-of-them-all", *addresses} <= set(text.split())
+    assert text.count("\n") == 2, "the terminal wraps lines, the table does not"
+
+
+def test_text_wraps_within_its_column_and_is_whole() -> None:
+    listing = output.table("name", "right:size", "text:problem")
+    listing.add_row("tale", "5", "its file is damaged, and a/path/that/is/longer/than/the/column.gguf says so")
+    lines = on_terminal(listing, 40).splitlines()
+    assert max(map(len, lines)) <= 40
+    assert "".join("".join(line[12:].split()) for line in lines[1:]).startswith(
+        "itsfileisdamaged,anda/path/that/is/longer"
+    )
+    assert "…" not in "".join(lines)
+
+
+def test_a_wide_terminal_is_not_filled() -> None:
+    listing = output.table("name", "text:problem")
+    listing.add_row("tale", "none")
+    assert max(map(len, on_terminal(listing, 200).splitlines())) < 40
+
+
 def test_json_is_one_line_with_the_names_of_the_contract(capsys: pytest.CaptureFixture[str]) -> None:
     output.print_json({"pipelines": [PIPELINE], "workers": WORKERS, "text": "é\n"})
     line = capsys.readouterr().out
