@@ -172,7 +172,7 @@ async def test_deploys_at_once_do_not_promise_the_same_memory(here: tuple[World,
 
 
 async def test_an_unknown_model_says_what_there_is_and_how_to_add_it(world: World) -> None:
-    with pytest.raises(NotFound, match="no model 'nope' in the store, which has: tale; add it with `eldric-cli models"):
+    with pytest.raises(NotFound, match="no model 'nope' in the store; there are: tale; add it with `eldric-cli models"):
         await plan(world, model="nope")
 
 
