@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from eldric.channels import call_errors, channel
+from eldric import PROTOCOL
 from eldric.config import NodeConfig
 from eldric.data.main import DataWorker
 from eldric.data.store import ModelStore
@@ -40,7 +41,7 @@ class FakeController(registry_pb2_grpc.RegistryServicer, heartbeat_pb2_grpc.Hear
 
     async def Register(self, request: registry_pb2.RegisterRequest, context: Any) -> registry_pb2.RegisterResponse:
         self.registered.put_nowait(request.node)
-        return registry_pb2.RegisterResponse(beat_interval_ms=100, lease_ms=300, protocol=1)
+        return registry_pb2.RegisterResponse(beat_interval_ms=100, lease_ms=300, protocol=PROTOCOL)
 
     async def Deregister(
         self, request: registry_pb2.DeregisterRequest, context: Any
