@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from eldric.channels import call_errors, channel
 from eldric import PROTOCOL
+from eldric.channels import call_errors, channel
 from eldric.config import NodeConfig
 from eldric.data.main import DataWorker
 from eldric.data.store import ModelStore
