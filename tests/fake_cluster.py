@@ -14,6 +14,7 @@ import httpx
 import openai
 from google.protobuf.descriptor import FileDescriptor
 
+from eldric import PROTOCOL
 from eldric.config import NodeConfig
 from eldric.engine.gguf import ModelFile
 from eldric.engine.tokenizer import Tokenizer
@@ -52,7 +53,7 @@ class FakeRegistry(registry_pb2_grpc.RegistryServicer, heartbeat_pb2_grpc.Heartb
     async def Register(self, request: registry_pb2.RegisterRequest, context: Any) -> registry_pb2.RegisterResponse:
         self.nodes[request.node.id] = request.node
         self.nodes[request.node.id].state = registry_pb2.UP
-        return registry_pb2.RegisterResponse(beat_interval_ms=1000, lease_ms=3000, protocol=1)
+        return registry_pb2.RegisterResponse(beat_interval_ms=1000, lease_ms=3000, protocol=PROTOCOL)
 
     async def Deregister(
         self, request: registry_pb2.DeregisterRequest, context: Any

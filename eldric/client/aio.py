@@ -189,7 +189,8 @@ class AsyncClient:
         timeout_s: float | None = None,
         **sampling: Any,
     ) -> AsyncGenerator[types.Event, None]:
-        """Answer a conversation of {"role", "content"} by the model's chat template; see `generate`."""
+        """Answer a conversation of {"role", "content"} by the model's chat template, or go on with its last message if
+        that is the assistant's; see `generate`."""
         request = convert.generate_request(model, max_tokens, stop, ignore_eos, cache_prompt, sampling)
         request.chat.CopyFrom(convert.chat_messages(messages))
         async with contextlib.aclosing(self._events(request, timeout_s)) as events:

@@ -82,8 +82,9 @@ def test_the_next_turn_of_a_chat_goes_on_from_the_last_one(client: openai.OpenAI
 
 
 def test_a_stream_joins_to_the_whole_answer(client: openai.OpenAI) -> None:
-    whole = chat(client)
-    chunks = list(chat(client, stream=True, stream_options={"include_usage": True}))
+    anew: dict[str, Any] = {"extra_body": {"cache_prompt": False}}  # else the second finds the first one's prompt
+    whole = chat(client, **anew)
+    chunks = list(chat(client, stream=True, stream_options={"include_usage": True}, **anew))
     *deltas, usage = chunks
     assert "".join(chunk.choices[0].delta.content or "" for chunk in deltas) == whole.choices[0].message.content
     assert [chunk.choices[0].finish_reason for chunk in deltas][-1] == whole.choices[0].finish_reason
@@ -118,6 +119,23 @@ def test_several_choices_differ_by_their_seeds_and_are_the_same_again(client: op
         for choice in chunk.choices:
             streamed[choice.index] += choice.text
     assert [*streamed.values()] == texts
+
+
+def test_an_answer_that_was_begun_goes_on_as_if_it_had_never_ended(client: openai.OpenAI) -> None:
+    whole = chat(client, max_tokens=30).choices[0].message.content
+    begun = whole[: whole.index(" ", len(whole) // 2)]
+    messages = [*TELL, {"role": "assistant", "content": begun}]
+    assert whole.startswith(begun + chat(client, messages=messages, max_tokens=5).choices[0].message.content)
+    streamed = chat(client, messages=messages, max_tokens=5, stream=True)
+    assert whole.startswith(begun + "".join(chunk.choices[0].delta.content or "" for chunk in streamed))
+
+
+def test_a_stop_token_ends_the_answer_before_it(client: openai.OpenAI, cli: Cli) -> None:
+    run = cli("run", STORY, "Once upon a time", "--raw", "--temperature", 0, "-n", 8, "--json").json
+    stop = next(index for index, token in enumerate(run["tokens"]) if index and token not in run["tokens"][:index])
+    answer = complete(client, max_tokens=8, extra_body={"stop_token_ids": [run["tokens"][stop]]})
+    assert (answer.choices[0].finish_reason, answer.usage.completion_tokens) == ("stop", stop)
+    assert run["text"].startswith(answer.choices[0].text)
 
 
 def test_a_stop_string_ends_the_answer_before_it(client: openai.OpenAI) -> None:
@@ -174,6 +192,9 @@ def test_a_prompt_beyond_the_context_is_refused(client: openai.OpenAI) -> None:
         ({"stop": 3}, "stop"),
         ({"logit_bias": {"900000": 1}}, "logit_bias"),
         ({"tools": [{"type": "function"}]}, "tools"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content"),
+        ({"max_tokens": None, "max_completion_tokens": 0}, "max_completion_tokens"),
     ],
 )
 def test_a_wrong_field_is_named(client: openai.OpenAI, options: dict[str, Any], param: str) -> None:

@@ -55,6 +55,15 @@ async def test_a_conversation_is_rendered(cluster: FakeCluster) -> None:
     assert prompt.endswith("<|user|>\nHi<|end|>\n<|assistant|>\n")
 
 
+@pytest.mark.parametrize(("begun", "ends"), [("Once", "\nOnce"), ("", "<|assistant|>\n<|end|>\n<|assistant|>\n")])
+async def test_an_answer_that_was_begun_is_continued(cluster: FakeCluster, begun: str, ends: str) -> None:
+    said = inference_pb2.ChatMessage(role="assistant", content=begun)
+    messages = [inference_pb2.ChatMessage(role="user", content="Hi"), said]
+    async with stub_of(cluster) as stub:
+        assert text_of(await generate(stub, chat=inference_pb2.ChatMessages(messages=messages))) == STORY
+    assert cluster.tokenizer.decode(cluster.head.requests[0].tokens.ids, special=True).endswith(ends)
+
+
 async def test_token_ids_go_through_as_they_are(cluster: FakeCluster) -> None:
     async with stub_of(cluster) as stub:
         await generate(stub, tokens=inference_pb2.TokenIds(ids=[5, 6, 7]), stop_tokens=[9], ignore_eos=True)
