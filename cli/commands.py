@@ -45,6 +45,18 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
     },
 }
 
+#: What people who come from elsewhere type first, and where it is here.
+ELSEWHERE = {
+    **dict.fromkeys(("ls", "list", "images"), "models ls"),
+    **{name: f"models {name}" for name in ("show", "add", "pull", "rm", "verify", "replicate")},
+    **dict.fromkeys(("serve", "start"), "up"),
+    "stop": "down",
+    "nodes": "ps",
+    "generate": "run",
+    "embeddings": "embed",
+    "export": "data export",
+}
+
 COMMANDS = {name: entry for section in SECTIONS.values() for name, entry in section.items()}
 
 
@@ -92,6 +104,11 @@ class Commands(TyperGroup):
 
     def list_commands(self, ctx: Any) -> list[str]:
         return list(COMMANDS)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args and args[0] in ELSEWHERE:
+            ctx.fail(f"No such command {args[0]!r}. Did you mean {ELSEWHERE[args[0]]!r}?")
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         widest = max(map(len, COMMANDS))

@@ -9,12 +9,16 @@ from rich.progress import (
     DownloadColumn,
     Progress,
     ProgressColumn,
+    Task,
     TaskID,
+    TaskProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from rich.table import Column
+from rich.text import Text
 
 from eldric.cli.output import err, human_bytes
 from eldric.client import (
@@ -29,6 +33,31 @@ from eldric.client import (
 )
 from eldric.errors import InvalidRequest, Unavailable
 
+#: Columns of a terminal that a bar and the numbers beside it need.
+_ROOM = 72
+
+
+class _Sizes(DownloadColumn):
+    """Nothing as long as nobody knows how many bytes there are."""
+
+    def render(self, task: Task) -> Text:
+        return super().render(task) if task.total else Text()
+
+
+def _columns(*, rate: bool) -> list[ProgressColumn]:
+    phase = TextColumn("{task.fields[phase]}")
+    if err.width < _ROOM:
+        return [TextColumn("{task.description}", table_column=Column()), TaskProgressColumn(), phase]
+    speed: list[ProgressColumn] = [TransferSpeedColumn(), TimeRemainingColumn()] if rate else []
+    return [
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=30),
+        _Sizes(binary_units=True),
+        phase,
+        *speed,
+        TimeElapsedColumn(),
+    ]
+
 
 class Tracker:
     """Lines of progress, each of a number of bytes in a phase."""
@@ -37,17 +66,7 @@ class Tracker:
         """rate: it takes long: show how fast it goes and when it ends, and beside a terminal a line every 10 %."""
         self._quiet, self._rate = quiet, rate
         self._live = not quiet and err.is_terminal and not err.is_dumb_terminal
-        speed: tuple[ProgressColumn, ...] = (TransferSpeedColumn(), TimeRemainingColumn()) if rate else ()
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=30),
-            DownloadColumn(binary_units=True),
-            TextColumn("{task.fields[phase]}"),
-            *speed,
-            TimeElapsedColumn(),
-            console=err,
-            disable=not self._live,
-        )
+        self._progress = Progress(*_columns(rate=rate), console=err, disable=not self._live)
         self._tasks: dict[str, TaskID] = {}
         self._phases: dict[str, str] = {}
 

@@ -84,6 +84,14 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"eldric {__version__}\n"
 
 
+def test_what_is_elsewhere_is_there() -> None:
+    known = {name for name, _ in leaves()}
+    assert set(commands.ELSEWHERE.values()) <= known
+    assert not commands.ELSEWHERE.keys() & commands.COMMANDS.keys()
+    in_models = {name.removeprefix("models ") for name in known if name.startswith("models ")}
+    assert in_models <= commands.ELSEWHERE.keys()
+
+
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main.run(["--help"]) == 0
     text = capsys.readouterr().out
@@ -106,6 +114,8 @@ def test_no_command_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
         (["token", "--uses", "-1"], "--uses"),
         (["status", "--wach"], "--watch"),
         (["models", "lss"], "Did you mean 'ls'"),
+        (["ls"], "no such command 'ls'. Did you mean 'models ls'"),
+        (["verify", "m"], "Did you mean 'models verify'"),
         (["models"], "missing command"),
         (["up", "--router-port", "70000"], "--router-port"),
     ],

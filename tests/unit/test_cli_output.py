@@ -76,6 +76,25 @@ def test_a_wide_terminal_is_not_filled() -> None:
     assert max(map(len, on_terminal(listing, 200).splitlines())) < 40
 
 
+def test_progress_on_a_narrow_terminal_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=40, color_system=None)
+    monkeypatch.setattr(progress, "err", console)
+    with progress.Tracker(quiet=False) as tracker:
+        tracker.update("stage 11  layers 10-23  worker-of-them-all", "mapping", 50, 100)
+    assert isinstance(console.file, io.StringIO)
+    text = console.file.getvalue()
+    assert "50%" in text and "mapping" in text and "worker-of-them-all" in text and "…" not in text
+
+
+def test_sizes_that_nobody_knows_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=100, color_system=None)
+    monkeypatch.setattr(progress, "err", console)
+    with progress.Tracker(quiet=False) as tracker:
+        tracker.update("tale", "waiting")
+    assert isinstance(console.file, io.StringIO)
+    assert "waiting" in console.file.getvalue() and "?" not in console.file.getvalue().replace("\x1b[?25", "")
+
+
 def test_json_is_one_line_with_the_names_of_the_contract(capsys: pytest.CaptureFixture[str]) -> None:
     output.print_json({"pipelines": [PIPELINE], "workers": WORKERS, "text": "é\n"})
     line = capsys.readouterr().out
