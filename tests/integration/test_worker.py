@@ -15,7 +15,7 @@ import httpx
 import pytest
 from google.protobuf import json_format
 
-from eldric import node_file
+from eldric import PROTOCOL, node_file
 from eldric.channels import call_errors, channel
 from eldric.config import NodeConfig
 from eldric.engine.errors import InvalidSampling, LoadCancelled
@@ -170,7 +170,7 @@ class Controller(FakeRegistry):
 
     async def Register(self, request: registry_pb2.RegisterRequest, context: Any) -> registry_pb2.RegisterResponse:
         await super().Register(request, context)
-        return registry_pb2.RegisterResponse(beat_interval_ms=100, lease_ms=2000, protocol=1)
+        return registry_pb2.RegisterResponse(beat_interval_ms=100, lease_ms=2000, protocol=PROTOCOL)
 
     async def Beat(
         self, requests: AsyncIterator[heartbeat_pb2.BeatRequest], context: Any
