@@ -19,6 +19,15 @@ _NODES_S = 2.0
 _TITLES = {registry_pb2.ROUTER: "router", registry_pb2.DATA: "data worker"}
 
 
+def none_up(kind: "registry_pb2.NodeKind.ValueType") -> Unavailable:
+    """Nobody serves what is asked for."""
+    command = registry_pb2.NodeKind.Name(kind).lower()
+    return Unavailable(
+        f"the cluster has no {_TITLES[kind]} that is up: `eldric-cli {command}` runs one, and `eldric-cli up` what is "
+        "missing of a local cluster"
+    )
+
+
 class Connections:
     """Channels of one client, kept over calls. What failed is looked for anew at the next call."""
 
@@ -87,7 +96,7 @@ class Connections:
             found = [node for node in await self.nodes(kind) if node.state == registry_pb2.UP]
             self._nodes[kind] = time.monotonic(), found
         if not found:
-            raise Unavailable(f"the cluster has no {_TITLES[kind]} that is up")
+            raise none_up(kind)
         self._turn += not steady
         node = min(found, key=lambda each: each.name) if steady else found[self._turn % len(found)]
         return self._channels.to(node.grpc_address, registry_pb2.NodeKind.Name(kind).lower(), node.name)

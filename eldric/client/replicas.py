@@ -9,9 +9,9 @@ from urllib.parse import urlsplit
 
 from eldric.channels import call_errors
 from eldric.client import convert, types
-from eldric.client.connections import Connections
+from eldric.client.connections import Connections, none_up
 from eldric.client.copy_goals import CopyGoals
-from eldric.errors import AlreadyExists, EldricError, NotFound, Unavailable
+from eldric.errors import AlreadyExists, EldricError, NotFound
 from eldric.nearest import known_names
 from eldric.replicas import is_same
 from eldric.v1 import model_store_pb2, model_store_pb2_grpc, registry_pb2
@@ -42,7 +42,7 @@ class Replicas:
         """The data workers that are up, by name."""
         found = [node for node in await self._connections.nodes(registry_pb2.DATA) if node.state == registry_pb2.UP]
         if not found:
-            raise Unavailable("the cluster has no data worker that is up")
+            raise none_up(registry_pb2.DATA)
         made = []
         for node in sorted(found, key=lambda each: each.name):
             channel = self._connections.to(node.grpc_address, "data", node.name)

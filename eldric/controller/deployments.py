@@ -148,7 +148,10 @@ class Deployments:
         """Raises AlreadyExists when there is a pipeline of that name."""
         for other in self:
             if other.record.name == name:
-                raise AlreadyExists(f"there is a pipeline {name!r} ({other.state.value}): undeploy it first")
+                raise AlreadyExists(
+                    f"there is a pipeline {name!r} ({other.state.value}): undeploy it first (`eldric-cli undeploy "
+                    f"{name}`), or give the new one another name"
+                )
 
     def add(self, record: PipelineRecord, *, settle_by: float | None = None) -> list[Change]:
         """A new pipeline, or one that was kept over a restart (`settle_by`). Raises AlreadyExists."""

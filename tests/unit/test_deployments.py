@@ -367,7 +367,9 @@ def test_a_switch_to_another_epoch_forgets_what_was_missing() -> None:
 def test_a_name_is_given_once() -> None:
     world = World("a")
     world.run("a")
-    with pytest.raises(AlreadyExists, match="there is a pipeline 'm' \\(ready\\): undeploy it first"):
+    with pytest.raises(
+        AlreadyExists, match=r"there is a pipeline 'm' \(ready\): undeploy it first \(`eldric-cli undeploy m`\)"
+    ):
         world.deployments.add(replace(record("a"), id="other"))
 
 
