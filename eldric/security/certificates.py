@@ -55,7 +55,10 @@ class Identity:
         try:
             authority, certificate, key = ((folder / name).read_bytes() for name in (_AUTHORITY, _CERTIFICATE, _KEY))
         except FileNotFoundError as error:
-            raise NotFound(f"{folder} holds no node certificate ({error.filename}): join the cluster first") from None
+            raise NotFound(
+                f"{folder} holds no node certificate ({error.filename}): join the cluster first (`eldric-cli join`; a "
+                "controller's comes from `eldric-cli init`)"
+            ) from None
         if not _belong_together(certificate, key):
             certificate = _drafted(folder / _CERTIFICATE, key)
         _, kind, name = subject_of(_certificate(certificate))

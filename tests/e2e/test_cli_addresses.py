@@ -53,3 +53,8 @@ def test_a_folder_that_cannot_hold_a_cluster(stranger: Cli, folder: str, why: st
     error = stranger("up", "--dir", folder, code=1).error
     assert error.startswith(f"{folder} cannot hold a cluster: {why}")
     assert "--dir" in error
+
+
+def test_a_node_without_a_certificate_is_told_to_join(stranger: Cli, tmp_path: Path) -> None:
+    node = ("--folder", tmp_path / "w", "--controller", NOBODY)
+    assert "join the cluster first (`eldric-cli join`" in stranger("router", *node, code=1).error
