@@ -93,7 +93,7 @@ class LocalCluster:
         if "workers" in given and shape.workers != count:
             raise AlreadyExists(
                 f"{folder} holds a cluster of {count} workers: `eldric-cli down --dir {shlex.quote(str(folder))}` and "
-                "remove the folder, or use another --dir"
+                "remove the folder, its models included, or use another --dir"
             )
         affected = {"router"} if given & {"router_port", "allow_origins"} else set()
         affected |= {"worker"} if given & {"device", "memory", "threads", "pin"} else set()
