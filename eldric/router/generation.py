@@ -110,7 +110,7 @@ class Heads:
                 if delivered or not _may_retry(error):
                     raise
                 problems.append(error)
-        raise next((each for each in problems if each.status == "RESOURCE_EXHAUSTED"), problems[0])
+        raise _of_all(problems)
 
     async def _generate(self, route: Route, target: Target, job: Job) -> AsyncGenerator[Event, None]:
         """A generation at one head."""
@@ -136,7 +136,7 @@ class Heads:
                 if not _may_retry(error):
                     raise
                 problems.append(error)
-        raise next((each for each in problems if each.status == "RESOURCE_EXHAUSTED"), problems[0])
+        raise _of_all(problems)
 
     async def cancel(self, request_id: str) -> bool:
         """Ends a generation wherever it runs: it may have come by another router."""
@@ -237,6 +237,11 @@ class _Progress:
             prompt_ms=(self._first - self._began) * 1e3,
             generation_ms=(self._last - self._first) * 1e3,
         )
+
+
+def _of_all(problems: Sequence[EldricError]) -> EldricError:
+    """What is said when no replica took a request: that one is full, since that passes, else the first problem."""
+    return next((each for each in problems if each.status == "RESOURCE_EXHAUSTED"), problems[0])
 
 
 def _fitting(target: Target, tokens: int) -> list[Route]:
