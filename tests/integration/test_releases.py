@@ -96,6 +96,15 @@ async def test_all_copies_are_not_to_go_and_none_does(world: World) -> None:
     assert all(map(holds, stores))
 
 
+async def reached(event: asyncio.Event, call: "asyncio.Task[Any]") -> None:
+    """Wait for what a call comes to; raises what ends the call before."""
+    waiting = asyncio.create_task(event.wait())
+    await asyncio.wait({waiting, call}, return_when=asyncio.FIRST_COMPLETED)
+    waiting.cancel()
+    if not event.is_set():
+        await call
+
+
 async def test_a_model_whose_deployment_has_just_begun_stays(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     store = await world.add_store()
     looked_up, go_on = asyncio.Event(), asyncio.Event()
@@ -109,7 +118,7 @@ async def test_a_model_whose_deployment_has_just_begun_stays(world: World, monke
 
     monkeypatch.setattr(Planning, "prepare", slowly)
     deploying = asyncio.create_task(world.calls.deploy())
-    await looked_up.wait()
+    await reached(looked_up, deploying)
     with pytest.raises(NotReady, match="is being deployed"):
         await remove(world, store)
     go_on.set()
@@ -129,7 +138,7 @@ async def test_no_deployment_begins_while_a_model_goes(world: World, monkeypatch
 
     monkeypatch.setattr(Releases, "check", slowly)
     removing = asyncio.create_task(remove(world, store))
-    await asked.wait()
+    await reached(asked, removing)
     with pytest.raises(NotReady, match="is being removed"):
         await world.calls.deploy()
     answer.set()
