@@ -10,7 +10,7 @@ FEWEST_STEPS = 16
 #: Workers that differ by less are taken for equally fast: times of shared machines do.
 _NOTEWORTHY = 1.25
 #: Pace of the fastest worker; those of the others are multiples of its hundredth.
-FASTEST = 100
+_FASTEST = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,4 +37,4 @@ def paces(stages: Iterable[Measured], workers: Iterable[str]) -> Mapping[str, in
     if not costs or max(costs.values()) < _NOTEWORTHY * min(costs.values()):
         return {}
     fastest, ordinary = min(costs.values()), statistics.median(costs.values())
-    return {worker: round(FASTEST * costs.get(worker, ordinary) / fastest) for worker in workers}
+    return {worker: round(_FASTEST * costs.get(worker, ordinary) / fastest) for worker in workers}

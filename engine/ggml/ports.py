@@ -74,7 +74,7 @@ class Ports:
             return Port(self._arena, backend, kind, width, count)
 
         # Devices read inputs from addresses that are multiples of this; the CPU from any, which keeps them together.
-        self._section = 1 if backend.is_cpu else backend.alignment // TensorType.I32.type_bytes
+        self._section = 1 if backend.is_cpu else max(1, backend.alignment // TensorType.I32.type_bytes)
         self.integers = port(TensorType.I32, 1, 3 * self.section(rows) + 2 + 2 * views)  # see Graph.feed
         self.hidden_in = port(TensorType.F32, hidden_size, rows)
         self.mask = port(TensorType.F16, context, rows)  # a chunk's rows lie together, as far as they are long
